@@ -1,0 +1,60 @@
+"""The bearer token that every service asks for, and where both sides find it.
+
+`HYPERAGENT_TOKEN` wins; otherwise the token is a file (`HYPERAGENT_TOKEN_FILE`, by default
+`~/.hyperagent/token`) that the first service to start creates, readable by its owner only. So one person
+on one machine sets nothing up, and a deployment hands every container the same secret file.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from hyperagent.errors import ConfigError
+
+BEARER = "Bearer "
+
+
+def token_file() -> Path:
+    return Path(os.environ.get("HYPERAGENT_TOKEN_FILE") or Path.home() / ".hyperagent" / "token")
+
+
+def read_token() -> str:
+    """The token a client sends.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    token = os.environ.get("HYPERAGENT_TOKEN", "").strip()
+    if not token and token_file().is_file():
+        token = token_file().read_text(encoding="ascii").strip()
+    if not token:
+        raise ConfigError(f"there is no access token: start a service on this machine, or set HYPERAGENT_TOKEN (looked in {token_file()})")
+    return token
+
+
+def ensure_token() -> str:
+    """The token a service asks for; makes the file if there is none."""
+    if not os.environ.get("HYPERAGENT_TOKEN", "").strip() and not token_file().is_file():
+        token_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, aside = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        try:
+            # link(2) fails where rename(2) would replace: of two services starting at once, one token wins.
+            os.link(aside, token_file())
+        except FileExistsError:
+            pass
+        finally:
+            Path(aside).unlink()
+    return read_token()
+
+
+def is_authorised(header: str | None, token: str) -> bool:
+    """Whether an `Authorization` header carries the token (RFC 6750), compared in constant time."""
+    if header is None or not header.startswith(BEARER):
+        return False
+    return hmac.compare_digest(header[len(BEARER) :].encode(), token.encode())

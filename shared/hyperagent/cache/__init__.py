@@ -1,0 +1,1 @@
+"""Content-addressed teacher rows on disk, with Redis as a disposable hot tier."""

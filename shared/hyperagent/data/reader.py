@@ -1,0 +1,74 @@
+"""Reading trajectories from Parquet in the schema of nebius/SWE-rebench-openhands-trajectories.
+
+Row groups stream, so memory is bounded by the largest group, not by the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hyperagent.errors import DataError
+
+Row = Mapping[str, Any]
+
+_COLUMNS = {
+    "trajectory_id": "string",
+    "repo": "string",
+    "trajectory": "list of structs with content, role, tool_calls, ...",
+    "tools": "list of structs with function and type",
+}
+_MESSAGE_FIELDS = {"content", "role", "tool_calls"}
+
+
+def count_rows(path: Path) -> int:
+    """Number of trajectories in a file.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    return int(_open(path).metadata.num_rows)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Stream the rows of a file, in order, with the columns this project uses.
+
+    Raises:
+        DataError: the file is missing, is not Parquet, or lacks a column; every missing column is named.
+    """
+    file = _open(path)
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=list(_COLUMNS)):
+            yield from batch.to_pylist()
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
+    _check_schema(path, file.schema_arrow)
+    return file
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    wrong = [f"{name} ({kind}) is missing" for name, kind in _COLUMNS.items() if name not in schema.names]
+    for name in ("trajectory_id", "repo"):
+        if name in schema.names and not pa.types.is_string(schema.field(name).type):
+            wrong.append(f"{name} is {schema.field(name).type}, not string")
+    if "trajectory" in schema.names:
+        kind = schema.field("trajectory").type
+        if not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
+            wrong.append(f"trajectory is {kind}, not a list of structs")
+        elif missing := _MESSAGE_FIELDS - {field.name for field in kind.value_type}:
+            wrong.append(f"trajectory's messages lack {', '.join(sorted(missing))}")
+    if wrong:
+        raise DataError(
+            f"{path} is not in the schema of nebius/SWE-rebench-openhands-trajectories: {'; '.join(wrong)}; its columns are {', '.join(schema.names)}"
+        )

@@ -1,0 +1,86 @@
+"""Every error a caller can meet, in one tree.
+
+    HyperagentError
+    ├── ConfigError            a setting or a recipe is wrong                      (ValueError)
+    ├── DataError              a data file is wrong as a whole                     (ValueError)
+    │   └── RowRefused         one trajectory cannot be used; names it             (ValueError)
+    ├── IdentityMismatch       two artefacts do not belong together                (ValueError)
+    ├── InvalidRequest         a request's arguments are wrong                     (ValueError)
+    │   └── LimitExceeded      ... because it is larger than the service allows    (ValueError)
+    ├── NotFound               no such adapter, run or record                      (LookupError)
+    ├── Conflict               the thing is there, but not in the state asked for  (HyperagentError)
+    ├── CorruptRecord          stored bytes are not the bytes that were written    (ValueError)
+    ├── StorageError           the disk refused: full, read-only, failing          (OSError)
+    └── ServiceError           a service could not start or be reached             (RuntimeError)
+
+A message says what happened, why, and how to mend it, in one line. The edges of the system (command
+line, gRPC, HTTP) translate the classes above and nothing else; any other exception is a defect and is
+left to surface as one.
+"""
+
+from __future__ import annotations
+
+
+class HyperagentError(Exception):
+    """Base of every error that is a person's to mend rather than a defect."""
+
+
+class ConfigError(HyperagentError, ValueError):
+    """A setting, a recipe or a command line is wrong."""
+
+
+class DataError(HyperagentError, ValueError):
+    """A data file cannot be used as a whole."""
+
+
+class RowRefused(DataError):
+    """One trajectory cannot be used.
+
+    Attributes:
+        trajectory_id: the row's own id.
+        reason: why, without the id.
+    """
+
+    def __init__(self, trajectory_id: str, reason: str) -> None:
+        super().__init__(trajectory_id, reason)
+        self.trajectory_id = trajectory_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"trajectory {self.trajectory_id!r}: {self.reason}"
+
+
+class IdentityMismatch(HyperagentError, ValueError):
+    """Two artefacts were made for different models, tokenizers or settings."""
+
+
+class InvalidRequest(HyperagentError, ValueError):
+    """The arguments of a request are wrong."""
+
+
+class LimitExceeded(InvalidRequest):
+    """A request is larger than the service allows."""
+
+
+class NotFound(HyperagentError, LookupError):
+    """No such adapter, run or cache record."""
+
+
+class Conflict(HyperagentError):
+    """The thing exists but is not in a state that allows the request."""
+
+
+class CorruptRecord(HyperagentError, ValueError):
+    """Stored bytes fail their checksum or their format."""
+
+
+class StorageError(HyperagentError, OSError):
+    """The file system refused a write."""
+
+    # OSError would render two arguments as "[Errno ..]"; a StorageError is always one sentence.
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ServiceError(HyperagentError, RuntimeError):
+    """A service could not be started or reached."""

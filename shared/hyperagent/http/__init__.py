@@ -1,0 +1,1 @@
+"""What every REST service shares: problem details, bearer auth, limits, serving."""

@@ -1,0 +1,108 @@
+"""Who made what: fingerprints that an artefact carries and every reader compares.
+
+A fingerprint is a lower-case hexadecimal digest of content, never of a path or a date, so that two
+machines with the same files agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from blake3 import blake3
+
+from hyperagent.errors import ConfigError, IdentityMismatch
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What decides which ids a conversation becomes."""
+
+    tokenizer_sha256: str
+    """Of the canonical form of `tokenizer.json` (see `tokenizer_sha256`)."""
+    template_sha256: str
+    """Of the chat template's UTF-8 text."""
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """What decides which numbers a teacher answers; rows of two identities are never mixed."""
+
+    model: str
+    """Name of the model, for people."""
+    weights: str
+    """`weights_fingerprint` of the model's folder."""
+    dtype: str
+    """The weights' dtype at run time, such as "float32" or "bfloat16"."""
+    backend: str
+    """What computed the rows, with its version, such as "transformers-5.23.0"."""
+    tokenizer_sha256: str
+    template_sha256: str
+    vocab_size: int
+    """Number of real vocabulary entries; ids at or above it are padding rows and never appear."""
+    top_k: int
+    """Ids kept per row."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of every field except the display name."""
+        content = asdict(self)
+        del content["model"]
+        return blake3(canonical_json(content)).hexdigest()
+
+
+def require_same(what: str, *, expected: object, found: object, remedy: str) -> None:
+    """Refuse to go on when two identities differ.
+
+    Raises:
+        IdentityMismatch: showing both side by side; for dataclasses, only the fields that differ.
+    """
+    if expected == found:
+        return
+    if type(expected) is type(found) and hasattr(expected, "__dataclass_fields__"):
+        names = [f.name for f in fields(expected) if getattr(expected, f.name) != getattr(found, f.name)]  # type: ignore[arg-type]
+        expected = ", ".join(f"{name}={getattr(expected, name)}" for name in names)
+        found = ", ".join(f"{name}={getattr(found, name)}" for name in names)
+    raise IdentityMismatch(f"{what} does not match: expected {expected}, found {found}; {remedy}")
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces, in UTF-8: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Digest of what `tokenizer.json` does to text: vocabulary, merges, added tokens, normaliser, splitter.
+
+    Truncation and padding are left out: they are settings of a caller and this project never uses them.
+
+    Raises:
+        ConfigError: the folder has no readable `tokenizer.json`.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read a tokenizer from {path}: {error}; give a folder that holds tokenizer.json") from error
+    content.pop("truncation", None)
+    content.pop("padding", None)
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Digest of a model folder's `config.json` and every `*.safetensors` byte.
+
+    Raises:
+        ConfigError: the folder holds no config or no safetensors weights.
+    """
+    config = folder / "config.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    if not config.is_file() or not shards:
+        raise ConfigError(f"{folder} is not a model folder: it needs config.json and *.safetensors weights")
+    digest = blake3(canonical_json(json.loads(config.read_bytes())))
+    for shard in shards:
+        digest.update(shard.name.encode())
+        digest.update(blake3(max_threads=blake3.AUTO).update_mmap(shard).digest())
+    return digest.hexdigest()

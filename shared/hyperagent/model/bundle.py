@@ -1,0 +1,147 @@
+"""The bundle: all that turning a prompt into an adapter needs, without the student.
+
+    bundle.json               manifest: who it belongs to, shapes, and a digest of every other file
+    hypernetwork.safetensors  the hypernetwork's weights
+    embeddings.safetensors    the student's frozen embedding table
+    tokenizer/                the student's tokenizer files
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hyperagent.config import StrictModel, parse
+from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
+from hyperagent.files import new_directory
+from hyperagent.identity import TokenizerIdentity, canonical_json
+from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork, HyperNetworkConfig, LoRAPair
+from hyperagent.model.targets import LayerInfo
+
+FORMAT_VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class BundleManifest(StrictModel):
+    """What `bundle.json` holds."""
+
+    format_version: int = FORMAT_VERSION
+    base_model: str
+    """Name or path of the student, written into every adapter."""
+    student_weights: str
+    """`identity.weights_fingerprint` of the student."""
+    teacher: str
+    """Fingerprint of the teacher it learned from."""
+    tokenizer: TokenizerIdentity
+    hypernetwork: HyperNetworkConfig
+    layers: tuple[LayerInfo, ...]
+    max_prompt_tokens: int = Field(ge=1)
+    """Longest prompt it was trained to read, in tokens."""
+    step: int = Field(ge=0)
+    """Optimiser steps it was trained for."""
+    files: dict[str, str] = {}
+    """BLAKE3 (hex) of every other file, by path inside the bundle."""
+
+    @property
+    def rank(self) -> int:
+        return self.hypernetwork.rank
+
+    @property
+    def alpha(self) -> float:
+        return self.hypernetwork.alpha
+
+
+class Bundle:
+    """A loaded bundle; generates adapters on the CPU."""
+
+    def __init__(self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, embeddings: Tensor) -> None:
+        self.manifest = manifest
+        self.tokenizer_folder = folder / "tokenizer"
+        self.fingerprint = blake3(canonical_json(manifest.model_dump(mode="json"))).hexdigest()
+        """Digest of the manifest, and so of every file."""
+        self._hypernetwork = hypernetwork
+        self._embeddings = embeddings
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterWeights:
+        """The adapter for one prompt of P token ids: a [R, I] and b [O, R] float32 per layer.
+
+        Raises:
+            InvalidRequest: the prompt is empty or has an id outside the embedding table.
+            LimitExceeded: the prompt is longer than the bundle's limit.
+        """
+        if prompt_ids.size == 0:
+            raise InvalidRequest("the prompt is empty; send the task's text")
+        if prompt_ids.size > self.manifest.max_prompt_tokens:
+            raise LimitExceeded(f"the prompt has {prompt_ids.size} tokens, this hypernetwork reads at most {self.manifest.max_prompt_tokens}; shorten it")
+        if int(prompt_ids.max()) >= self._embeddings.shape[0]:
+            raise InvalidRequest(f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._embeddings.shape[0]} rows")
+        ids = torch.from_numpy(prompt_ids.astype(np.int64))
+        batched = self._hypernetwork(self._embeddings[ids][None].float(), torch.ones(1, len(ids), dtype=torch.bool))
+        return {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
+
+
+def save_bundle(folder: Path, manifest: BundleManifest, *, hypernetwork: AgenticHyperNetwork, embeddings: Tensor, tokenizer_folder: Path) -> BundleManifest:
+    """Write a bundle, whole or not at all; returns the manifest with the files' digests.
+
+    Raises:
+        ConfigError: a tokenizer file is missing.
+        StorageError: the file system refused.
+    """
+    if missing := [name for name in TOKENIZER_FILES if not (tokenizer_folder / name).is_file()]:
+        raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks {', '.join(missing)}")
+    with new_directory(folder) as aside:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+        (aside / "hypernetwork.safetensors").write_bytes(save(weights))
+        (aside / "embeddings.safetensors").write_bytes(save({"embeddings": embeddings.detach().cpu().contiguous()}))
+        (aside / "tokenizer").mkdir()
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer_folder / name, aside / "tokenizer" / name)
+        files = {str(p.relative_to(aside)): blake3(p.read_bytes()).hexdigest() for p in sorted(aside.rglob("*")) if p.is_file()}
+        manifest = manifest.model_copy(update={"files": files})
+        (aside / "bundle.json").write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check every file against its digest.
+
+    Raises:
+        ConfigError: there is no bundle, or it has an unknown format version.
+        CorruptRecord: a file is missing or is not the one that was written.
+    """
+    try:
+        raw = json.loads((folder / "bundle.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a bundle: {error}; train one with `hyperagent train` or `hyperagent demo`") from error
+    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(f"{folder}/bundle.json is not of format version {FORMAT_VERSION}; export it again with this release")
+    manifest = parse(raw, BundleManifest, source=str(folder / "bundle.json"))
+    contents = {name: _checked(folder / name, digest) for name, digest in manifest.files.items()}
+    embeddings = load(contents["embeddings.safetensors"])["embeddings"]
+    hypernetwork = AgenticHyperNetwork(manifest.hypernetwork, manifest.layers, embeddings.shape[1])
+    try:
+        hypernetwork.load_state_dict(load(contents["hypernetwork.safetensors"]), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise CorruptRecord(f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}") from error
+    return Bundle(folder, manifest, hypernetwork.eval().requires_grad_(False), embeddings)
+
+
+def _checked(path: Path, digest: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorruptRecord(f"the bundle lacks {path}: {error.strerror}; copy or export it again") from error
+    if blake3(content).hexdigest() != digest:
+        raise CorruptRecord(f"{path} is not the file the bundle was made with; copy or export it again")
+    return content

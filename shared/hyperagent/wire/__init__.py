@@ -1,0 +1,1 @@
+"""The teacher's gRPC contract: generated stubs, packed rows, client."""

@@ -1,0 +1,258 @@
+"""The teacher's client: everybody who asks a teacher asks through this class.
+
+It opens an unencrypted channel, on which the bearer token travels in the clear: it is for the loopback
+interface and private networks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+from hyperagent.auth import BEARER
+from hyperagent.errors import CorruptRecord
+from hyperagent.identity import TeacherIdentity, TokenizerIdentity
+from hyperagent.topk import TopKRows
+from hyperagent.wire import codec, teacher_pb2_grpc
+from hyperagent.wire import teacher_pb2 as pb
+from hyperagent.wire.outcome import PopulateOutcome
+from hyperagent.wire.status import no_answer, to_domain_error
+
+HEALTH_POLL_S = 0.2
+POPULATE_TIMEOUT_S = 7 * 24 * 3600.0
+
+Trajectory = tuple[str, NDArray[np.uint32], NDArray[np.uint32]]
+"""Id, token ids [T], positions [N]."""
+
+_CHANNEL_OPTIONS = (
+    # A service on this machine or in this cluster is never behind the proxy that `http_proxy` names.
+    ("grpc.enable_http_proxy", 0),
+    # A teacher that restarts is found again within a second; the default backs off to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What GetTeacher answers."""
+
+    identity: TeacherIdentity
+    max_tokens: int
+    """Longest sequence accepted, in tokens."""
+    max_pending_requests: int
+    """Most requests scored or waiting at once."""
+
+
+class TeacherClient:
+    """A connection to one teacher; an async context manager.
+
+    Every method raises `ServiceError` when no teacher answers, `ConfigError` when the token is not the
+    teacher's, and otherwise the error that the teacher met.
+    """
+
+    def __init__(self, address: str, token: str) -> None:
+        """Name the teacher; nothing is sent yet.
+
+        Args:
+            address: `host:port`.
+            token: see `hyperagent.auth.read_token`.
+        """
+        self.address = address
+        self._metadata = (("authorization", BEARER + token),)
+
+    async def __aenter__(self) -> Self:
+        self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def wait_until_serving(self, timeout_s: float) -> None:
+        """Return as soon as the teacher is ready to score.
+
+        Raises:
+            ServiceError: it is not within `timeout_s`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        last = "no answer"
+        while (left := deadline - loop.time()) > 0:
+            try:
+                check = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=min(left, 5.0))
+            except grpc.aio.AioRpcError as error:
+                last = error.details() or error.code().name
+            else:
+                if check.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+                last = "its health is " + health_pb2.HealthCheckResponse.ServingStatus.Name(check.status)
+            await asyncio.sleep(min(HEALTH_POLL_S, left))
+        raise no_answer(self.address, f"waited {timeout_s:g} s: {last}")
+
+    async def get_teacher(self, *, timeout_s: float = 10.0) -> TeacherFacts:
+        """Ask who the teacher is and what it accepts."""
+        with self._domain_errors():
+            answer = await self._stub.GetTeacher(
+                pb.GetTeacherRequest(), timeout=timeout_s, metadata=self._metadata
+            )
+        return TeacherFacts(
+            codec.teacher_from_proto(answer.identity), answer.max_tokens, answer.max_pending_requests
+        )
+
+    async def score_tokens(
+        self,
+        token_ids: NDArray[np.uint32],
+        positions: NDArray[np.uint32],
+        *,
+        top_k: int,
+        tokenizer: TokenizerIdentity,
+        timeout_s: float = 600.0,
+    ) -> AsyncGenerator[TopKRows, None]:
+        """Score one sequence; yields its rows in order of position, some at a time.
+
+        Leaving the loop early and closing the generator (`contextlib.aclosing`) stops the teacher.
+
+        Args:
+            token_ids: [T].
+            positions: [N], strictly increasing in [1, T).
+            top_k: ids wanted per row, at most the teacher's.
+
+        Raises:
+            InvalidRequest, LimitExceeded, IdentityMismatch: the teacher refuses the request.
+            CorruptRecord: the rows are damaged, or not the ones asked for.
+        """
+        request = pb.ScoreTokensRequest(
+            tokenizer=codec.tokenizer_to_proto(tokenizer),
+            token_ids=codec.pack_u32(token_ids, what="token ids"),
+            positions=codec.pack_u32(positions, what="positions"),
+            top_k=top_k,
+        )
+        call = self._stub.ScoreTokens(request, timeout=timeout_s, metadata=self._metadata)
+        received = 0
+        try:
+            with self._domain_errors():
+                async for chunk in call:
+                    rows = codec.chunk_to_rows(chunk)
+                    _require_in_order(chunk, rows, positions, received, top_k)
+                    received += rows.num_rows
+                    yield rows
+            if received != len(positions):
+                raise CorruptRecord(f"the teacher answered {received} of {len(positions)} rows; ask for them again")
+        finally:
+            call.cancel()
+
+    def populate(
+        self,
+        trajectories: AsyncIterable[Trajectory] | Iterable[Trajectory],
+        *,
+        tokenizer: TokenizerIdentity,
+        timeout_s: float = POPULATE_TIMEOUT_S,
+    ) -> AsyncGenerator[PopulateOutcome, None]:
+        """Have trajectories scored into the teacher's cache; yields one outcome per trajectory, in order.
+
+        A trajectory that cannot be scored is an outcome too. What is cached stays cached when this stops
+        halfway; asking again goes on from there.
+
+        Args:
+            timeout_s: for all of them together.
+
+        Raises:
+            IdentityMismatch: the teacher's tokenizer is another.
+            StorageError: the teacher cannot write to its cache.
+        """
+        return self._populate(_trajectory_items(trajectories), tokenizer, timeout_s)
+
+    def populate_file(
+        self, name: str, *, tokenizer: TokenizerIdentity, timeout_s: float = POPULATE_TIMEOUT_S
+    ) -> AsyncGenerator[PopulateOutcome, None]:
+        """`populate` with a tokens file inside the teacher's own data folder.
+
+        Raises:
+            NotFound: there is no such file there.
+        """
+        return self._populate(_file_item(name), tokenizer, timeout_s)
+
+    async def _populate(
+        self, items: AsyncIterator[pb.PopulateCacheRequest], tokenizer: TokenizerIdentity, timeout_s: float
+    ) -> AsyncGenerator[PopulateOutcome, None]:
+        failure: Exception | None = None
+
+        async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
+            nonlocal failure
+            yield pb.PopulateCacheRequest(
+                options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer))
+            )
+            try:
+                async for item in items:
+                    yield item
+            except Exception as error:
+                # gRPC drops an error of the request iterator and reports a cancelled call in its stead.
+                failure = error
+                raise
+
+        call = self._stub.PopulateCache(requests(), timeout=timeout_s, metadata=self._metadata)
+        try:
+            with self._domain_errors():
+                async for answer in call:
+                    yield codec.outcome_from_proto(answer)
+        except asyncio.CancelledError:
+            if failure is not None:
+                raise failure from None
+            raise
+        finally:
+            call.cancel()
+
+    @contextmanager
+    def _domain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise to_domain_error(error, self.address) from error
+
+
+async def _trajectory_items(
+    trajectories: AsyncIterable[Trajectory] | Iterable[Trajectory],
+) -> AsyncIterator[pb.PopulateCacheRequest]:
+    if isinstance(trajectories, AsyncIterable):
+        async for trajectory in trajectories:
+            yield _trajectory_item(*trajectory)
+    else:
+        for trajectory in trajectories:
+            yield _trajectory_item(*trajectory)
+
+
+def _trajectory_item(
+    trajectory_id: str, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]
+) -> pb.PopulateCacheRequest:
+    return pb.PopulateCacheRequest(
+        trajectory=pb.TokenisedTrajectory(
+            trajectory_id=trajectory_id,
+            token_ids=codec.pack_u32(token_ids, what="token ids"),
+            positions=codec.pack_u32(positions, what="positions"),
+        )
+    )
+
+
+async def _file_item(name: str) -> AsyncIterator[pb.PopulateCacheRequest]:
+    yield pb.PopulateCacheRequest(file=pb.TokensFile(name=name))
+
+
+def _require_in_order(
+    chunk: pb.ScoreTokensResponse, rows: TopKRows, positions: NDArray[np.uint32], received: int, top_k: int
+) -> None:
+    asked = positions[received : received + rows.num_rows]
+    if chunk.first_row != received or rows.top_k != top_k or not np.array_equal(rows.positions, asked):
+        raise CorruptRecord(f"the teacher answered other rows than were asked for, from row {received}; ask again")

@@ -1,0 +1,201 @@
+"""Between the wire's messages and the values the rest of the project uses.
+
+Arrays travel as packed little-endian bytes in row-major order, so encoding is one copy and decoding none;
+the arrays that come out of a message are read-only views of its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hyperagent.errors import CorruptRecord, InvalidRequest, ServiceError
+from hyperagent.identity import TeacherIdentity, TokenizerIdentity, require_same
+from hyperagent.topk import TopKRows
+from hyperagent.wire import teacher_pb2 as pb
+from hyperagent.wire.outcome import Outcome, PopulateOutcome
+
+_U4 = np.dtype("<u4")
+_F4 = np.dtype("<f4")
+
+_OUTCOMES = {
+    Outcome.WRITTEN: pb.PopulateCacheResponse.OUTCOME_WRITTEN,
+    Outcome.PRESENT: pb.PopulateCacheResponse.OUTCOME_PRESENT,
+    Outcome.REFUSED: pb.PopulateCacheResponse.OUTCOME_REFUSED,
+}
+_OUTCOME_NAMES = {number: outcome for outcome, number in _OUTCOMES.items()}
+
+
+def pack_u32(values: NDArray[np.integer], *, what: str) -> bytes:
+    """Packed uint32 of a one-dimensional array; `what` names it in the error.
+
+    Raises:
+        InvalidRequest: the array has another shape, is not of integers, or a value does not fit 32 bits.
+    """
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise InvalidRequest(f"{what} must be one row of integers, not {values.dtype} of shape {values.shape}")
+    if values.size and (int(values.min()) < 0 or int(values.max()) > 0xFFFFFFFF):
+        raise InvalidRequest(f"{what} must lie in [0, 2**32), not in [{values.min()}, {values.max()}]")
+    return values.astype(_U4).tobytes()
+
+
+def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
+    """[n]: the array of `pack_u32`.
+
+    Raises:
+        InvalidRequest: the bytes are not a whole number of 32-bit values.
+    """
+    if len(packed) % _U4.itemsize:
+        raise InvalidRequest(f"{what} must be packed uint32, but {len(packed)} bytes is not a multiple of 4")
+    return np.frombuffer(packed, _U4).astype(np.uint32, copy=False)
+
+
+def rows_to_chunks(
+    rows: TopKRows, *, first_row: int = 0, max_bytes: int = 1 << 20
+) -> Iterator[pb.ScoreTokensResponse]:
+    """Cut rows into messages of about `max_bytes` each, at least one row per message.
+
+    Args:
+        rows: consecutive rows of one request.
+        first_row: index of their first row among the request's positions.
+    """
+    row_bytes = 8 * rows.top_k + 12
+    rows_per_chunk = max(1, max_bytes // row_bytes)
+    for start in range(0, rows.num_rows, rows_per_chunk):
+        cut = slice(start, start + rows_per_chunk)
+        positions = rows.positions[cut]
+        chunk = pb.ScoreTokensResponse(
+            first_row=first_row + start,
+            num_rows=len(positions),
+            top_k=rows.top_k,
+            positions=positions.astype(_U4, copy=False).tobytes(),
+            ids=rows.ids[cut].astype(_U4, copy=False).tobytes(),
+            logprobs=rows.logprobs[cut].astype(_F4, copy=False).tobytes(),
+            tail_logmass=rows.tail_logmass[cut].astype(_F4, copy=False).tobytes(),
+            target_logprob=rows.target_logprob[cut].astype(_F4, copy=False).tobytes(),
+        )
+        chunk.checksum = _checksum(chunk)
+        yield chunk
+
+
+def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
+    """The rows of one message.
+
+    Raises:
+        CorruptRecord: the checksum or a length does not fit.
+    """
+    checksum = _checksum(chunk)
+    if checksum != chunk.checksum:
+        raise CorruptRecord(
+            f"top-k rows from row {chunk.first_row} were damaged on the way: checksum {checksum:016x}, "
+            f"expected {chunk.checksum:016x}; ask for them again"
+        )
+    n, k = chunk.num_rows, chunk.top_k
+    return TopKRows(
+        positions=_array(chunk.positions, _U4, (n,), "positions").astype(np.uint32, copy=False),
+        ids=_array(chunk.ids, _U4, (n, k), "ids").astype(np.uint32, copy=False),
+        logprobs=_array(chunk.logprobs, _F4, (n, k), "logprobs").astype(np.float32, copy=False),
+        tail_logmass=_array(chunk.tail_logmass, _F4, (n,), "tail_logmass").astype(np.float32, copy=False),
+        target_logprob=_array(chunk.target_logprob, _F4, (n,), "target_logprob").astype(np.float32, copy=False),
+    )
+
+
+def _checksum(chunk: pb.ScoreTokensResponse) -> int:
+    digest = xxhash.xxh3_64()
+    for packed in (chunk.positions, chunk.ids, chunk.logprobs, chunk.tail_logmass, chunk.target_logprob):
+        digest.update(packed)
+    return digest.intdigest()
+
+
+def _array(packed: bytes, dtype: np.dtype, shape: tuple[int, ...], what: str) -> NDArray:
+    expected = dtype.itemsize * int(np.prod(shape))
+    if len(packed) != expected:
+        raise CorruptRecord(f"top-k rows are damaged: {what} has {len(packed)} bytes, expected {expected}; ask again")
+    return np.frombuffer(packed, dtype).reshape(shape)
+
+
+def tokenizer_to_proto(identity: TokenizerIdentity) -> pb.TokenizerIdentity:
+    return pb.TokenizerIdentity(
+        tokenizer_sha256=identity.tokenizer_sha256, template_sha256=identity.template_sha256
+    )
+
+
+def tokenizer_from_proto(message: pb.TokenizerIdentity) -> TokenizerIdentity:
+    return TokenizerIdentity(message.tokenizer_sha256, message.template_sha256)
+
+
+def teacher_to_proto(identity: TeacherIdentity) -> pb.TeacherIdentity:
+    return pb.TeacherIdentity(
+        model=identity.model,
+        weights=identity.weights,
+        dtype=identity.dtype,
+        backend=identity.backend,
+        tokenizer=pb.TokenizerIdentity(
+            tokenizer_sha256=identity.tokenizer_sha256, template_sha256=identity.template_sha256
+        ),
+        vocab_size=identity.vocab_size,
+        top_k=identity.top_k,
+        fingerprint=identity.fingerprint,
+    )
+
+
+def teacher_from_proto(message: pb.TeacherIdentity) -> TeacherIdentity:
+    """The identity a teacher states.
+
+    Raises:
+        IdentityMismatch: its fingerprint is not that of its fields, so the teacher knows fields that this side
+            does not.
+    """
+    identity = TeacherIdentity(
+        model=message.model,
+        weights=message.weights,
+        dtype=message.dtype,
+        backend=message.backend,
+        tokenizer_sha256=message.tokenizer.tokenizer_sha256,
+        template_sha256=message.tokenizer.template_sha256,
+        vocab_size=message.vocab_size,
+        top_k=message.top_k,
+    )
+    require_same(
+        "the teacher's fingerprint",
+        expected=identity.fingerprint,
+        found=message.fingerprint,
+        remedy="run the same version of hyperagent on both sides",
+    )
+    return identity
+
+
+def outcome_to_proto(outcome: PopulateOutcome) -> pb.PopulateCacheResponse:
+    return pb.PopulateCacheResponse(
+        trajectory_id=outcome.trajectory_id,
+        outcome=_OUTCOMES[outcome.outcome],
+        reason=outcome.reason,
+        num_rows=outcome.num_rows,
+        num_tokens=outcome.num_tokens,
+        cache_key=outcome.cache_key,
+    )
+
+
+def outcome_from_proto(message: pb.PopulateCacheResponse) -> PopulateOutcome:
+    """One line of progress.
+
+    Raises:
+        ServiceError: the teacher names an outcome that this side does not know.
+    """
+    outcome = _OUTCOME_NAMES.get(message.outcome)
+    if outcome is None:
+        raise ServiceError(
+            f"the teacher answered with outcome {message.outcome}, which is unknown here; "
+            "run the same version of hyperagent on both sides"
+        )
+    return PopulateOutcome(
+        trajectory_id=message.trajectory_id,
+        outcome=outcome,
+        num_rows=message.num_rows,
+        num_tokens=message.num_tokens,
+        cache_key=message.cache_key,
+        reason=message.reason,
+    )
