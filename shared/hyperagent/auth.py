@@ -32,7 +32,9 @@ def read_token() -> str:
     if not token and token_file().is_file():
         token = token_file().read_text(encoding="ascii").strip()
     if not token:
-        raise ConfigError(f"there is no access token: start a service on this machine, or set HYPERAGENT_TOKEN (looked in {token_file()})")
+        raise ConfigError(
+            f"there is no access token: start a service on this machine, or set HYPERAGENT_TOKEN (looked in {token_file()})"
+        )
     return token
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,8 +20,8 @@ class StrictModel(BaseModel):
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def load_yaml(path: Path, model: type[_Model]) -> _Model:
-    """Read a YAML file into `model`.
+def load_yaml(path: Path, model: type[_Model], *, context: dict[str, Any] | None = None) -> _Model:
+    """Read a YAML file into `model`; `context` reaches the model's validators.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown or bad field; every bad field is named.
@@ -32,17 +32,17 @@ def load_yaml(path: Path, model: type[_Model]) -> _Model:
         raise ConfigError(f"there is no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse(raw if raw is not None else {}, model, source=str(path))
+    return parse(raw if raw is not None else {}, model, source=str(path), context=context)
 
 
-def parse(raw: object, model: type[_Model], *, source: str) -> _Model:
+def parse(raw: object, model: type[_Model], *, source: str, context: dict[str, Any] | None = None) -> _Model:
     """Validate `raw` as `model`; `source` names where it came from in the error.
 
     Raises:
         ConfigError: naming every bad field.
     """
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=context)
     except ValidationError as error:
         raise ConfigError(f"{source}: {describe(error)}") from error
 

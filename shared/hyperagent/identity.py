@@ -85,7 +85,9 @@ def tokenizer_sha256(folder: Path) -> str:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read a tokenizer from {path}: {error}; give a folder that holds tokenizer.json") from error
+        raise ConfigError(
+            f"cannot read a tokenizer from {path}: {error}; give a folder that holds tokenizer.json"
+        ) from error
     content.pop("truncation", None)
     content.pop("padding", None)
     return hashlib.sha256(canonical_json(content)).hexdigest()

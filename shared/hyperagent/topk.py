@@ -56,11 +56,18 @@ class TopKRows:
             raise InvalidRequest(f"top-k rows disagree in shape: ids {(n, k)}, the others {shapes}")
         if n == 0:
             return
-        if self.positions[0] < 1 or self.positions[-1] >= num_tokens or not (np.diff(self.positions.astype(np.int64)) > 0).all():
+        if (
+            self.positions[0] < 1
+            or self.positions[-1] >= num_tokens
+            or not (np.diff(self.positions.astype(np.int64)) > 0).all()
+        ):
             raise InvalidRequest(f"positions must increase strictly within [1, {num_tokens})")
         if int(self.ids.max()) >= vocab_size:
             raise InvalidRequest(f"id {int(self.ids.max())} is outside the vocabulary of {vocab_size}")
-        if not (np.isfinite(self.logprobs).all() and np.isfinite(self.target_logprob).all()) or np.isnan(self.tail_logmass).any():
+        if (
+            not (np.isfinite(self.logprobs).all() and np.isfinite(self.target_logprob).all())
+            or np.isnan(self.tail_logmass).any()
+        ):
             raise InvalidRequest("a log-probability is not finite")
         mass = np.exp(self.logprobs.astype(np.float64)).sum(axis=1) + np.exp(self.tail_logmass.astype(np.float64))
         if np.abs(mass - 1).max() > MASS_TOLERANCE:

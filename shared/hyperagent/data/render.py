@@ -27,7 +27,9 @@ from hyperagent.errors import DataError, RowRefused
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
-def tokenise_row(row: Row, tokenizer: ChatTokenizer, *, split: str, max_tokens: int, max_prompt_tokens: int, cut: bool) -> TokenisedTrajectory:
+def tokenise_row(
+    row: Row, tokenizer: ChatTokenizer, *, split: str, max_tokens: int, max_prompt_tokens: int, cut: bool
+) -> TokenisedTrajectory:
     """Render and tokenise one row.
 
     Args:
@@ -96,7 +98,9 @@ def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError as error:
-        raise DataError(f"message {index} calls {function['name']} with arguments that are not JSON: {error}") from error
+        raise DataError(
+            f"message {index} calls {function['name']} with arguments that are not JSON: {error}"
+        ) from error
     if not isinstance(arguments, dict):
         raise DataError(f"message {index} calls {function['name']} with arguments that are not a JSON object")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -111,7 +115,9 @@ def prune_nulls(value: Any) -> Any:
     return value
 
 
-def _assistant_spans(messages: Sequence[dict[str, Any]], conversation: Conversation, rendered: str) -> list[tuple[int, int]]:
+def _assistant_spans(
+    messages: Sequence[dict[str, Any]], conversation: Conversation, rendered: str
+) -> list[tuple[int, int]]:
     """The characters of `rendered` that the assistant wrote, one span a turn."""
     spans = []
     for index, message in enumerate(messages):
@@ -120,7 +126,9 @@ def _assistant_spans(messages: Sequence[dict[str, Any]], conversation: Conversat
         before = conversation.render(index, add_generation_prompt=True)
         after = conversation.render(index + 1)
         if not (after.startswith(before) and rendered.startswith(after)):
-            raise DataError(f"the chat template renders message {index} differently within a longer conversation; use a prefix-preserving template")
+            raise DataError(
+                f"the chat template renders message {index} differently within a longer conversation; use a prefix-preserving template"
+            )
         # A template's newline after the end-of-turn token is not something the assistant writes.
         spans.append((len(before), len(after.rstrip("\n"))))
     return spans

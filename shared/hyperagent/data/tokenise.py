@@ -69,7 +69,14 @@ def tokenise_file(
         progress(done, len(chosen))
         try:
             kept.append(
-                tokenise_row(row, tokenizer, split=splits[row["repo"]], max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens, cut=cut)
+                tokenise_row(
+                    row,
+                    tokenizer,
+                    split=splits[row["repo"]],
+                    max_tokens=max_tokens,
+                    max_prompt_tokens=max_prompt_tokens,
+                    cut=cut,
+                )
             )
         except RowRefused as error:
             refused.append(error)
@@ -79,7 +86,9 @@ def tokenise_file(
     for split, count in counts.items():
         if count == 0:
             why = f"; the first refusal: {refused[0]}" if refused else ""
-            raise DataError(f"no usable trajectory of {source} is left in the {split} split ({len(refused)} of {len(chosen)} refused){why}")
+            raise DataError(
+                f"no usable trajectory of {source} is left in the {split} split ({len(refused)} of {len(chosen)} refused){why}"
+            )
     write_tokens(target, kept, tokenizer.identity)
     return TokeniseReport(
         rows=len(ids_and_repos),

@@ -84,7 +84,9 @@ class ChatTokenizer:
             raise ConfigError(f"cannot load a tokenizer from {folder}: {error}") from error
         template = self._tokenizer.chat_template
         if not isinstance(template, str):
-            raise ConfigError(f"the tokenizer in {folder} has no chat template; put chat_template.jinja beside tokenizer.json")
+            raise ConfigError(
+                f"the tokenizer in {folder} has no chat template; put chat_template.jinja beside tokenizer.json"
+            )
         self.folder = folder
         self.identity = TokenizerIdentity(digest, hashlib.sha256(template.encode()).hexdigest())
         self.vocab_size = len(self._tokenizer)
@@ -94,7 +96,9 @@ class ChatTokenizer:
         self._plain.encode_special_tokens = True
         added = self._plain.get_added_tokens_decoder()
         self._control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        self._control = re.compile("|".join(re.escape(text) for text in sorted(self._control_ids, key=len, reverse=True)))
+        self._control = re.compile(
+            "|".join(re.escape(text) for text in sorted(self._control_ids, key=len, reverse=True))
+        )
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
         """A conversation ready to be rendered, in whole or up to any message.

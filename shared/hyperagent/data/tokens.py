@@ -85,7 +85,9 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
     for batch in file.iter_batches(batch_size=64):
         for row in batch.to_pylist():
             if split is None or row["split"] == split:
-                arrays = {name: np.asarray(row[name], dtype=np.uint32) for name in ("token_ids", "positions", "prompt_ids")}
+                arrays = {
+                    name: np.asarray(row[name], dtype=np.uint32) for name in ("token_ids", "positions", "prompt_ids")
+                }
                 yield TokenisedTrajectory(**{**row, **arrays})
 
 
@@ -103,5 +105,7 @@ def _open(path: Path) -> tuple[pq.ParquetFile, TokenizerIdentity]:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
     metadata = file.schema_arrow.metadata or {}
     if metadata.get(b"format") != _FORMAT:
-        raise DataError(f"{path} is not a tokens file ({_FORMAT.decode()}); make one from it with `hyperagent data tokenize`")
+        raise DataError(
+            f"{path} is not a tokens file ({_FORMAT.decode()}); make one from it with `hyperagent data tokenize`"
+        )
     return file, TokenizerIdentity(**json.loads(metadata[b"tokenizer"]))

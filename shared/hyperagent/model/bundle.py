@@ -1,9 +1,9 @@
 """The bundle: all that turning a prompt into an adapter needs, without the student.
 
-    bundle.json               manifest: who it belongs to, shapes, and a digest of every other file
-    hypernetwork.safetensors  the hypernetwork's weights
-    embeddings.safetensors    the student's frozen embedding table
-    tokenizer/                the student's tokenizer files
+bundle.json               manifest: who it belongs to, shapes, and a digest of every other file
+hypernetwork.safetensors  the hypernetwork's weights
+embeddings.safetensors    the student's frozen embedding table
+tokenizer/                the student's tokenizer files
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class BundleManifest(StrictModel):
 class Bundle:
     """A loaded bundle; generates adapters on the CPU."""
 
-    def __init__(self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, embeddings: Tensor) -> None:
+    def __init__(
+        self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, embeddings: Tensor
+    ) -> None:
         self.manifest = manifest
         self.tokenizer_folder = folder / "tokenizer"
         self.fingerprint = blake3(canonical_json(manifest.model_dump(mode="json"))).hexdigest()
@@ -83,15 +85,26 @@ class Bundle:
         if prompt_ids.size == 0:
             raise InvalidRequest("the prompt is empty; send the task's text")
         if prompt_ids.size > self.manifest.max_prompt_tokens:
-            raise LimitExceeded(f"the prompt has {prompt_ids.size} tokens, this hypernetwork reads at most {self.manifest.max_prompt_tokens}; shorten it")
+            raise LimitExceeded(
+                f"the prompt has {prompt_ids.size} tokens, this hypernetwork reads at most {self.manifest.max_prompt_tokens}; shorten it"
+            )
         if int(prompt_ids.max()) >= self._embeddings.shape[0]:
-            raise InvalidRequest(f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._embeddings.shape[0]} rows")
+            raise InvalidRequest(
+                f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._embeddings.shape[0]} rows"
+            )
         ids = torch.from_numpy(prompt_ids.astype(np.int64))
         batched = self._hypernetwork(self._embeddings[ids][None].float(), torch.ones(1, len(ids), dtype=torch.bool))
         return {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
 
 
-def save_bundle(folder: Path, manifest: BundleManifest, *, hypernetwork: AgenticHyperNetwork, embeddings: Tensor, tokenizer_folder: Path) -> BundleManifest:
+def save_bundle(
+    folder: Path,
+    manifest: BundleManifest,
+    *,
+    hypernetwork: AgenticHyperNetwork,
+    embeddings: Tensor,
+    tokenizer_folder: Path,
+) -> BundleManifest:
     """Write a bundle, whole or not at all; returns the manifest with the files' digests.
 
     Raises:
@@ -107,9 +120,15 @@ def save_bundle(folder: Path, manifest: BundleManifest, *, hypernetwork: Agentic
         (aside / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer_folder / name, aside / "tokenizer" / name)
-        files = {str(p.relative_to(aside)): blake3(p.read_bytes()).hexdigest() for p in sorted(aside.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(aside)): blake3(p.read_bytes()).hexdigest()
+            for p in sorted(aside.rglob("*"))
+            if p.is_file()
+        }
         manifest = manifest.model_copy(update={"files": files})
-        (aside / "bundle.json").write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        (aside / "bundle.json").write_text(
+            json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8"
+        )
     return manifest
 
 
@@ -123,9 +142,13 @@ def load_bundle(folder: Path) -> Bundle:
     try:
         raw = json.loads((folder / "bundle.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a bundle: {error}; train one with `hyperagent train` or `hyperagent demo`") from error
+        raise ConfigError(
+            f"{folder} is not a bundle: {error}; train one with `hyperagent train` or `hyperagent demo`"
+        ) from error
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{folder}/bundle.json is not of format version {FORMAT_VERSION}; export it again with this release")
+        raise ConfigError(
+            f"{folder}/bundle.json is not of format version {FORMAT_VERSION}; export it again with this release"
+        )
     manifest = parse(raw, BundleManifest, source=str(folder / "bundle.json"))
     contents = {name: _checked(folder / name, digest) for name, digest in manifest.files.items()}
     embeddings = load(contents["embeddings.safetensors"])["embeddings"]
@@ -133,7 +156,9 @@ def load_bundle(folder: Path) -> Bundle:
     try:
         hypernetwork.load_state_dict(load(contents["hypernetwork.safetensors"]), strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise CorruptRecord(f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}") from error
+        raise CorruptRecord(
+            f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}"
+        ) from error
     return Bundle(folder, manifest, hypernetwork.eval().requires_grad_(False), embeddings)
 
 

@@ -85,7 +85,9 @@ class _Attention(nn.Module):
 
         key, value = self.key_value(self.norm_context(context_BCD)).chunk(2, dim=-1)
         mask = None if mask_BC is None else mask_BC[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(heads(self.query(self.norm_query(x_BQD))), heads(key), heads(value), attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(
+            heads(self.query(self.norm_query(x_BQD))), heads(key), heads(value), attn_mask=mask
+        )
         return x_BQD + self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -112,7 +114,9 @@ class PromptEncoder(nn.Module):
         self.input = nn.Linear(embedding_size, width, bias=False)
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_Attention(width, config.num_heads), _Attention(width, config.num_heads), _FeedForward(width)])
+            nn.ModuleList(
+                [_Attention(width, config.num_heads), _Attention(width, config.num_heads), _FeedForward(width)]
+            )
             for _ in range(config.encoder_blocks)
         )
 
@@ -138,7 +142,8 @@ class ShapeGroupedLoRAGenerator(nn.Module):
         self.layer_queries = nn.Parameter(torch.randn(len(layers), width) / math.sqrt(width))
         self.rank_queries = nn.Parameter(torch.randn(config.rank, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_Attention(width, config.num_heads), _FeedForward(width)]) for _ in range(config.generator_blocks)
+            nn.ModuleList([_Attention(width, config.num_heads), _FeedForward(width)])
+            for _ in range(config.generator_blocks)
         )
         self.norm = nn.RMSNorm(width)
         shapes = sorted({(layer.in_features, layer.out_features) for layer in layers})

@@ -34,7 +34,9 @@ def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
     def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_BTI = inputs[0]
         if x_BTI.dim() != 3 or x_BTI.shape[0] != a_BIR.shape[0]:
-            raise InvalidRequest(f"an adapter batch of {a_BIR.shape[0]} met an input of shape {tuple(x_BTI.shape)}; give one adapter per sample")
+            raise InvalidRequest(
+                f"an adapter batch of {a_BIR.shape[0]} met an input of shape {tuple(x_BTI.shape)}; give one adapter per sample"
+            )
         low_BTR = torch.bmm(x_BTI, a_BIR.to(x_BTI.dtype))
         return torch.baddbmm(output, low_BTR, b_BRO.to(output.dtype), alpha=scale)
 
@@ -60,7 +62,9 @@ class HookBasedLoRAInjector:
             for name, pair in weights.items():
                 module = self._modules.get(name)
                 if not isinstance(module, nn.Linear):
-                    raise InvalidRequest(f"the student has no linear layer {name!r}: the adapter was made for another student")
+                    raise InvalidRequest(
+                        f"the student has no linear layer {name!r}: the adapter was made for another student"
+                    )
                 if (pair.a.shape[-1], pair.b.shape[-2]) != (module.in_features, module.out_features):
                     raise InvalidRequest(
                         f"the adapter maps {pair.a.shape[-1]} to {pair.b.shape[-2]} features at {name}, the student {module.in_features} to {module.out_features}"

@@ -36,7 +36,9 @@ def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) ->
     tensors = {}
     for name, pair in weights.items():
         if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
-            raise InvalidRequest(f"the adapter's factors at {name} are not finite; the hypernetwork's checkpoint is broken")
+            raise InvalidRequest(
+                f"the adapter's factors at {name} are not finite; the hypernetwork's checkpoint is broken"
+            )
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.detach().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.detach().contiguous()
     config = {
@@ -52,4 +54,6 @@ def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) ->
         # Full names: a suffix such as "out_proj" could also match a layer the adapter does not change.
         "target_modules": sorted(weights),
     }
-    return AdapterFiles(model=save(tensors, metadata={"format": "pt"}), config=(json.dumps(config, indent=2) + "\n").encode())
+    return AdapterFiles(
+        model=save(tensors, metadata={"format": "pt"}), config=(json.dumps(config, indent=2) + "\n").encode()
+    )

@@ -52,7 +52,9 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
     model_type = str(student.config.model_type)
     if targets is None:
         if model_type not in DEFAULT_TARGETS:
-            raise ConfigError(f"there are no default targets for {model_type!r} students; name them in the recipe (known: {', '.join(DEFAULT_TARGETS)})")
+            raise ConfigError(
+                f"there are no default targets for {model_type!r} students; name them in the recipe (known: {', '.join(DEFAULT_TARGETS)})"
+            )
         targets = DEFAULT_TARGETS[model_type]
     prefix = next((name for name, module in student.named_modules() if module is student.get_decoder()), "")
     found: list[LayerInfo] = []
@@ -61,11 +63,15 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
         modules = dict(layer.named_modules())
         here = [path for path in targets if path in modules]
         if not here:
-            raise ConfigError(f"decoder layer {index} of the {model_type} student has none of the targets {', '.join(targets)}; add its projections")
+            raise ConfigError(
+                f"decoder layer {index} of the {model_type} student has none of the targets {', '.join(targets)}; add its projections"
+            )
         for path in here:
             module = modules[path]
             if type(module) is not nn.Linear:
-                raise ConfigError(f"target {path} of layer {index} is a {type(module).__name__}, not a linear layer; leave it out of the targets")
+                raise ConfigError(
+                    f"target {path} of layer {index} is a {type(module).__name__}, not a linear layer; leave it out of the targets"
+                )
             found.append(LayerInfo(f"{prefix}.layers.{index}.{path}", module.in_features, module.out_features))
         matched.update(here)
     if unknown := [path for path in targets if path not in matched]:

@@ -105,12 +105,8 @@ class TeacherClient:
     async def get_teacher(self, *, timeout_s: float = 10.0) -> TeacherFacts:
         """Ask who the teacher is and what it accepts."""
         with self._domain_errors():
-            answer = await self._stub.GetTeacher(
-                pb.GetTeacherRequest(), timeout=timeout_s, metadata=self._metadata
-            )
-        return TeacherFacts(
-            codec.teacher_from_proto(answer.identity), answer.max_tokens, answer.max_pending_requests
-        )
+            answer = await self._stub.GetTeacher(pb.GetTeacherRequest(), timeout=timeout_s, metadata=self._metadata)
+        return TeacherFacts(codec.teacher_from_proto(answer.identity), answer.max_tokens, answer.max_pending_requests)
 
     async def score_tokens(
         self,
@@ -192,9 +188,7 @@ class TeacherClient:
 
         async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
             nonlocal failure
-            yield pb.PopulateCacheRequest(
-                options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer))
-            )
+            yield pb.PopulateCacheRequest(options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer)))
             try:
                 async for item in items:
                     yield item

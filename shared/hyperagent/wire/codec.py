@@ -53,9 +53,7 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
     return np.frombuffer(packed, _U4).astype(np.uint32, copy=False)
 
 
-def rows_to_chunks(
-    rows: TopKRows, *, first_row: int = 0, max_bytes: int = 1 << 20
-) -> Iterator[pb.ScoreTokensResponse]:
+def rows_to_chunks(rows: TopKRows, *, first_row: int = 0, max_bytes: int = 1 << 20) -> Iterator[pb.ScoreTokensResponse]:
     """Cut rows into messages of about `max_bytes` each, at least one row per message.
 
     Args:
@@ -118,9 +116,7 @@ def _array(packed: bytes, dtype: np.dtype, shape: tuple[int, ...], what: str) ->
 
 
 def tokenizer_to_proto(identity: TokenizerIdentity) -> pb.TokenizerIdentity:
-    return pb.TokenizerIdentity(
-        tokenizer_sha256=identity.tokenizer_sha256, template_sha256=identity.template_sha256
-    )
+    return pb.TokenizerIdentity(tokenizer_sha256=identity.tokenizer_sha256, template_sha256=identity.template_sha256)
 
 
 def tokenizer_from_proto(message: pb.TokenizerIdentity) -> TokenizerIdentity:

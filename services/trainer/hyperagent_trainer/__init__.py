@@ -1,0 +1,1 @@
+"""The trainer: distils the teacher into a hypernetwork for a frozen student, under a control endpoint."""

@@ -1,0 +1,73 @@
+"""What a training run is told: the recipe, and what a caller of the control endpoint may change of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hyperagent.config import StrictModel, load_yaml
+from hyperagent.model.hypernetwork import HyperNetworkConfig
+from pydantic import Field, ValidationInfo, field_validator
+
+
+class RunOverrides(StrictModel):
+    """What `POST /v1/runs` may change of a named recipe, with the bounds it may change it within."""
+
+    num_steps: int | None = Field(None, ge=1, le=1_000_000)
+    """Optimiser steps."""
+    batch_size: int | None = Field(None, ge=1, le=256)
+    """Trajectories per step."""
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Peak learning rate."""
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    """Seeds the hypernetwork's start and the order of the data."""
+
+
+class TrainRecipe(StrictModel):
+    """One training run. Relative paths are relative to the recipe's own folder."""
+
+    student: Path
+    """Folder of the frozen student: a Transformers model and its tokenizer."""
+    tokens: Path
+    """Tokens file with the trajectories, both splits."""
+    cache: Path
+    """Folder of the teacher's cache."""
+    hypernetwork: HyperNetworkConfig = HyperNetworkConfig()
+    targets: tuple[str, ...] | None = None
+    """Projections to adapt, as paths inside a decoder layer; by default those of the student's type."""
+    max_prompt_tokens: int = Field(32_768, ge=1)
+    """Longest prompt the hypernetwork reads; a longer one in the data stops the run before it starts."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    num_steps: int = Field(1000, ge=1)
+    batch_size: int = Field(8, ge=1)
+    """Trajectories per step."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    b_head_learning_rate_factor: float = Field(1.0, gt=0)
+    """Multiplies the learning rate of the heads that make B, which start at zero (LoRA+, arXiv:2402.12354)."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    loss_chunk_rows: int = Field(256, ge=1)
+    """Supervised rows per chunk of the loss, whose workspace is this many times the vocabulary."""
+    evaluate_every: int = Field(200, ge=1)
+    """Steps between evaluations on the held-out split; there is always one at the end."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints; there is always one at the end."""
+
+    @field_validator("student", "tokens", "cache")
+    @classmethod
+    def _resolve(cls, path: Path, info: ValidationInfo) -> Path:
+        base = (info.context or {}).get("base")
+        return path if base is None else (base / path).resolve()
+
+
+def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecipe:
+    """Read a recipe, with its paths made absolute and `overrides` applied.
+
+    Raises:
+        ConfigError: the file is missing or has a bad field; every bad field is named.
+    """
+    changes: dict[str, Any] = overrides.model_dump(exclude_none=True) if overrides else {}
+    return load_yaml(path, TrainRecipe, context={"base": path.parent}).model_copy(update=changes)

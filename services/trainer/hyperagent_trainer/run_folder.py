@@ -1,0 +1,85 @@
+"""What a run leaves on disk, and so what the training process and its supervisor tell each other.
+
+recipe.json       the resolved recipe; the supervisor writes it, the training process reads it
+status.json       the training process's last word about itself, replaced as a whole
+metrics.jsonl     one line per step, one per evaluation; only ever appended
+log.txt           the training process's stderr
+checkpoint/       the last checkpoint: hypernetwork, optimiser, step
+bundle/           at the end: all that the adapter service needs
+probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from hyperagent.config import StrictModel
+from hyperagent.errors import CorruptRecord, NotFound
+from hyperagent.files import write_atomically
+from pydantic import Field
+
+RunState = Literal["queued", "loading", "running", "saving", "stopped", "failed", "done"]
+
+FINAL_STATES: frozenset[RunState] = frozenset({"stopped", "failed", "done"})
+"""No process belongs to a run in one of these."""
+
+
+class RunStatus(StrictModel):
+    """How a run is doing."""
+
+    state: RunState
+    reason: str = ""
+    """Why, for "failed" and "stopped"."""
+    step: int = 0
+    """Optimiser steps done."""
+    num_steps: int
+    loss: float | None = None
+    """Training loss of the last step, nats per supervised token."""
+    tokens_per_s: float | None = None
+    """Tokens, context included, over the last steps."""
+    eta_s: float | None = None
+    """Seconds until the last step, at the present speed."""
+    held_out_kl: dict[str, float] = {}
+    """The last evaluation: nats per supervised token, by arm."""
+    updated_at: float = Field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+class RunFolder:
+    """The files of one run by name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.json"
+        self.status = root / "status.json"
+        self.metrics = root / "metrics.jsonl"
+        self.log = root / "log.txt"
+        self.checkpoint = root / "checkpoint"
+        self.bundle = root / "bundle"
+        self.probe = root / "probe.safetensors"
+
+    def write_status(self, status: RunStatus) -> None:
+        """Replace the status, durably.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        write_atomically(self.status, status.model_dump_json(indent=2).encode() + b"\n")
+
+    def read_status(self) -> RunStatus:
+        """The last status written.
+
+        Raises:
+            NotFound: there is none.
+            CorruptRecord: it cannot be read.
+        """
+        try:
+            content = self.status.read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"{self.root} holds no run") from None
+        try:
+            return RunStatus.model_validate_json(content)
+        except ValueError as error:
+            raise CorruptRecord(f"{self.status} is damaged: {error}") from error
