@@ -13,7 +13,7 @@ import structlog
 
 def configure_logging(*, service: str, level: str = "info") -> None:
     """Set structlog and the standard library's root logger up; only entry points call this."""
-    shared = [
+    shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationInfo, field_validator
+
 from hyperagent.config import StrictModel, load_yaml
 from hyperagent.model.hypernetwork import HyperNetworkConfig
-from pydantic import Field, ValidationInfo, field_validator
 
 
 class RunOverrides(StrictModel):
@@ -71,3 +72,18 @@ def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecip
     """
     changes: dict[str, Any] = overrides.model_dump(exclude_none=True) if overrides else {}
     return load_yaml(path, TrainRecipe, context={"base": path.parent}).model_copy(update=changes)
+
+
+class ControlSettings(StrictModel):
+    """The control process's own settings."""
+
+    recipes: Path = Path("recipes")
+    """Folder of the recipes that may be run, `NAME.yaml` each."""
+    runs: Path = Path("runs")
+    """Folder that gets a folder per run."""
+    host: str = "127.0.0.1"
+    port: int = Field(8702, ge=1, le=65_535)
+    allow_remote: bool = False
+    """Listen on an address other machines can reach."""
+    stop_grace_s: float = Field(60.0, gt=0, le=3600)
+    """Seconds a training process has to save and end before it is killed."""

@@ -1,9 +1,12 @@
 """What a run leaves on disk, and so what the training process and its supervisor tell each other.
 
+request.json      what the caller asked for; the supervisor's own
 recipe.json       the resolved recipe; the supervisor writes it, the training process reads it
-status.json       the training process's last word about itself, replaced as a whole
+process.json      which process trains, or last did; the supervisor's own
+status.json       the training process's last word about itself, replaced as a whole; while no process
+                  lives, the supervisor's
 metrics.jsonl     one line per step, one per evaluation; only ever appended
-log.txt           the training process's stderr
+log.txt           the training process's stdout and stderr
 checkpoint/       the last checkpoint: hypernetwork, optimiser, step
 bundle/           at the end: all that the adapter service needs
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
@@ -15,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.files import write_atomically
-from pydantic import Field
 
 RunState = Literal["queued", "loading", "running", "saving", "stopped", "failed", "done"]
 
@@ -41,7 +45,7 @@ class RunStatus(StrictModel):
     """Tokens, context included, over the last steps."""
     eta_s: float | None = None
     """Seconds until the last step, at the present speed."""
-    held_out_kl: dict[str, float] = {}
+    held_out_kl: dict[str, float] = Field(default_factory=dict)
     """The last evaluation: nats per supervised token, by arm."""
     updated_at: float = Field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -52,7 +56,9 @@ class RunFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.request = root / "request.json"
         self.recipe = root / "recipe.json"
+        self.process = root / "process.json"
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         self.log = root / "log.txt"
@@ -82,4 +88,6 @@ class RunFolder:
         try:
             return RunStatus.model_validate_json(content)
         except ValueError as error:
-            raise CorruptRecord(f"{self.status} is damaged: {error}") from error
+            raise CorruptRecord(
+                f"{self.status} is damaged; move {self.root} elsewhere to go on without this run"
+            ) from error

@@ -49,7 +49,7 @@ class BundleManifest(StrictModel):
     """Longest prompt it was trained to read, in tokens."""
     step: int = Field(ge=0)
     """Optimiser steps it was trained for."""
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
     """BLAKE3 (hex) of every other file, by path inside the bundle."""
 
     @property

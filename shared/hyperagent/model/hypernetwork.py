@@ -104,6 +104,34 @@ class _FeedForward(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class _EncoderBlock(nn.Module):
+    """Latents read the prompt, mix among themselves, and think."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.read = _Attention(width, num_heads)
+        self.mix = _Attention(width, num_heads)
+        self.think = _FeedForward(width)
+
+    def forward(self, latents_BLD: Tensor, tokens_BPD: Tensor, mask_BP: Tensor) -> Tensor:
+        latents_BLD = self.read(latents_BLD, tokens_BPD, mask_BP)
+        thought: Tensor = self.think(self.mix(latents_BLD, latents_BLD))
+        return thought
+
+
+class _GeneratorBlock(nn.Module):
+    """Queries read the latents and think."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.read = _Attention(width, num_heads)
+        self.think = _FeedForward(width)
+
+    def forward(self, queries_BQD: Tensor, latents_BLD: Tensor) -> Tensor:
+        thought: Tensor = self.think(self.read(queries_BQD, latents_BLD))
+        return thought
+
+
 class PromptEncoder(nn.Module):
     """Pools a prompt of any length into L latents."""
 
@@ -113,12 +141,7 @@ class PromptEncoder(nn.Module):
         self.norm_input = nn.RMSNorm(embedding_size)
         self.input = nn.Linear(embedding_size, width, bias=False)
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) / math.sqrt(width))
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [_Attention(width, config.num_heads), _Attention(width, config.num_heads), _FeedForward(width)]
-            )
-            for _ in range(config.encoder_blocks)
-        )
+        self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> Tensor:
         """Latents [B, L, D] of prompt embeddings; `mask_BP` is True at real tokens, of which each row has one at least."""
@@ -126,9 +149,8 @@ class PromptEncoder(nn.Module):
         # The table's rows carry no order, so positions are added (sinusoidal: defined for every length).
         tokens_BPD = tokens_BPD + _sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2]).to(tokens_BPD)
         latents_BLD = self.latents.expand(tokens_BPD.shape[0], -1, -1)
-        for read, mix, think in self.blocks:  # type: ignore[misc]
-            latents_BLD = read(latents_BLD, tokens_BPD, mask_BP)
-            latents_BLD = think(mix(latents_BLD, latents_BLD))
+        for block in self.blocks:
+            latents_BLD = block(latents_BLD, tokens_BPD, mask_BP)
         return latents_BLD
 
 
@@ -141,10 +163,7 @@ class ShapeGroupedLoRAGenerator(nn.Module):
         self.layers = tuple(layers)
         self.layer_queries = nn.Parameter(torch.randn(len(layers), width) / math.sqrt(width))
         self.rank_queries = nn.Parameter(torch.randn(config.rank, width) / math.sqrt(width))
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([_Attention(width, config.num_heads), _FeedForward(width)])
-            for _ in range(config.generator_blocks)
-        )
+        self.blocks = nn.ModuleList(_GeneratorBlock(width, config.num_heads) for _ in range(config.generator_blocks))
         self.norm = nn.RMSNorm(width)
         shapes = sorted({(layer.in_features, layer.out_features) for layer in layers})
         self.a_heads = nn.ModuleDict({f"{i}x{o}": nn.Linear(width, i, bias=False) for i, o in shapes})
@@ -158,8 +177,8 @@ class ShapeGroupedLoRAGenerator(nn.Module):
         """Factors a [B, R, I] and b [B, O, R] of every target layer."""
         queries_MRD = self.layer_queries[:, None] + self.rank_queries[None]
         x_BQD = queries_MRD.flatten(0, 1).expand(latents_BLD.shape[0], -1, -1)
-        for read, think in self.blocks:  # type: ignore[misc]
-            x_BQD = think(read(x_BQD, latents_BLD))
+        for block in self.blocks:
+            x_BQD = block(x_BQD, latents_BLD)
         features_BMRD = F.normalize(self.norm(x_BQD), dim=-1).unflatten(1, (len(self.layers), self.rank))
         weights: AdapterWeights = {}
         for shape in self.a_heads:

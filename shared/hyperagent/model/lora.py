@@ -31,7 +31,7 @@ def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
     a_BIR = pair.a.transpose(1, 2)
     b_BRO = pair.b.transpose(1, 2)
 
-    def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_BTI = inputs[0]
         if x_BTI.dim() != 3 or x_BTI.shape[0] != a_BIR.shape[0]:
             raise InvalidRequest(
@@ -69,6 +69,6 @@ class HookBasedLoRAInjector:
                     raise InvalidRequest(
                         f"the adapter maps {pair.a.shape[-1]} to {pair.b.shape[-2]} features at {name}, the student {module.in_features} to {module.out_features}"
                     )
-                handle = module.register_forward_hook(make_batched_lora_hook(pair, self._scale))  # type: ignore[arg-type]
+                handle = module.register_forward_hook(make_batched_lora_hook(pair, self._scale))
                 stack.callback(handle.remove)
             yield

@@ -1,0 +1,65 @@
+"""`hyperagent demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Your trajectories (Parquet); without, a sample is generated.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer's folder; without, one is trained.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML configuration; by default configs/demo.yaml or configs/demo_own_data.yaml."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
+    model_store: Annotated[Path, typer.Option(help="Folder that keeps the pre-trained models.")] = Path("runs/models"),
+    seed: Annotated[int | None, typer.Option(min=0, help="Override the configuration's seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json on standard output.")] = False,
+) -> None:
+    """Run the whole loop on this machine: trajectories in, a prompt-conditioned LoRA out."""
+    from rich.console import Console
+
+    from hyperagent.cli.display import progress_bars, stderr
+    from hyperagent.config import load_yaml
+    from hyperagent_demo.config import DemoConfig
+    from hyperagent_demo.loop import run_loop
+    from hyperagent_demo.processes import PeakMemory
+    from hyperagent_demo.report import build_report, print_report, write_plot, write_report
+    from hyperagent_demo.stages import Stages
+
+    settings = load_yaml(
+        config or Path("configs") / ("demo.yaml" if data is None else "demo_own_data.yaml"), DemoConfig
+    )
+    if seed is not None:
+        settings = settings.model_copy(update={"seed": seed})
+    started = time.monotonic()
+    with PeakMemory() as memory, progress_bars() as bars:
+        stages = Stages(bars)
+        result = run_loop(settings, data=data, tokenizer=tokenizer, out=out, model_store=model_store, stages=stages)
+    seconds = {**stages.seconds, "total": round(time.monotonic() - started, 2)}
+    report = build_report(settings, result, seconds=seconds, peak_rss_bytes=memory.peak_bytes)
+    write_plot(out / "report.png", result.metrics, report)
+    write_report(out / "report.json", report)
+    console = stderr if as_json else Console()
+    print_report(console, report, plot=out / "report.png")
+    console.print(next_commands(out), highlight=False, markup=False)
+    if as_json:
+        typer.echo((out / "report.json").read_text(encoding="utf-8"))
+
+
+def next_commands(out: Path) -> str:
+    """What to try after the demo."""
+    return f"""
+Next, serve adapters (the access token is made on the first start):
+    .venv/bin/hyperagent serve adapter-api --bundle {out}/bundle --store {out}/adapters
+and, in another terminal, ask for one:
+    .venv/bin/hyperagent adapter create "Fix the failing check in the repository." --out {out}/my-adapter
+    curl -H "Authorization: Bearer $(cat ~/.hyperagent/token)" -H "Content-Type: application/json" \\
+         -d '{{"prompt": "Fix the failing check in the repository."}}' http://127.0.0.1:8703/v1/adapters"""

@@ -1,0 +1,237 @@
+"""The loop: trajectories in, a prompt-conditioned LoRA out, every arrow a real process, port and file.
+
+The demo starts the services as a user would and talks to them over the network only. What it writes to OUT:
+
+    demo.json         the configuration              cache/     the teacher's cache
+    sample.parquet    trajectories, if none given    recipes/   the trainer's recipe
+    tokenizer/        likewise                       runs/      the trainer's runs
+    tokens.parquet    trajectories as token ids      bundle/    what the adapter service serves
+    report.json .png  the result                     adapters/  what it has generated
+    logs/             one per process                adapter/   one of them, downloaded
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hyperagent.cache.store import CacheStats, TopKCache
+from hyperagent.http.client import ApiClient
+from hyperagent_demo.sample.generate import write_sample
+from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
+
+from hyperagent.data.reader import read_rows
+from hyperagent.data.render import task_prompt
+from hyperagent.data.tokenise import TokeniseReport, tokenise_file
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import count_tokens_rows, read_tokenizer_identity, read_tokens
+from hyperagent.errors import ConfigError, DataError, ServiceError
+from hyperagent.files import new_directory, write_atomically
+from hyperagent.wire.client import TeacherClient
+from hyperagent.wire.outcome import Outcome
+from hyperagent_demo.config import DemoConfig
+from hyperagent_demo.peft_check import PeftCheckJob
+from hyperagent_demo.pretraining import PretrainedModels, pretrain_models
+from hyperagent_demo.processes import free_port, run_worker, service
+from hyperagent_demo.stages import Bar, Stages
+
+_READY_TIMEOUT_S = 120.0
+_POLL_S = 0.5
+_FINAL_STATES = {"done", "failed", "stopped"}
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What the loop measured."""
+
+    source: Path
+    tokenised: TokeniseReport
+    models: PretrainedModels
+    cache: CacheStats
+    run: dict[str, Any]
+    """The trainer's last word about the run."""
+    metrics: list[dict[str, Any]]
+    """Every line of the run's metrics."""
+    prompt: str
+    """The task the adapter was made for."""
+    peft: dict[str, float]
+
+
+def run_loop(
+    config: DemoConfig, *, data: Path | None, tokenizer: Path | None, out: Path, model_store: Path, stages: Stages
+) -> LoopResult:
+    """Run every stage.
+
+    Args:
+        data: trajectories in Parquet; without, the sample is generated.
+        tokenizer: folder of a tokenizer with a chat template; without, one is trained on the data.
+        model_store: keeps pre-trained models from one run to the next.
+
+    Raises:
+        HyperagentError: an input is wrong or a process failed; says which log to read.
+    """
+    _start_afresh(out, config)
+    source, tokenizer = _trajectories(config, data, tokenizer, out, stages)
+    tokens = out / "tokens.parquet"
+    with stages.stage("tokenise") as bar:
+        tokenised = tokenise_file(
+            source,
+            tokens,
+            ChatTokenizer(tokenizer),
+            max_tokens=config.max_tokens,
+            max_prompt_tokens=config.max_prompt_tokens,
+            cut=True,
+            sample=config.max_rows,
+            held_out_share=config.held_out_share,
+            seed=config.seed,
+            progress=bar.update,
+        )
+    models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
+    token = secrets.token_urlsafe(32)
+    with stages.stage("populate", total=count_tokens_rows(tokens)) as bar:
+        cache = _populate(config, models.teacher, tokens, out, token, bar)
+    with stages.stage("distil", total=config.distill.num_steps) as bar:
+        run, metrics = _distil(config, models.student, tokens, out, token, bar)
+    with stages.stage("adapter"):
+        prompt = _adapter(source, out, token)
+    with stages.stage("peft check"):
+        job = PeftCheckJob(
+            student=models.student, adapter=out / "adapter", probe=_run_folder(out, run) / "probe.safetensors"
+        )
+        job_file = out / "logs" / "peft_check.json"
+        write_atomically(job_file, job.model_dump_json().encode())
+        peft = run_worker("hyperagent_demo.peft_check", job_file, log=out / "logs" / "peft_check.txt", threads=2)
+    return LoopResult(source, tokenised, models, cache, run, metrics, prompt, peft)
+
+
+def _start_afresh(out: Path, config: DemoConfig) -> None:
+    """Empty a former demo's folder; refuse to touch any other."""
+    marker = out / "demo.json"
+    if out.exists():
+        if any(out.iterdir()) and not marker.is_file():
+            raise ConfigError(f"{out} holds other files than a demo's; choose another --out")
+        shutil.rmtree(out)
+    write_atomically(marker, config.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _trajectories(
+    config: DemoConfig, data: Path | None, tokenizer: Path | None, out: Path, stages: Stages
+) -> tuple[Path, Path]:
+    """The trajectories and the tokenizer: the user's, or the demo's own."""
+    source = data or out / "sample.parquet"
+    if data is None:
+        with stages.stage("sample") as bar:
+            write_sample(source, seed=config.seed, rows=config.sample_rows, progress=bar.update)
+    if tokenizer is None:
+        tokenizer = out / "tokenizer"
+        with stages.stage("tokenizer"):
+            train_tokenizer(tokenizer_texts(source), tokenizer, vocab_size=config.vocab_size)
+    return source, tokenizer
+
+
+def _populate(config: DemoConfig, teacher: Path, tokens: Path, out: Path, token: str, bar: Bar) -> CacheStats:
+    """Serve the teacher, have it fill the cache over gRPC, check every record."""
+    port = free_port()
+    cache = out / "cache"
+    arguments = ["--model", str(teacher), "--cache", str(cache), "--port", str(port)]
+    arguments += ["--top-k", str(config.top_k), "--max-tokens", str(config.max_tokens)]
+    with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as require_alive:
+        try:
+            asyncio.run(_populate_over_grpc(f"127.0.0.1:{port}", tokens, token, bar))
+        except ServiceError:
+            require_alive()
+            raise
+    opened = TopKCache.open(cache)
+    if damaged := opened.verify().damaged:
+        raise DataError(f"{len(damaged)} records of the cache are damaged, the first is {damaged[0]}")
+    return opened.stats()
+
+
+async def _populate_over_grpc(address: str, tokens: Path, token: str, bar: Bar) -> None:
+    async with TeacherClient(address, token) as teacher:
+        await teacher.wait_until_serving(_READY_TIMEOUT_S)
+        total, rows = count_tokens_rows(tokens), 0
+        trajectories = ((t.trajectory_id, t.token_ids, t.positions) for t in read_tokens(tokens))
+        outcomes: Counter[Outcome] = Counter()
+        async for item in teacher.populate(trajectories, tokenizer=read_tokenizer_identity(tokens)):
+            if item.outcome is Outcome.REFUSED:
+                raise DataError(f"the teacher refuses trajectory {item.trajectory_id!r}: {item.reason}")
+            outcomes[item.outcome] += 1
+            rows += item.num_rows
+            bar.update(outcomes.total(), total, f"{rows:,} supervised tokens")
+
+
+def _distil(
+    config: DemoConfig, student: Path, tokens: Path, out: Path, token: str, bar: Bar
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Serve the trainer, start a run over REST, follow it to its end."""
+    recipe = {
+        "student": str(student.resolve()),
+        "tokens": str(tokens.resolve()),
+        "cache": str((out / "cache").resolve()),
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "seed": config.seed,
+        "checkpoint_every": config.distill.evaluate_every,
+        **config.distill.model_dump(mode="json"),
+    }
+    write_atomically(out / "recipes" / "demo.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
+    port = free_port()
+    arguments = ["--recipes", str(out / "recipes"), "--runs", str(out / "runs"), "--port", str(port)]
+    with (
+        service("trainer", arguments, log=out / "logs" / "trainer.txt", token=token) as require_alive,
+        ApiClient(f"http://127.0.0.1:{port}", token) as trainer,
+    ):
+        trainer.wait_until_ready(_READY_TIMEOUT_S)
+        run = trainer.post_json("/v1/runs", {"recipe": "demo"})
+        while run["state"] not in _FINAL_STATES:
+            time.sleep(_POLL_S)
+            require_alive()
+            run = trainer.get_json(f"/v1/runs/{run['id']}")
+            loss = "" if run["loss"] is None else f" · loss {run['loss']:.3f} · {run['tokens_per_s']:,.0f} tokens/s"
+            bar.update(run["step"], run["num_steps"], run["state"] + loss)
+        if run["state"] != "done":
+            raise ServiceError(
+                f"the training run {run['state']}: {run['reason']}; see {_run_folder(out, run) / 'log.txt'}"
+            )
+        metrics = trainer.get_json(f"/v1/runs/{run['id']}/metrics")["metrics"]
+    with new_directory(out / "bundle") as aside:
+        shutil.copytree(_run_folder(out, run) / "bundle", aside, dirs_exist_ok=True)
+    return run, metrics
+
+
+def _adapter(source: Path, out: Path, token: str) -> str:
+    """Serve the bundle, turn the probe's task into an adapter over REST, download it; returns the task."""
+    prompt = _probe_prompt(source, out)
+    port = free_port()
+    arguments = ["--bundle", str(out / "bundle"), "--store", str(out / "adapters"), "--port", str(port)]
+    with (
+        service("adapter-api", arguments, log=out / "logs" / "adapter-api.txt", token=token),
+        ApiClient(f"http://127.0.0.1:{port}", token) as client,
+    ):
+        client.wait_until_ready(_READY_TIMEOUT_S)
+        created = client.post_json("/v1/adapters", {"prompt": prompt})
+        with new_directory(out / "adapter") as aside:
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                (aside / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
+    return prompt
+
+
+def _probe_prompt(source: Path, out: Path) -> str:
+    """The task of the trajectory that the training process wrote its probe for."""
+    from safetensors import safe_open
+
+    (probe,) = (out / "runs").glob("*/probe.safetensors")
+    with safe_open(probe, framework="np") as file:
+        trajectory_id = file.metadata()["trajectory_id"]
+    return next(task_prompt(row) for row in read_rows(source) if row["trajectory_id"] == trajectory_id)
+
+
+def _run_folder(out: Path, run: dict[str, Any]) -> Path:
+    return out / "runs" / str(run["id"])

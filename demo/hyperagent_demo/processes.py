@@ -1,0 +1,134 @@
+"""The processes of the demo: started, waited for, and always stopped again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hyperagent.errors import ServiceError
+
+_STOP_GRACE_S = 20.0
+_SAMPLE_INTERVAL_S = 0.25
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> Iterator[Callable[[], None]]:
+    """Run `hyperagent serve NAME ...` while the block runs.
+
+    Yields a function that raises `ServiceError`, with the log's last line, once the process has ended.
+    """
+    command = [sys.executable, "-m", "hyperagent", "serve", name, *arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HYPERAGENT_TOKEN": token},
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops its services in order
+        )
+
+    def require_alive() -> None:
+        if process.poll() is not None:
+            raise ServiceError(f"the {name} service ended with code {process.returncode}: {_last_line(log)}; see {log}")
+
+    try:
+        yield require_alive
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run_worker(
+    module: str,
+    job: Path,
+    *,
+    log: Path,
+    threads: int,
+    on_line: Callable[[dict[str, Any]], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Run `python -m MODULE JOB` to its end, following the JSON lines it prints; returns the last one.
+
+    Raises:
+        ServiceError: it failed; names the log and its last line.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last: dict[str, Any] = {}
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = json.loads(line)
+                on_line(last)
+            code = process.wait()
+        finally:
+            process.kill()
+    if code != 0:
+        raise ServiceError(f"{module} ended with code {code}: {_last_line(log)}; see {log}")
+    return last
+
+
+class PeakMemory:
+    """The largest resident memory of this process and all its children; a context manager.
+
+    A sum over processes counts pages that they share once for each, so it is an upper bound.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        this = psutil.Process()
+        while not self._done.wait(_SAMPLE_INTERVAL_S):
+            total = 0
+            for process in [this, *this.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

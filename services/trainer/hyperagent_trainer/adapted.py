@@ -1,0 +1,54 @@
+"""The adapted student: a hypernetwork in front of a frozen student, and the distillation loss behind both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork
+from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent_trainer.batches import Batch, pad_prompts
+from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.student import Student
+
+
+class AdaptedStudent:
+    """Everything one step computes, from prompts to the sum of the loss."""
+
+    def __init__(self, student: Student, hypernetwork: AgenticHyperNetwork, *, loss_chunk_rows: int) -> None:
+        self.student = student
+        self.hypernetwork = hypernetwork
+        self._injector = HookBasedLoRAInjector(student.model, scale=hypernetwork.config.scale)
+        self._loss_chunk_rows = loss_chunk_rows
+
+    def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
+        """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
+        ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
+        weights: AdapterWeights = self.hypernetwork(self.student.embeddings[ids_BP], mask_BP)
+        return weights
+
+    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:
+        """Sum over the batch's rows of KL(teacher || student), in nats; without adapters, of the bare student."""
+        with self._injector.inject(adapters or {}):
+            hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
+        return compute_distillation_loss(
+            hidden_BTD[batch.sample_N, batch.index_N],
+            self.student.head,
+            batch.ids_NK,
+            batch.logprobs_NK,
+            batch.tail_logmass_N,
+            vocab_size=self.student.vocab_size,
+            chunk_rows=self._loss_chunk_rows,
+        )
+
+    @torch.no_grad()
+    def logits(self, token_ids: NDArray[np.uint32], prompt: NDArray[np.uint32]) -> Tensor:
+        """Logits [T, V] of one sequence under the adapter of one prompt."""
+        ids_1T = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.student.head.device)
+        with self._injector.inject(self.adapters([prompt])):
+            hidden_1TD = self.student.hidden_states(ids_1T)
+        return hidden_1TD[0] @ self.student.head.T

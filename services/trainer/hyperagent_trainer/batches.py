@@ -1,0 +1,152 @@
+"""Trajectories joined with the teacher's rows, and the order in which training sees them.
+
+Legend of shape suffixes: B trajectories, T tokens, P prompt tokens, N supervised rows of the batch, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from hyperagent.cache.store import TopKCache
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hyperagent.data.tokens import TokenisedTrajectory, read_tokenizer_identity, read_tokens
+from hyperagent.errors import DataError, LimitExceeded
+from hyperagent.identity import TokenizerIdentity, require_same
+from hyperagent.topk import TopKRows
+
+# Batches drawn together before they are sorted by length: enough to cut padding, too few to order an epoch.
+_BATCHES_PER_GROUP = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step computes on; padding stands on the right."""
+
+    token_ids_BT: Tensor
+    """int64."""
+    num_tokens: int
+    """Real tokens, padding not counted."""
+    sample_N: Tensor
+    """int64, which trajectory a supervised row belongs to."""
+    index_N: Tensor
+    """int64, where the student's output for the row stands: one before the row's position."""
+    ids_NK: Tensor
+    """int64, the teacher's kept ids."""
+    logprobs_NK: Tensor
+    """float32, normalised together with the tail."""
+    tail_logmass_N: Tensor
+    """float32."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.sample_N.shape[0])
+
+
+class DistillationData:
+    """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
+
+    def __init__(self, trajectories: Sequence[TokenisedTrajectory], cache: TopKCache) -> None:
+        self.trajectories = tuple(trajectories)
+        self._cache = cache
+
+    def rows(self, index: int) -> TopKRows:
+        """The teacher's rows of one trajectory.
+
+        Raises:
+            CorruptRecord: the record is damaged.
+        """
+        trajectory = self.trajectories[index]
+        return self._cache.get(self._cache.key(trajectory.token_ids, trajectory.positions)).rows
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
+        """Join the trajectories at `indices` into one batch."""
+        chosen = [self.trajectories[i] for i in indices]
+        rows = [self.rows(i).normalised() for i in indices]
+        sample = np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])
+        index = np.concatenate([r.positions for r in rows]).astype(np.int64) - 1
+        return Batch(
+            token_ids_BT=_pad([t.token_ids for t in chosen]).to(device),
+            num_tokens=sum(len(t.token_ids) for t in chosen),
+            sample_N=torch.from_numpy(sample).to(device),
+            index_N=torch.from_numpy(index).to(device),
+            ids_NK=torch.from_numpy(np.concatenate([r.ids for r in rows]).astype(np.int64)).to(device),
+            logprobs_NK=torch.from_numpy(np.concatenate([r.logprobs for r in rows])).to(device),
+            tail_logmass_N=torch.from_numpy(np.concatenate([r.tail_logmass for r in rows])).to(device),
+        )
+
+
+def load_split(
+    tokens: Path, cache: TopKCache, split: str, *, tokenizer: TokenizerIdentity, max_prompt_tokens: int
+) -> DistillationData:
+    """Read one split and check that it can be trained on as a whole.
+
+    Raises:
+        IdentityMismatch: the tokens, the cache and the student's `tokenizer` are not of one kind.
+        DataError: the split is empty, or the cache lacks trajectories of it.
+        LimitExceeded: a prompt is longer than the hypernetwork reads.
+    """
+    require_same(
+        f"the tokenizer of {tokens}",
+        expected=tokenizer,
+        found=read_tokenizer_identity(tokens),
+        remedy="tokenise the data with the student's tokenizer",
+    )
+    teacher = cache.identity
+    require_same(
+        "the tokenizer of the cache's teacher",
+        expected=tokenizer,
+        found=TokenizerIdentity(teacher.tokenizer_sha256, teacher.template_sha256),
+        remedy="the student and the teacher must share one tokenizer",
+    )
+    trajectories = list(read_tokens(tokens, split=split))
+    if not trajectories:
+        raise DataError(f"{tokens} has no trajectory in the {split} split")
+    missing = [t.trajectory_id for t in trajectories if not cache.contains(cache.key(t.token_ids, t.positions))]
+    if missing:
+        raise DataError(
+            f"the cache lacks {len(missing)} of {len(trajectories)} {split} trajectories, the first is "
+            f"{missing[0]!r}; run `hyperagent cache populate {tokens}` again"
+        )
+    if longest := max(len(t.prompt_ids) for t in trajectories if len(t.prompt_ids)) > max_prompt_tokens:
+        raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
+    return DistillationData(trajectories, cache)
+
+
+def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
+
+    Trajectories of similar length share a batch, which saves padding; the batches' order is random again.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(len(lengths))
+    batches: list[list[int]] = []
+    for start in range(0, len(shuffled), batch_size * _BATCHES_PER_GROUP):
+        group = sorted(shuffled[start : start + batch_size * _BATCHES_PER_GROUP].tolist(), key=lambda i: lengths[i])
+        batches.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def batches_from(lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+    """The endless sequence of batches from `first_step` on, so that a resumed run sees what it would have seen."""
+    per_epoch = len(batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0))
+    epoch, skip = divmod(first_step, per_epoch)
+    while True:
+        yield from batch_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+def pad_prompts(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompt ids [B, P] (int64) and their mask [B, P], True at real tokens."""
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = _pad(prompts).to(device)
+    return ids, torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]
+
+
+def _pad(sequences: Sequence[np.ndarray]) -> Tensor:
+    return pad_sequence([torch.from_numpy(s.astype(np.int64)) for s in sequences], batch_first=True)

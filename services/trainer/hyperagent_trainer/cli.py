@@ -1,0 +1,57 @@
+"""`hyperagent serve trainer`: the control process, from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    recipes: Annotated[
+        Path, typer.Option(help="Folder of the recipes that may be run.", envvar="HYPERAGENT_TRAINER_RECIPES")
+    ] = Path("recipes"),
+    runs: Annotated[
+        Path, typer.Option(help="Folder that gets a folder per run.", envvar="HYPERAGENT_TRAINER_RUNS")
+    ] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="HYPERAGENT_TRAINER_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", envvar="HYPERAGENT_TRAINER_PORT")] = 8702,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Permit an address that other machines can reach.",
+            envvar="HYPERAGENT_TRAINER_ALLOW_REMOTE",
+        ),
+    ] = False,
+    stop_grace_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds a training process has to save and end before it is killed.",
+            envvar="HYPERAGENT_TRAINER_STOP_GRACE_S",
+        ),
+    ] = 60.0,
+) -> None:
+    """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
+    from hyperagent.http.server import serve as serve_http
+
+    from hyperagent.auth import ensure_token
+    from hyperagent.config import parse
+    from hyperagent.logs import configure_logging
+    from hyperagent_trainer.config import ControlSettings
+    from hyperagent_trainer.control import create_control_app
+    from hyperagent_trainer.supervisor import Supervisor
+
+    configure_logging(service="trainer-control")
+    given = {
+        "recipes": recipes,
+        "runs": runs,
+        "host": host,
+        "port": port,
+        "allow_remote": allow_remote,
+        "stop_grace_s": stop_grace_s,
+    }
+    settings = parse(given, ControlSettings, source="hyperagent serve trainer")
+    app = create_control_app(Supervisor(settings), token=ensure_token())
+    serve_http(app, host=settings.host, port=settings.port, allow_remote=settings.allow_remote)

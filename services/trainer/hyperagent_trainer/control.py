@@ -1,0 +1,137 @@
+"""The trainer's control endpoint: routes that translate between HTTP and the supervisor.
+
+A caller chooses among the recipes the service has and may change a few bounded numbers of them; it can
+name no path, no command and no module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, status
+from fastapi.concurrency import run_in_threadpool
+from hyperagent.http.app import create_app
+from pydantic import BaseModel, Field
+
+from hyperagent import __version__
+from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
+from hyperagent_trainer.runs import MAX_METRIC_LINES, Run, RunRequest
+from hyperagent_trainer.supervisor import Supervisor
+
+router = APIRouter(prefix="/v1")
+
+
+class RunBody(RunStatus):
+    """A run: its status, and where to go from here."""
+
+    id: str
+    recipe: str
+    """The recipe's name."""
+    folder: str
+    """Where the service keeps the run's files; a finished run's bundle lies in it."""
+    links: dict[str, str]
+    """Addresses of the run, of its metrics, and of what can be done with it now."""
+
+
+class RunsBody(BaseModel):
+    runs: list[RunBody]
+
+
+class RecipesBody(BaseModel):
+    recipes: list[str]
+
+
+class MetricsBody(BaseModel):
+    metrics: list[dict[str, Any]]
+    next: int = Field(description="`since` of the next call")
+
+
+def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
+    """The control endpoint over `supervisor`, which it closes when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(supervisor.close)
+
+    app = create_app(title="hyperagent trainer", version=__version__, token=token, lifespan=lifespan)
+    app.state.supervisor = supervisor
+    app.include_router(router)
+    return app
+
+
+def _supervisor(request: Request) -> Supervisor:
+    supervisor: Supervisor = request.app.state.supervisor
+    return supervisor
+
+
+Supervised = Annotated[Supervisor, Depends(_supervisor)]
+
+
+@router.get("/recipes")
+def list_recipes(supervisor: Supervised) -> RecipesBody:
+    """The recipes that can be run."""
+    return RecipesBody(recipes=supervisor.recipes())
+
+
+@router.post("/runs", status_code=status.HTTP_201_CREATED)
+def start_run(
+    body: RunRequest,
+    response: Response,
+    supervisor: Supervised,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> RunBody:
+    """Start a run; with an Idempotency-Key, the same request again returns the same run."""
+    run = supervisor.start(body, idempotency_key=idempotency_key)
+    response.headers["Location"] = _path(run.run_id)
+    return _body(run)
+
+
+@router.get("/runs")
+def list_runs(supervisor: Supervised) -> RunsBody:
+    """Every run, the newest first."""
+    return RunsBody(runs=[_body(run) for run in supervisor.runs.all()])
+
+
+@router.get("/runs/{run_id}")
+def get_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """One run."""
+    return _body(supervisor.runs.get(run_id))
+
+
+@router.post("/runs/{run_id}/stop", status_code=status.HTTP_202_ACCEPTED)
+def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint and end; the run is stopped once its state says so."""
+    return _body(supervisor.stop(run_id))
+
+
+@router.post("/runs/{run_id}/resume", status_code=status.HTTP_202_ACCEPTED)
+def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Go on with a stopped or failed run from its last checkpoint."""
+    return _body(supervisor.resume(run_id))
+
+
+@router.get(
+    "/runs/{run_id}/metrics", description=f"The run's metrics from line `since`, at most {MAX_METRIC_LINES} at once."
+)
+def get_metrics(run_id: str, supervisor: Supervised, since: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> MetricsBody:
+    metrics = supervisor.runs.metrics(run_id, since=since)
+    return MetricsBody(metrics=metrics, next=since + len(metrics))
+
+
+def _path(run_id: str) -> str:
+    return f"/v1/runs/{run_id}"
+
+
+def _body(run: Run) -> RunBody:
+    path = _path(run.run_id)
+    links = {"self": path, "metrics": f"{path}/metrics"}
+    if run.status.state not in FINAL_STATES:
+        links["stop"] = f"{path}/stop"
+    if run.is_resumable:
+        links["resume"] = f"{path}/resume"
+    return RunBody(
+        id=run.run_id, recipe=run.request.recipe, folder=str(run.folder.root), links=links, **run.status.model_dump()
+    )

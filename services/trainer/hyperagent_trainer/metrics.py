@@ -1,0 +1,64 @@
+"""What a training run says about itself while it runs: `metrics.jsonl` and `status.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from typing import IO, Any
+
+from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
+
+# Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
+_WINDOW_STEPS = 20
+# A status is an fsync; a fast tiny run would otherwise spend its time on them.
+_STATUS_INTERVAL_S = 0.5
+
+
+class RunReporter:
+    """Writes a run's metrics and status; a context manager."""
+
+    def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int) -> None:
+        self._folder = folder
+        self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
+        self._written_at = 0.0
+        self._metrics: IO[str] = folder.metrics.open("a", encoding="utf-8")
+        self._recent.append((time.monotonic(), 0))
+
+    def __enter__(self) -> RunReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+
+    def state(self, state: RunState, reason: str = "") -> None:
+        """Change the run's state."""
+        self._update(state=state, reason=reason, force=True)
+
+    def step(self, step: int, *, loss: float, num_tokens: int, **values: float) -> None:
+        """Report one optimiser step; `num_tokens` counts context too."""
+        self._recent.append((time.monotonic(), num_tokens))
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        steps = len(self._recent) - 1
+        tokens_per_s = sum(tokens for _, tokens in list(self._recent)[1:]) / seconds
+        eta_s = (self._status.num_steps - step) * seconds / steps
+        self._line(step=step, loss=loss, tokens_per_s=tokens_per_s, **values)
+        self._update(step=step, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
+
+    def evaluation(self, step: int, held_out_kl: dict[str, float]) -> None:
+        """Report an evaluation; the time it took does not count as training."""
+        self._line(step=step, held_out_kl=held_out_kl)
+        self._recent.clear()
+        self._recent.append((time.monotonic(), 0))
+        self._update(held_out_kl=held_out_kl, force=True)
+
+    def _line(self, **values: Any) -> None:
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+
+    def _update(self, *, force: bool = False, **changes: Any) -> None:
+        self._status = self._status.model_copy(update={**changes, "updated_at": time.time()})
+        if force or time.monotonic() - self._written_at >= _STATUS_INTERVAL_S:
+            self._folder.write_status(self._status)
+            self._written_at = time.monotonic()

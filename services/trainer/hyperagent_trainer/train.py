@@ -1,0 +1,181 @@
+"""One training run, from recipe to bundle: the loop and nothing else."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import structlog
+import torch
+from hyperagent.cache.store import TopKCache
+from safetensors.torch import save
+from torch import nn
+
+from hyperagent.data.tokens import HELD_OUT, TRAIN
+from hyperagent.errors import DataError
+from hyperagent.files import write_atomically
+from hyperagent.model.bundle import BundleManifest, save_bundle
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.targets import discover_target_layers
+from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.batches import DistillationData, batches_from, load_split
+from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.evaluate import Evaluation
+from hyperagent_trainer.metrics import RunReporter
+from hyperagent_trainer.run_folder import RunFolder, RunStatus
+from hyperagent_trainer.student import Student
+
+_PROBE_TOKENS = 64
+log = structlog.get_logger()
+
+
+def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event) -> None:
+    """Train until the recipe's last step, or save and return early once `stop` is set.
+
+    Resumes from the folder's checkpoint if there is one.
+
+    Raises:
+        HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
+    """
+    folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = Student(recipe.student, device=device)
+    cache = TopKCache.open(recipe.cache)
+    splits = [
+        load_split(
+            recipe.tokens,
+            cache,
+            split,
+            tokenizer=student.tokenizer.identity,
+            max_prompt_tokens=recipe.max_prompt_tokens,
+        )
+        for split in (TRAIN, HELD_OUT)
+    ]
+    layers = discover_target_layers(student.model, recipe.targets)
+    hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1]).to(device)
+    optimizer = make_optimizer(hypernetwork, recipe)
+    step = 0
+    if folder.checkpoint.exists():
+        step = load_checkpoint(folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe)
+        log.info("resumed", step=step)
+    adapted = AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows)
+    evaluation = Evaluation(splits[1], splits[0], batch_size=recipe.batch_size, seed=recipe.seed)
+
+    with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
+        report.state("running")
+        if step == 0:
+            report.evaluation(0, evaluation.run(adapted))
+        step = _run_steps(recipe, folder, stop, adapted, optimizer, splits[0], evaluation, report, step)
+        report.state("saving")
+        save_checkpoint(folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, step=step, recipe=recipe)
+        if step < recipe.num_steps:
+            report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
+            return
+        manifest = BundleManifest(
+            base_model=str(recipe.student),
+            student_weights=student.weights,
+            teacher=cache.identity.fingerprint,
+            tokenizer=student.tokenizer.identity,
+            hypernetwork=recipe.hypernetwork,
+            layers=tuple(layers),
+            max_prompt_tokens=recipe.max_prompt_tokens,
+            step=step,
+        )
+        save_bundle(
+            folder.bundle,
+            manifest,
+            hypernetwork=hypernetwork,
+            embeddings=student.embeddings,
+            tokenizer_folder=student.folder,
+        )
+        _save_probe(folder, adapted, splits[1])
+        report.state("done")
+
+
+def _run_steps(
+    recipe: TrainRecipe,
+    folder: RunFolder,
+    stop: threading.Event,
+    adapted: AdaptedStudent,
+    optimizer: torch.optim.Optimizer,
+    data: DistillationData,
+    evaluation: Evaluation,
+    report: RunReporter,
+    first_step: int,
+) -> int:
+    """Run the optimiser steps after `first_step`; returns the number of the last one done."""
+    lengths = [len(t.token_ids) for t in data.trajectories]
+    batches = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+    for step in range(first_step + 1, recipe.num_steps + 1):
+        if stop.is_set():
+            return step - 1
+        indices = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
+        batch = data.batch(indices, adapted.student.head.device)
+        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in indices])
+        loss = adapted.loss_sum(batch, adapters) / batch.num_rows
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = float(nn.utils.clip_grad_norm_(adapted.hypernetwork.parameters(), recipe.max_grad_norm))
+        if not (math.isfinite(float(loss)) and math.isfinite(grad_norm)):
+            names = ", ".join(data.trajectories[i].trajectory_id for i in indices)
+            raise DataError(
+                f"step {step} met loss {float(loss)} and gradient norm {grad_norm} on trajectories {names}; "
+                "lower the learning rate, or look at these trajectories"
+            )
+        optimizer.step()
+        report.step(
+            step,
+            loss=float(loss),
+            num_tokens=batch.num_tokens,
+            grad_norm=grad_norm,
+            learning_rate=optimizer.param_groups[0]["lr"],
+        )
+        if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
+            report.evaluation(step, evaluation.run(adapted))
+        if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
+            save_checkpoint(
+                folder.checkpoint,
+                hypernetwork=adapted.hypernetwork,
+                optimizer=optimizer,
+                step=step,
+                recipe=recipe,
+            )
+    return recipe.num_steps
+
+
+def make_optimizer(hypernetwork: AgenticHyperNetwork, recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW with a learning rate of their own for the heads that make B."""
+    b_heads = list(hypernetwork.generator.b_heads.parameters())
+    of_b_heads = {id(p) for p in b_heads}
+    rest = [p for p in hypernetwork.parameters() if id(p) not in of_b_heads]
+    b_rate = recipe.learning_rate * recipe.b_head_learning_rate_factor
+    return torch.optim.AdamW(
+        [{"params": rest, "peak_lr": recipe.learning_rate}, {"params": b_heads, "peak_lr": b_rate}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
+    """Share of the peak learning rate at `step` (from 1): linear warm-up, then a cosine to a tenth."""
+    if step <= recipe.warmup_steps:
+        return step / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def _save_probe(folder: RunFolder, adapted: AdaptedStudent, held_out: DistillationData) -> None:
+    """Write what the adapted student answers on one held-out prompt, for another process to compare with."""
+    trajectory = held_out.trajectories[0]
+    token_ids = trajectory.token_ids[-_PROBE_TOKENS:]
+    tensors = {
+        "prompt_ids": torch.from_numpy(trajectory.prompt_ids.astype("int64")),
+        "token_ids": torch.from_numpy(token_ids.astype("int64")),
+        "logits": adapted.logits(token_ids, trajectory.prompt_ids).contiguous(),
+    }
+    write_atomically(folder.probe, save(tensors, metadata={"trajectory_id": trajectory.trajectory_id}))

@@ -1,0 +1,39 @@
+"""The training process: `python -m hyperagent_trainer.worker RUN_FOLDER`, started by the supervisor.
+
+SIGTERM and SIGINT save a checkpoint and end the run as "stopped".
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from hyperagent.errors import HyperagentError
+from hyperagent.logs import configure_logging
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.run_folder import RunFolder
+
+
+def main() -> int:
+    folder = RunFolder(Path(sys.argv[1]))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    configure_logging(service="trainer")
+    recipe = TrainRecipe.model_validate_json(folder.recipe.read_bytes())
+    from hyperagent_trainer.train import train  # torch takes seconds to import: answer signals first
+
+    try:
+        train(recipe, folder, stop)
+    except HyperagentError as error:
+        status = folder.read_status()
+        folder.write_status(status.model_copy(update={"state": "failed", "reason": str(error)}))
+        print(str(error), file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

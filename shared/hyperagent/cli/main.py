@@ -1,0 +1,58 @@
+"""The command's root: it gathers the subcommands and turns an error into one line and exit code 1.
+
+Two entry point groups let other packages plug in: `hyperagent.serve` (a function per service) and
+`hyperagent.commands` (a function per command). So this package names no service.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from hyperagent import __version__
+from hyperagent.cli import adapter, cache, data
+from hyperagent.cli.display import stderr
+from hyperagent.cli.doctor import doctor
+from hyperagent.cli.train import train
+from hyperagent.errors import HyperagentError
+
+# Locals hold tensors and tokens: a traceback that prints them helps nobody.
+_OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+
+
+def build_app() -> typer.Typer:
+    """The whole command tree, with what the installed packages add to it."""
+    app = typer.Typer(help="Distil a large teacher into prompt-conditioned LoRA adapters.", **_OPTIONS)
+    app.callback()(_root)
+    app.add_typer(data.app, name="data")
+    app.add_typer(cache.app, name="cache")
+    app.command()(train)
+    app.add_typer(adapter.app, name="adapter")
+    app.command()(doctor)
+    serve = typer.Typer(help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.", **_OPTIONS)
+    for point in sorted(entry_points(group="hyperagent.serve"), key=lambda point: point.name):
+        serve.command(name=point.name)(point.load())
+    app.add_typer(serve, name="serve")
+    for point in sorted(entry_points(group="hyperagent.commands"), key=lambda point: point.name):
+        app.command(name=point.name)(point.load())
+    return app
+
+
+def main() -> None:
+    """Entry point of the `hyperagent` command."""
+    try:
+        build_app()()
+    except HyperagentError as error:
+        stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

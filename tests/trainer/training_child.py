@@ -1,0 +1,78 @@
+"""A training process that trains nothing: it keeps the contract of the run folder, or breaks it as told.
+
+Its one argument is the run folder; the last part of the recipe's `student` path says how it behaves. It
+imports nothing of the project, so that the files themselves are what is tested.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+run = Path(sys.argv[1])
+recipe = json.loads((run / "recipe.json").read_text())
+behaviour = Path(recipe["student"]).name
+
+
+def say(state: str, step: int = 0) -> None:
+    aside = run / "status.aside"
+    aside.write_text(json.dumps({"state": state, "step": step, "num_steps": recipe["num_steps"]}))
+    aside.replace(run / "status.json")
+
+
+def save(step: int) -> None:
+    (run / "checkpoint").mkdir(exist_ok=True)
+    (run / "checkpoint" / "step").write_text(str(step))
+
+
+def train_until_told() -> None:
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    saved = run / "checkpoint" / "step"
+    step = int(saved.read_text()) if saved.exists() else 0
+    with (run / "metrics.jsonl").open("a", buffering=1) as metrics:
+        while not told:
+            step += 1
+            metrics.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
+            say("running", step)
+            time.sleep(0.02)
+    save(step)
+    say("stopped", step)
+
+
+def ignore_sigterm(state: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say(state)
+    while True:
+        time.sleep(1)
+
+
+match behaviour:
+    case "trains":
+        train_until_told()
+    case "finishes":
+        say("done", recipe["num_steps"])
+    case "ignores-sigterm":
+        ignore_sigterm("running")
+    case "lingers":
+        ignore_sigterm("done")
+    case "answers-no-signals-yet":
+        say("loading")
+        time.sleep(600)
+    case "crashes":
+        say("running")
+        sys.stderr.write("the reader met a bad row\n")
+        sys.exit(3)
+    case "killed":
+        save(7)
+        say("running", 7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "killed-with-a-child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (run / "child.pid").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    case _:
+        sys.exit(f"unknown behaviour {behaviour}")
