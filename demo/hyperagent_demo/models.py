@@ -32,6 +32,8 @@ class CompactVocabulary:
         self._compact = np.full(vocab_size, len(self.used), dtype=np.int64)
         self._compact[self.used] = np.arange(len(self.used))
         self.num_others = vocab_size - len(self.used)
+        self._bias = torch.zeros(len(self))
+        self._bias[-1] = math.log(self.num_others) if self.num_others else -math.inf
 
     def __len__(self) -> int:
         return len(self.used) + 1
@@ -42,8 +44,7 @@ class CompactVocabulary:
 
     def full_logits(self, logits: Tensor) -> Tensor:
         """Logits [..., len(self)] whose softmax is the model's over the full vocabulary, the others summed up."""
-        bias = math.log(self.num_others) if self.num_others else -math.inf
-        return torch.cat([logits[..., :-1], logits[..., -1:] + bias], dim=-1)
+        return logits + self._bias
 
 
 def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_tokens: int) -> PreTrainedModel:
@@ -53,8 +54,8 @@ def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_toke
         "hidden_size": config.hidden_size,
         "intermediate_size": 2 * config.hidden_size,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "head_dim": 64,
         "num_experts": config.num_experts,
         "num_experts_per_tok": 2,
@@ -74,8 +75,8 @@ def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_toke
             shared_expert_intermediate_size=config.hidden_size,
             full_attention_interval=4,
             linear_conv_kernel_dim=4,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
             linear_key_head_dim=32,
             linear_value_head_dim=32,
         )

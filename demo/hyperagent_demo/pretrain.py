@@ -111,7 +111,7 @@ def _train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        _print({"step": step, "num_steps": config.num_steps, "loss": float(loss)})
+        _print({"step": step, "num_steps": config.num_steps, "loss": loss.item()})
     return config.num_steps
 
 

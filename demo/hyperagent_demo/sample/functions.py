@@ -27,39 +27,15 @@ class Function:
     """The fragment, occurring once in the module, that a fault replaces."""
     wrong: str
     near_miss: str
-    fault: str
-    """"off_by_one", "wrong_operator" or "wrong_constant"."""
     symptom: str
     """What an engineer says on seeing `wrong`; it follows the name of the function."""
     cases: tuple[tuple[str, str], ...]
     """Arguments and what they give, as source text."""
-    constant: str = ""
-    """The module-level line the function reads, if any."""
 
     @property
     def source(self) -> str:
-        """The definition, without the constant."""
+        """The definition."""
         return f'def {self.name}({self.parameters}):\n    """Return {self.summary}."""\n{self.body}\n'
-
-
-def conversion(
-    *, name: str, other_name: str, parameter: str, constant: str, value: int, slip: int, summary: str
-) -> Function:
-    """A function that multiplies by a named constant; `slip` is how far off the planted value is."""
-    return Function(
-        name=name,
-        other_name=other_name,
-        parameters=parameter,
-        summary=summary,
-        body=f"    return {parameter} * {constant}",
-        right=f"{constant} = {value}",
-        wrong=f"{constant} = {value + slip}",
-        near_miss=f"{constant} = {value - slip}",
-        fault="wrong_constant",
-        symptom=f"multiplies by {constant}, which is {value + slip}",
-        cases=tuple((str(count), str(count * value)) for count in (1, 3)),
-        constant=f"{constant} = {value}",
-    )
 
 
 SERIES = (
@@ -72,7 +48,6 @@ SERIES = (
         right="total += value",
         wrong="total = value",
         near_miss="total -= value",
-        fault="wrong_operator",
         symptom="replaces the total instead of adding to it",
         cases=(("[1, 2, 3]", "[1, 3, 6]"), ("[4, 4]", "[4, 8]")),
     ),
@@ -85,7 +60,6 @@ SERIES = (
         right="range(len(values) - width + 1)",
         wrong="range(len(values) - width)",
         near_miss="range(len(values) - width + 2)",
-        fault="off_by_one",
         symptom="stops one window too early",
         cases=(("[1, 2, 3, 4], 2", "[3, 5, 7]"), ("[5, 1, 1], 3", "[7]")),
     ),
@@ -98,7 +72,6 @@ SERIES = (
         right="values[len(values) - count :]",
         wrong="values[len(values) - count + 1 :]",
         near_miss="values[len(values) - count - 1 :]",
-        fault="off_by_one",
         symptom="starts its slice one value too late",
         cases=(("[1, 2, 3], 2", "[2, 3]"), ("[7, 8, 9, 6], 3", "[8, 9, 6]")),
     ),
@@ -111,7 +84,6 @@ SERIES = (
         right="b - a for",
         wrong="a - b for",
         near_miss="b + a for",
-        fault="wrong_operator",
         symptom="subtracts in the wrong order",
         cases=(("[1, 4, 9]", "[3, 5]"), ("[6, 2]", "[-4]")),
     ),
@@ -124,10 +96,9 @@ SPANS = (
         parameters="first, last",
         summary="the sum of the numbers from `first` to `last`, both included",
         body="    return sum(range(first, last + 1))",
-        right="range(first, last + 1)",
-        wrong="range(first, last)",
-        near_miss="range(first + 1, last + 1)",
-        fault="off_by_one",
+        right="sum(range(first, last + 1))",
+        wrong="sum(range(first, last))",
+        near_miss="sum(range(first + 1, last + 1))",
         symptom="leaves out the last number",
         cases=(("1, 4", "10"), ("5, 5", "5")),
     ),
@@ -140,7 +111,6 @@ SPANS = (
         right="last - first + 1",
         wrong="last - first",
         near_miss="last - first + 2",
-        fault="off_by_one",
         symptom="does not count the last day",
         cases=(("3, 7", "5"), ("2, 2", "1")),
     ),
@@ -153,7 +123,6 @@ SPANS = (
         right="a[0] <= b[1] and b[0] <= a[1]",
         wrong="a[0] <= b[1] or b[0] <= a[1]",
         near_miss="a[0] < b[1] and b[0] < a[1]",
-        fault="wrong_operator",
         symptom="joins its two conditions with `or`",
         cases=(("(1, 3), (3, 6)", "True"), ("(1, 2), (4, 6)", "False")),
     ),
@@ -166,7 +135,6 @@ SPANS = (
         right="max(low, min(value, high))",
         wrong="min(low, min(value, high))",
         near_miss="max(low, max(value, high))",
-        fault="wrong_operator",
         symptom="takes the smaller of two bounds where it needs the larger",
         cases=(("5, 1, 9", "5"), ("12, 1, 9", "9")),
     ),
@@ -182,7 +150,6 @@ PAGING = (
         right="(total + size - 1) // size",
         wrong="total // size",
         near_miss="total // size + 1",
-        fault="off_by_one",
         symptom="drops the last page when it is not full",
         cases=(("10, 5", "2"), ("11, 5", "3")),
     ),
@@ -193,9 +160,8 @@ PAGING = (
         summary="the index of the first item of a page, pages counted from 1",
         body="    return (page - 1) * size",
         right="(page - 1) * size",
-        wrong="page * size",
-        near_miss="(page + 1) * size",
-        fault="off_by_one",
+        wrong="size * page",
+        near_miss="size * (page + 1)",
         symptom="counts pages from 0",
         cases=(("1, 10", "0"), ("3, 10", "20")),
     ),
@@ -208,7 +174,6 @@ PAGING = (
         right="page * size >= total",
         wrong="page * size > total",
         near_miss="page * size <= total",
-        fault="wrong_operator",
         symptom="misses the case in which the last page is full",
         cases=(("2, 5, 10", "True"), ("1, 5, 10", "False")),
     ),
@@ -221,7 +186,6 @@ PAGING = (
         right="total - page * size",
         wrong="total + page * size",
         near_miss="total - page",
-        fault="wrong_operator",
         symptom="adds the items already shown",
         cases=(("2, 5, 12", "2"), ("3, 5, 12", "0")),
     ),
@@ -237,20 +201,18 @@ TEXT = (
         right="text[: limit - 3]",
         wrong="text[: limit - 2]",
         near_miss="text[: limit - 4]",
-        fault="off_by_one",
         symptom="keeps one character too many",
         cases=(('"abcdefgh", 6', '"abc..."'), ('"abc", 6', '"abc"')),
     ),
     Function(
         name="column",
-        other_name="fit_column",
+        other_name="to_width",
         parameters="text, width",
         summary="the text, cut or padded to `width` characters",
         body="    return text.ljust(width)[:width]",
         right="text.ljust(width)[:width]",
         wrong="text.ljust(width)[: width - 1]",
         near_miss="text.ljust(width - 1)[:width]",
-        fault="off_by_one",
         symptom="cuts one character too early",
         cases=(('"abcdef", 4', '"abcd"'), ('"ab", 4', '"ab  "')),
     ),
@@ -263,7 +225,6 @@ TEXT = (
         right="text == text[::-1]",
         wrong="text != text[::-1]",
         near_miss="text >= text[::-1]",
-        fault="wrong_operator",
         symptom="tests for difference instead of equality",
         cases=(('"level"', "True"), ('"dab"', "False")),
     ),
@@ -276,7 +237,6 @@ TEXT = (
         right="max(words, key=len)",
         wrong="min(words, key=len)",
         near_miss="max(words)",
-        fault="wrong_operator",
         symptom="picks the shortest word",
         cases=(('["a", "abc", "bb"]', '"abc"'), ('["zz", "long"]', '"long"')),
     ),
@@ -292,7 +252,6 @@ SCORES = (
         right="sum(values) / len(values)",
         wrong="sum(values) / (len(values) - 1)",
         near_miss="sum(values) / (len(values) + 1)",
-        fault="off_by_one",
         symptom="divides by one less than the number of values",
         cases=(("[2, 4, 6]", "4.0"), ("[1, 1, 4, 2]", "2.0")),
     ),
@@ -305,7 +264,6 @@ SCORES = (
         right=".index(value) + 1",
         wrong=".index(value)",
         near_miss=".index(value) - 1",
-        fault="off_by_one",
         symptom="counts places from 0",
         cases=(("[5, 9, 7], 9", "1"), ("[5, 9, 7], 5", "3")),
     ),
@@ -318,7 +276,6 @@ SCORES = (
         right="if value > limit",
         wrong="if value < limit",
         near_miss="if value >= limit",
-        fault="wrong_operator",
         symptom="counts the values below the limit",
         cases=(("[1, 5, 9, 8], 5", "2"), ("[3, 4], 1", "2")),
     ),
@@ -331,7 +288,6 @@ SCORES = (
         right="max(values) - min(values)",
         wrong="max(values) + min(values)",
         near_miss="min(values) - max(values)",
-        fault="wrong_operator",
         symptom="adds where it should subtract",
         cases=(("[4, 9, 6]", "5"), ("[3, 3]", "0")),
     ),
@@ -340,30 +296,4 @@ SCORES = (
 ALGORITHMS: Mapping[str, tuple[Function, ...]] = MappingProxyType(
     {"series": SERIES, "spans": SPANS, "paging": PAGING, "text": TEXT, "scores": SCORES}
 )
-"""Modules of functions that compute something."""
-
-CONVERSIONS: Mapping[str, tuple[tuple[str, str, str, str], ...]] = MappingProxyType(
-    {
-        "packing": (
-            ("boxes", "boxes_for", "pallets", "BOXES_PER_PALLET"),
-            ("tins", "tins_for", "boxes", "TINS_PER_BOX"),
-            ("pallets", "pallets_for", "trucks", "PALLETS_PER_TRUCK"),
-        ),
-        "prices": (
-            ("ticket_price", "price_of_tickets", "tickets", "CENTS_PER_TICKET"),
-            ("parking_price", "price_of_parking", "hours", "CENTS_PER_HOUR"),
-            ("lunch_price", "price_of_lunches", "lunches", "CENTS_PER_LUNCH"),
-        ),
-        "shifts": (
-            ("shift_minutes", "minutes_worked", "shifts", "MINUTES_PER_SHIFT"),
-            ("crew_shifts", "shifts_of_crew", "crews", "SHIFTS_PER_CREW"),
-            ("line_crews", "crews_of_lines", "lines", "CREWS_PER_LINE"),
-        ),
-        "doses": (
-            ("grams", "grams_in", "scoops", "GRAMS_PER_SCOOP"),
-            ("scoops", "scoops_in", "bags", "SCOOPS_PER_BAG"),
-            ("bags", "bags_in", "crates", "BAGS_PER_CRATE"),
-        ),
-    }
-)
-"""Modules of functions that multiply by a constant of the repository: name, other name, parameter, constant."""
+"""The functions of every module that a package can have, by the module's name."""

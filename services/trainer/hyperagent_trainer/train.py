@@ -119,17 +119,18 @@ def _run_steps(
         loss = adapted.loss_sum(batch, adapters) / batch.num_rows
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss_value = loss.item()
         grad_norm = float(nn.utils.clip_grad_norm_(adapted.hypernetwork.parameters(), recipe.max_grad_norm))
-        if not (math.isfinite(float(loss)) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             names = ", ".join(data.trajectories[i].trajectory_id for i in indices)
             raise DataError(
-                f"step {step} met loss {float(loss)} and gradient norm {grad_norm} on trajectories {names}; "
+                f"step {step} met loss {loss_value} and gradient norm {grad_norm} on trajectories {names}; "
                 "lower the learning rate, or look at these trajectories"
             )
         optimizer.step()
         report.step(
             step,
-            loss=float(loss),
+            loss=loss_value,
             num_tokens=batch.num_tokens,
             grad_norm=grad_norm,
             learning_rate=optimizer.param_groups[0]["lr"],

@@ -1,0 +1,1 @@
+"""The built-in sample: trajectories of small repairs, whose every command was really run."""

@@ -1,0 +1,36 @@
+"""What a task is, and what all tasks share: the opening of the prompt and the files at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hyperagent_demo.sample.assistant import CHECK, Assistant
+from hyperagent_demo.sample.repositories import Repository
+from hyperagent_demo.sample.workspace import SHOWN_ROOT
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task in one repository."""
+
+    prompt: str
+    files: Mapping[str, str]
+    """What the repository holds at the start, by path."""
+    solve: Callable[[Assistant], None]
+    acceptance: str = CHECK
+    """A command that fails at the start and succeeds at the end."""
+
+
+def start_files(repository: Repository, check: str) -> dict[str, str]:
+    """The package's files and the check's source, by path."""
+    return {**repository.files(), "check.py": check}
+
+
+def full_prompt(repository: Repository, request: str) -> str:
+    """The request, after a sentence about the repository and before one about its check."""
+    modules = ", ".join(sorted(("report", "units", repository.module)))
+    return (
+        f"The repository in {SHOWN_ROOT} holds the package `{repository.package}` with the modules {modules}.\n\n"
+        f"{request} In the end `{CHECK}` must pass."
+    )
