@@ -16,7 +16,10 @@ def demo(
     tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer's folder; without, one is trained.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML configuration; by default configs/demo.yaml or configs/demo_own_data.yaml."),
+        typer.Option(
+            envvar="HYPERAGENT_DEMO_CONFIG",
+            help="YAML configuration; by default configs/demo.yaml, or configs/demo_own_data.yaml with --data.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
     model_store: Annotated[Path, typer.Option(help="Folder that keeps the pre-trained models.")] = Path("runs/models"),

@@ -8,11 +8,13 @@ The demo starts the services as a user would and talks to them over the network 
     tokens.parquet    trajectories as token ids      bundle/    what the adapter service serves
     report.json .png  the result                     adapters/  what it has generated
     logs/             one per process                adapter/   one of them, downloaded
+    teacher, student  links to the pre-trained models
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import time
@@ -94,6 +96,9 @@ def run_loop(
             progress=bar.update,
         )
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
+    for name, folder in (("teacher", models.teacher), ("student", models.student)):
+        # Relative, so that the two folders can be moved together.
+        (out / name).symlink_to(os.path.relpath(folder, out))
     token = secrets.token_urlsafe(32)
     with stages.stage("populate", total=count_tokens_rows(tokens)) as bar:
         cache = _populate(config, models.teacher, tokens, out, token, bar)

@@ -18,6 +18,7 @@ _HASTY_SHARE = 0.5
 
 
 def fix_function(repository: Repository, random: Random) -> Task:
+    """Mend a fault in one function, which the check shows."""
     function = random.choice(repository.functions)
     hasty = random.random() < _HASTY_SHARE
     path = repository.path(repository.module)
@@ -57,6 +58,7 @@ def fix_function(repository: Repository, random: Random) -> Task:
 
 
 def add_function(repository: Repository, random: Random) -> Task:
+    """Add a function that the check already calls."""
     function = repository.absent
     hasty = random.random() < _HASTY_SHARE
     path = repository.path(repository.module)
@@ -95,8 +97,8 @@ def add_function(repository: Repository, random: Random) -> Task:
 
 
 def change_constant(repository: Repository, random: Random) -> Task:
-    place = random.randrange(len(repository.units))
-    unit = repository.units[place]
+    """Set a constant to a new value, which the check already expects."""
+    unit = random.choice(repository.units)
     value = random.choice([number for number in range(3, 49) if number != unit.value])
     changed = repository.with_value(unit, value)
     path = repository.path("units")
@@ -124,6 +126,7 @@ def change_constant(repository: Repository, random: Random) -> Task:
 
 
 def rename_function(repository: Repository, random: Random) -> Task:
+    """Rename a function in the module and in the check."""
     names = [(repository.module, function.name, function.other_name) for function in repository.functions]
     names += [("units", unit.function, unit.other_function) for unit in repository.units]
     module, old, new = random.choice(names)
@@ -157,6 +160,7 @@ def rename_function(repository: Repository, random: Random) -> Task:
 
 
 def fix_import(repository: Repository, random: Random) -> Task:
+    """Mend the import of a module that does not exist."""
     path = repository.path("report")
     constant = repository.units[0].constant
     wrong = random.choice(("constants", "measures", "numbers", "unit"))

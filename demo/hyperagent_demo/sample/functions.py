@@ -1,7 +1,7 @@
 """The small functions that generated packages are made of, each with two ways to get it wrong.
 
 A `wrong` fragment is what a task plants; a `near_miss` is what a hasty repair would put in its place.
-Both fail at least one of the function's cases, and the cases are what a repository's check runs.
+Both fail the first of the function's cases, and the cases are what a repository's check runs.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ SPANS = (
         body="    return a[0] <= b[1] and b[0] <= a[1]",
         right="a[0] <= b[1] and b[0] <= a[1]",
         wrong="a[0] <= b[1] or b[0] <= a[1]",
-        near_miss="a[0] < b[1] and b[0] < a[1]",
+        near_miss="a[0] <= a[1] and b[0] <= b[1]",
         symptom="joins its two conditions with `or`",
-        cases=(("(1, 3), (3, 6)", "True"), ("(1, 2), (4, 6)", "False")),
+        cases=(("(1, 2), (4, 6)", "False"), ("(1, 3), (3, 6)", "True")),
     ),
     Function(
         name="clamp",
@@ -149,9 +149,9 @@ PAGING = (
         body="    return (total + size - 1) // size",
         right="(total + size - 1) // size",
         wrong="total // size",
-        near_miss="total // size + 1",
+        near_miss="(total + 1) // size",
         symptom="drops the last page when it is not full",
-        cases=(("10, 5", "2"), ("11, 5", "3")),
+        cases=(("11, 5", "3"), ("10, 5", "2")),
     ),
     Function(
         name="first_index",
@@ -173,7 +173,7 @@ PAGING = (
         body="    return page * size >= total",
         right="page * size >= total",
         wrong="page * size > total",
-        near_miss="page * size <= total",
+        near_miss="(page - 1) * size >= total",
         symptom="misses the case in which the last page is full",
         cases=(("2, 5, 10", "True"), ("1, 5, 10", "False")),
     ),
@@ -214,7 +214,7 @@ TEXT = (
         wrong="text.ljust(width)[: width - 1]",
         near_miss="text.ljust(width - 1)[:width]",
         symptom="cuts one character too early",
-        cases=(('"abcdef", 4', '"abcd"'), ('"ab", 4', '"ab  "')),
+        cases=(('"ab", 4', '"ab  "'), ('"abcdef", 4', '"abcd"')),
     ),
     Function(
         name="is_palindrome",
@@ -226,7 +226,7 @@ TEXT = (
         wrong="text != text[::-1]",
         near_miss="text >= text[::-1]",
         symptom="tests for difference instead of equality",
-        cases=(('"level"', "True"), ('"dab"', "False")),
+        cases=(('"dab"', "False"), ('"level"', "True")),
     ),
     Function(
         name="longest",

@@ -91,6 +91,11 @@ class Repository:
     """A function of the same kind that the module lacks."""
     units: tuple[Unit, ...]
 
+    @property
+    def modules(self) -> list[str]:
+        """Names of the package's modules, sorted."""
+        return sorted(("report", "units", self.module))
+
     def path(self, module: str) -> str:
         """A module's path from the root of the repository."""
         return f"{self.package}/{module}.py"
@@ -154,7 +159,7 @@ class Repository:
         )
         return (
             '"""Check the package; one line per failure."""\n\n'
-            f"from {self.package} import {', '.join(sorted(('report', 'units', self.module)))}\n\n"
+            f"from {self.package} import {', '.join(self.modules)}\n\n"
             + (f"\n{reader}" if written else "")
             + "cases = [\n"
             + "".join(f"{line}\n" for line in lines)

@@ -29,7 +29,7 @@ def start_files(repository: Repository, check: str) -> dict[str, str]:
 
 def full_prompt(repository: Repository, request: str) -> str:
     """The request, after a sentence about the repository and before one about its check."""
-    modules = ", ".join(sorted(("report", "units", repository.module)))
+    modules = ", ".join(repository.modules)
     return (
         f"The repository in {SHOWN_ROOT} holds the package `{repository.package}` with the modules {modules}.\n\n"
         f"{request} In the end `{CHECK}` must pass."

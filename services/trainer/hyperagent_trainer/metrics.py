@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from pathlib import Path
 from typing import IO, Any
 
+from hyperagent.files import write_atomically
 from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
@@ -19,10 +21,12 @@ class RunReporter:
     """Writes a run's metrics and status; a context manager."""
 
     def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int) -> None:
+        """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again."""
         self._folder = folder
         self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
         self._written_at = 0.0
+        _keep_until(folder.metrics, first_step)
         self._metrics: IO[str] = folder.metrics.open("a", encoding="utf-8")
         self._recent.append((time.monotonic(), 0))
 
@@ -62,3 +66,12 @@ class RunReporter:
         if force or time.monotonic() - self._written_at >= _STATUS_INTERVAL_S:
             self._folder.write_status(self._status)
             self._written_at = time.monotonic()
+
+
+def _keep_until(metrics: Path, last_step: int) -> None:
+    """Cut lines of later steps, and what a killed process left of a line."""
+    if not metrics.exists():
+        return
+    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    write_atomically(metrics, "".join(kept).encode())

@@ -123,7 +123,7 @@ class TrainingProcess:
     def is_alive(self) -> bool:
         """Whether the process still runs; a zombie does not."""
         try:
-            return self._process.is_running() 
+            return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 

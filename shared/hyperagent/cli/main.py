@@ -17,6 +17,7 @@ from hyperagent.cli import adapter, cache, data
 from hyperagent.cli.display import stderr
 from hyperagent.cli.doctor import doctor
 from hyperagent.cli.train import train
+from hyperagent.cli.wait import wait
 from hyperagent.errors import HyperagentError
 
 # Locals hold tensors and tokens: a traceback that prints them helps nobody.
@@ -31,6 +32,7 @@ def build_app() -> typer.Typer:
     app.add_typer(cache.app, name="cache")
     app.command()(train)
     app.add_typer(adapter.app, name="adapter")
+    app.command()(wait)
     app.command()(doctor)
     serve = typer.Typer(help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.", **_OPTIONS)
     for point in sorted(entry_points(group="hyperagent.serve"), key=lambda point: point.name):

@@ -7,6 +7,7 @@ the arrays that come out of a message are read-only views of its bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -108,7 +109,7 @@ def _checksum(chunk: pb.ScoreTokensResponse) -> int:
     return digest.intdigest()
 
 
-def _array(packed: bytes, dtype: np.dtype, shape: tuple[int, ...], what: str) -> NDArray:
+def _array(packed: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
     expected = dtype.itemsize * int(np.prod(shape))
     if len(packed) != expected:
         raise CorruptRecord(f"top-k rows are damaged: {what} has {len(packed)} bytes, expected {expected}; ask again")

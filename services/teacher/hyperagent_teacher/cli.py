@@ -1,0 +1,116 @@
+"""`hyperagent serve teacher`: the teacher, from the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the model: config.json and safetensors weights.", envvar="HYPERAGENT_TEACHER_MODEL"
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the tokenizer and chat template; by default the model's.",
+            envvar="HYPERAGENT_TEACHER_TOKENIZER",
+        ),
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of the cache to fill.", envvar="HYPERAGENT_TEACHER_CACHE")] = Path(
+        "cache"
+    ),
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="The only folder that tokens files are read from; without it none are.",
+            envvar="HYPERAGENT_TEACHER_DATA_DIR",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="HYPERAGENT_TEACHER_HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", envvar="HYPERAGENT_TEACHER_PORT")
+    ] = 8701,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            help="Ids kept per row in the cache, and the most a request may ask for.", envvar="HYPERAGENT_TEACHER_TOP_K"
+        ),
+    ] = 128,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Longest sequence accepted, in tokens; the model's own limit holds where it is lower.",
+            envvar="HYPERAGENT_TEACHER_MAX_TOKENS",
+        ),
+    ] = 131_072,
+    max_pending_requests: Annotated[
+        int,
+        typer.Option(
+            help="Most requests scored or waiting at once; more are refused.",
+            envvar="HYPERAGENT_TEACHER_MAX_PENDING_REQUESTS",
+        ),
+    ] = 8,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            help="The cache's hot tier, such as redis://127.0.0.1:6379/0.", envvar="HYPERAGENT_TEACHER_REDIS_URL"
+        ),
+    ] = None,
+    redis_ttl_s: Annotated[
+        int,
+        typer.Option(help="Seconds a record stays in the hot tier.", envvar="HYPERAGENT_TEACHER_REDIS_TTL_S"),
+    ] = 86_400,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (the weights' own), float32, bfloat16 or float16.", envvar="HYPERAGENT_TEACHER_DTYPE"),
+    ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.", envvar="HYPERAGENT_TEACHER_DEVICE"),
+    ] = "auto",
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Permit an address that other machines can reach; traffic is not encrypted.",
+            envvar="HYPERAGENT_TEACHER_ALLOW_REMOTE",
+        ),
+    ] = False,
+    reflection: Annotated[
+        bool,
+        typer.Option(
+            "--reflection",
+            help="Let clients such as grpcurl ask for the service's description.",
+            envvar="HYPERAGENT_TEACHER_REFLECTION",
+        ),
+    ] = False,
+    stop_grace_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that requests in progress have to end before they are cancelled.",
+            envvar="HYPERAGENT_TEACHER_STOP_GRACE_S",
+        ),
+    ] = 30.0,
+) -> None:
+    """Serve a teacher over gRPC: score token sequences, fill the cache with its top-k rows."""
+    given = dict(locals())  # every option is a setting of the same name
+    from hyperagent_teacher.config import TeacherSettings
+
+    from hyperagent.auth import ensure_token
+    from hyperagent.config import parse
+    from hyperagent.logs import configure_logging
+
+    configure_logging(service="teacher")
+    settings = parse(given, TeacherSettings, source="hyperagent serve teacher")
+    # gRPC's core logs to standard error on its own; what a person can mend reaches them as an error already.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from hyperagent_teacher.server import serve as serve_teacher
+
+    serve_teacher(settings, token=ensure_token())

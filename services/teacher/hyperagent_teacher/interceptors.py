@@ -1,0 +1,37 @@
+"""The access token, asked for at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from hyperagent.auth import is_authorised
+
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+class RequireToken(grpc.aio.ServerInterceptor):
+    """Refuses every call without the bearer token, but for the health service, which orchestrators ask."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Go on to the method, or to a refusal in its place."""
+        header = dict(handler_call_details.invocation_metadata).get("authorization")
+        if handler_call_details.method.startswith(_HEALTH) or is_authorised(header, self._token):
+            return await continuation(handler_call_details)
+        # A handler of streams answers before it reads: the refusal waits for no message.
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
+    )

@@ -1,0 +1,107 @@
+"""What PopulateCache does: each trajectory's rows are in the cache, or it is refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokens import read_tokenizer_identity, read_tokens
+from hyperagent.errors import InvalidRequest, NotFound
+from hyperagent.identity import TokenizerIdentity, require_same
+from hyperagent.topk import concatenate
+from hyperagent.wire.outcome import Outcome, PopulateOutcome
+from hyperagent_teacher.engine import ScoringEngine, require_scorable
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """T tokens, N of them to be scored."""
+
+    trajectory_id: str
+    token_ids: NDArray[np.uint32]
+    """[T]."""
+    positions: NDArray[np.uint32]
+    """[N]."""
+
+
+class Populator:
+    """Fills a cache with an engine's rows."""
+
+    def __init__(self, engine: ScoringEngine, cache: TopKCache, *, data_dir: Path | None) -> None:
+        """Name the parts.
+
+        Args:
+            cache: made for the engine's identity.
+            data_dir: the only folder tokens files are read from; without it none are.
+        """
+        self._engine = engine
+        self._cache = cache
+        self._data_dir = data_dir.resolve() if data_dir else None
+
+    async def populate(self, trajectory: Trajectory) -> PopulateOutcome:
+        """See that the cache holds one trajectory's rows.
+
+        Raises:
+            StorageError: the cache cannot be written.
+        """
+        try:
+            outcome, key = await self._ensure_cached(trajectory)
+            reason = ""
+        except InvalidRequest as refusal:
+            outcome, key, reason = Outcome.REFUSED, "", str(refusal)
+        return PopulateOutcome(
+            trajectory_id=trajectory.trajectory_id,
+            outcome=outcome,
+            num_rows=len(trajectory.positions),
+            num_tokens=len(trajectory.token_ids),
+            cache_key=key,
+            reason=reason,
+        )
+
+    async def _ensure_cached(self, trajectory: Trajectory) -> tuple[Outcome, str]:
+        token_ids, positions, top_k = trajectory.token_ids, trajectory.positions, self._engine.identity.top_k
+        require_scorable(self._engine, token_ids, positions, top_k=top_k)
+        key = self._cache.key(token_ids, positions)
+        if await asyncio.to_thread(self._cache.contains, key):
+            return Outcome.PRESENT, key
+        async with aclosing(self._engine.score(token_ids, positions, top_k=top_k)) as parts:
+            rows = concatenate([part async for part in parts])
+        await asyncio.to_thread(self._cache.put, key, rows, num_tokens=len(token_ids))
+        return Outcome.WRITTEN, key
+
+    async def read_file(self, name: str, tokenizer: TokenizerIdentity) -> AsyncIterator[Trajectory]:
+        """Stream the trajectories of a tokens file inside the data folder.
+
+        Raises:
+            InvalidRequest: the name leads out of the data folder, or there is none.
+            NotFound: there is no such file.
+            DataError: it is not a tokens file.
+            IdentityMismatch: it was made with another tokenizer.
+        """
+        path = self._confined(name)
+        found = await asyncio.to_thread(read_tokenizer_identity, path)
+        require_same(
+            f"the tokenizer of {name!r}",
+            expected=tokenizer,
+            found=found,
+            remedy="tokenise the data with the teacher's tokenizer folder",
+        )
+        rows = read_tokens(path)
+        while (row := await asyncio.to_thread(next, rows, None)) is not None:
+            yield Trajectory(row.trajectory_id, row.token_ids, row.positions)
+
+    def _confined(self, name: str) -> Path:
+        if self._data_dir is None:
+            raise InvalidRequest("this teacher reads no files; send trajectories, or start it with --data-dir")
+        if "\0" in name or not (path := (self._data_dir / name).resolve()).is_relative_to(self._data_dir):
+            raise InvalidRequest(f"{name!r} leads out of the data folder; name a file inside it")
+        if not path.is_file():
+            raise NotFound(f"there is no tokens file {name!r} in the data folder; put it there, or send trajectories")
+        return path

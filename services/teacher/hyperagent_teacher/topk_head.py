@@ -1,0 +1,59 @@
+"""From logits to top-k rows.
+
+Shapes: N rows, V real vocabulary entries, K kept ids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hyperagent.errors import ServiceError
+from hyperagent.topk import TopKRows
+
+
+@torch.inference_mode()
+def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint32], *, top_k: int) -> TopKRows:
+    """Cut each row's distribution to its `top_k` likeliest ids; computed in float32.
+
+    Args:
+        logits_NV: [N, V], any floating dtype, without the rows that only pad the vocabulary.
+        targets_N: [N], int64, the tokens that really stand at the positions.
+        positions: [N].
+
+    Raises:
+        ServiceError: a logit is not finite.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(dim=1)
+    # One NaN or +inf in a row makes the whole row NaN; a -inf logit stays -inf.
+    if not bool(torch.isfinite(logprobs_NV).all()):
+        raise ServiceError(
+            f"the model's logits are not finite within positions {positions[0]} to {positions[-1]}; "
+            "check its weights, or serve it with --dtype float32"
+        )
+    values_NK, ids_NK = _largest(logprobs_NV, top_k)
+    target_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1)
+    # 1 - sum(kept) loses all its digits when the kept ids hold nearly everything; this sum has none to lose.
+    tail_N = logprobs_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(dim=1)
+    return TopKRows(
+        positions=positions,
+        ids=ids_NK.cpu().numpy().astype(np.uint32),
+        logprobs=values_NK.cpu().numpy(),
+        tail_logmass=tail_N.cpu().numpy(),
+        target_logprob=target_N.cpu().numpy(),
+    )
+
+
+def _largest(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids [N, k] by descending value, ties by id."""
+    values_NK, ids_NK = logprobs_NV.topk(k, dim=1)
+    # Where more ids than k reach the smallest kept value, topk has kept any of the tied ones.
+    crowded_N = (logprobs_NV >= values_NK[:, -1:]).sum(dim=1) > k
+    if bool(crowded_N.any()):
+        values, ids = logprobs_NV[crowded_N].sort(dim=1, descending=True, stable=True)
+        values_NK[crowded_N], ids_NK[crowded_N] = values[:, :k], ids[:, :k]
+    ids_NK, by_id = ids_NK.sort(dim=1)
+    values_NK, by_value = values_NK.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values_NK, ids_NK.gather(1, by_value)

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hyperagent_demo.sample.generate import write_sample
+
+
+@pytest.fixture(scope="session")
+def sample_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest sample with all its promises: 72 trajectories of 24 repositories."""
+    path = tmp_path_factory.mktemp("sample") / "trajectories.parquet"
+    write_sample(path, seed=0, rows=72, progress=lambda _done, _total: None)
+    return path
