@@ -19,8 +19,9 @@ import sys
 import time
 
 import torch
-from hyperagent_trainer.loss import compute_distillation_loss
 from torch import Tensor
+
+from hyperagent_trainer.loss import compute_distillation_loss
 
 VARIANTS = ("bound", "chunked 64", "chunked 256", "plain")
 REPEATS = 5

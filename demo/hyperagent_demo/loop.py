@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hyperagent.cache.store import CacheStats, TopKCache
-from hyperagent.http.client import ApiClient
-from hyperagent_demo.sample.generate import write_sample
-from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
+from hyperagent.cache.store import CacheStats, TopKCache
 from hyperagent.data.reader import read_rows
 from hyperagent.data.render import task_prompt
 from hyperagent.data.tokenise import TokeniseReport, tokenise_file
@@ -36,13 +33,16 @@ from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import count_tokens_rows, read_tokenizer_identity, read_tokens
 from hyperagent.errors import ConfigError, DataError, ServiceError
 from hyperagent.files import new_directory, write_atomically
+from hyperagent.http.client import ApiClient
 from hyperagent.wire.client import TeacherClient
 from hyperagent.wire.outcome import Outcome
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.peft_check import PeftCheckJob
 from hyperagent_demo.pretraining import PretrainedModels, pretrain_models
 from hyperagent_demo.processes import free_port, run_worker, service
+from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.stages import Bar, Stages
+from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
 _READY_TIMEOUT_S = 120.0
 _POLL_S = 0.5

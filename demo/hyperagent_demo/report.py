@@ -50,10 +50,10 @@ def build_report(
         "peft_max_abs_diff": result.peft["max_abs_diff"],
         "adapter_effect": result.peft["adapter_effect"],
         "cache": {
-            "tokens": cache.rows,
-            "context_tokens": cache.tokens,
+            "tokens": cache.supervised_tokens,
+            "context_tokens": cache.context_tokens,
             "bytes": cache.bytes,
-            "bytes_per_token": cache.bytes / cache.rows,
+            "bytes_per_token": cache.bytes_per_token,
             "top_k": config.top_k,
         },
         "teacher": {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hyperagent_trainer.loss import compute_distillation_loss
 from torch import Tensor
 
 from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.loss import compute_distillation_loss
 
 
 def oracle(hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
@@ -119,9 +119,7 @@ def test_what_cannot_be_computed_is_refused() -> None:
             hidden, head.clone().requires_grad_(), ids, logprobs, tail, vocab_size=40, chunk_rows=2
         )
     with pytest.raises(InvalidRequest, match="no supervised rows"):
-        compute_distillation_loss(
-            hidden[:0], head, none, logprobs[:0], tail[:0], vocab_size=40, chunk_rows=2
-        )
+        compute_distillation_loss(hidden[:0], head, none, logprobs[:0], tail[:0], vocab_size=40, chunk_rows=2)
     with pytest.raises(InvalidRequest, match="disagree in shape"):
         compute_distillation_loss(hidden, head, ids, logprobs, tail[:3], vocab_size=40, chunk_rows=2)
     with pytest.raises(InvalidRequest, match="different tokenizers"):

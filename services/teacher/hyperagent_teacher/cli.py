@@ -101,11 +101,10 @@ def serve(
 ) -> None:
     """Serve a teacher over gRPC: score token sequences, fill the cache with its top-k rows."""
     given = dict(locals())  # every option is a setting of the same name
-    from hyperagent_teacher.config import TeacherSettings
-
     from hyperagent.auth import ensure_token
     from hyperagent.config import parse
     from hyperagent.logs import configure_logging
+    from hyperagent_teacher.config import TeacherSettings
 
     configure_logging(service="teacher")
     settings = parse(given, TeacherSettings, source="hyperagent serve teacher")

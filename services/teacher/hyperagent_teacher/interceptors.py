@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
@@ -27,11 +26,12 @@ class RequireToken(grpc.aio.ServerInterceptor):
         header = dict(handler_call_details.invocation_metadata).get("authorization")
         if handler_call_details.method.startswith(_HEALTH) or is_authorised(header, self._token):
             return await continuation(handler_call_details)
-        # A handler of streams answers before it reads: the refusal waits for no message.
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
-async def _refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+async def _refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+    # A client that is still sending its first message might never learn the status (grpc/grpc#36066).
+    await anext(requests, None)
     await context.abort(
         grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
     )

@@ -65,18 +65,22 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> None:
         """Fill the cache."""
         async with _errors_as_status(context):
+            # Nothing is judged before the options are read: their sender might not learn the status (grpc/grpc#36066).
+            first = await anext(request_iterator, None)
             with self._admission.slot():
-                async with aclosing(self._trajectories(request_iterator)) as trajectories:
+                if first is None or first.WhichOneof("item") != "options":
+                    raise InvalidRequest("the first message of PopulateCache must be its options")
+                tokenizer = self._require_tokenizer(first.options.tokenizer)
+                await context.send_initial_metadata((codec.OPTIONS_ACCEPTED,))
+                async with aclosing(self._trajectories(request_iterator, tokenizer)) as trajectories:
                     async for trajectory in trajectories:
                         self._admission.require_open()
                         outcome = await self._populator.populate(trajectory)
                         await context.write(codec.outcome_to_proto(outcome))
 
-    async def _trajectories(self, requests: AsyncIterator[pb.PopulateCacheRequest]) -> AsyncGenerator[Trajectory, None]:
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("item") != "options":
-            raise InvalidRequest("the first message of PopulateCache must be its options")
-        tokenizer = self._require_tokenizer(first.options.tokenizer)
+    async def _trajectories(
+        self, requests: AsyncIterator[pb.PopulateCacheRequest], tokenizer: TokenizerIdentity
+    ) -> AsyncGenerator[Trajectory, None]:
         async for request in requests:
             match request.WhichOneof("item"):
                 case "trajectory":

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hyperagent.cache.store import TopKCache
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import TokenisedTrajectory, read_tokenizer_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import TokenizerIdentity, require_same

@@ -34,10 +34,9 @@ def serve(
     ] = 60.0,
 ) -> None:
     """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
-    from hyperagent.http.server import serve as serve_http
-
     from hyperagent.auth import ensure_token
     from hyperagent.config import parse
+    from hyperagent.http.server import serve as serve_http
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.config import ControlSettings
     from hyperagent_trainer.control import create_control_app

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
-from hyperagent.http.app import create_app
 from pydantic import BaseModel, Field
 
 from hyperagent import __version__
+from hyperagent.http.app import create_app
 from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs import MAX_METRIC_LINES, Run, RunRequest
 from hyperagent_trainer.supervisor import Supervisor

@@ -7,10 +7,10 @@ import threading
 
 import structlog
 import torch
-from hyperagent.cache.store import TopKCache
 from safetensors.torch import save
 from torch import nn
 
+from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import HELD_OUT, TRAIN
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically

@@ -56,7 +56,10 @@ def stats(root: Root, as_json: Json = False) -> None:
     from hyperagent.cache.store import TopKCache
 
     cache = TopKCache.open(root)
-    print_result({**asdict(cache.stats()), "teacher": cache.identity.model}, as_json=as_json)
+    counted = cache.stats()
+    print_result(
+        {**asdict(counted), "bytes_per_token": counted.bytes_per_token, "teacher": cache.identity.model}, as_json=as_json
+    )
 
 
 async def _populate(tokens: Path, address: str, bars: Progress) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What every REST service shares: problem details, bearer auth, limits, serving."""
+"""What every REST service shares: problem details, bearer auth, limits, serving, and the client."""

@@ -184,13 +184,22 @@ class TeacherClient:
     async def _populate(
         self, items: AsyncIterator[pb.PopulateCacheRequest], tokenizer: TokenizerIdentity, timeout_s: float
     ) -> AsyncGenerator[PopulateOutcome, None]:
+        # grpc.aio loses the status of a call that ends while a message is being sent (grpc/grpc#36066), so nothing is
+        # sent unless the teacher waits for it: each answer, and the acceptance of the options, is a turn to send.
+        turns: asyncio.Queue[bool] = asyncio.Queue()
         failure: Exception | None = None
 
         async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
             nonlocal failure
             yield pb.PopulateCacheRequest(options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer)))
+            if codec.OPTIONS_ACCEPTED not in tuple(await call.initial_metadata()):
+                await call.code()
+                return
+            turns.put_nowait(True)
             try:
                 async for item in items:
+                    if not await turns.get():
+                        return
                     yield item
             except Exception as error:
                 # gRPC drops an error of the request iterator and reports a cancelled call in its stead.
@@ -201,12 +210,14 @@ class TeacherClient:
         try:
             with self._domain_errors():
                 async for answer in call:
+                    turns.put_nowait(True)
                     yield codec.outcome_from_proto(answer)
         except asyncio.CancelledError:
             if failure is not None:
                 raise failure from None
             raise
         finally:
+            turns.put_nowait(False)
             call.cancel()
 
     @contextmanager

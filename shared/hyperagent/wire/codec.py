@@ -22,6 +22,9 @@ from hyperagent.wire.outcome import Outcome, PopulateOutcome
 _U4 = np.dtype("<u4")
 _F4 = np.dtype("<f4")
 
+OPTIONS_ACCEPTED = ("options", "accepted")
+"""The initial metadata by which PopulateCache accepts its options."""
+
 _OUTCOMES = {
     Outcome.WRITTEN: pb.PopulateCacheResponse.OUTCOME_WRITTEN,
     Outcome.PRESENT: pb.PopulateCacheResponse.OUTCOME_PRESENT,

@@ -44,6 +44,9 @@ _CODE_OF_ERROR: tuple[tuple[type[HyperagentError], grpc.StatusCode], ...] = (
     (HyperagentError, grpc.StatusCode.INTERNAL),
 )
 
+# What grpc.aio says, in place of the real status, when a call ends while a message is being sent (grpc/grpc#36066).
+_BROKEN_OFF = "Internal error from Core"
+
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[HyperagentError]] = {
     # gRPC itself answers RESOURCE_EXHAUSTED too, for a message that is too large.
     grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceeded,
@@ -67,6 +70,8 @@ def to_domain_error(error: grpc.aio.AioRpcError, address: str) -> HyperagentErro
     code, details = error.code(), " ".join((error.details() or "").split())
     if code is grpc.StatusCode.UNAVAILABLE:
         return no_answer(address, details)
+    if details == _BROKEN_OFF:
+        return no_answer(address, "the connection broke off")
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return ConfigError(
             f"the teacher at {address} does not know this access token; set HYPERAGENT_TOKEN to the teacher's "

@@ -71,6 +71,10 @@ class TeacherServiceServicer(object):
     def PopulateCache(self, request_iterator, context):
         """Writes the rows of many trajectories to the teacher's cache. Trajectories stream in, one progress
         message per trajectory streams out; what the cache already holds is not computed again.
+
+        Accepted options are answered with the initial metadata `options: accepted`. A client should wait for
+        that, and then for each trajectory's answer before it sends the next: some gRPC libraries lose the status
+        of a call that ends while they are sending.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,160 @@
+"""The REST routes: translators between HTTP and the service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, BinaryIO
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from hyperagent.config import StrictModel
+from hyperagent_adapter_api.service import AdapterService
+from hyperagent_adapter_api.store import CONFIG_FILE, ID_PATTERN, MODEL_FILE, StoredAdapter
+
+router = APIRouter(prefix="/v1")
+
+_CHUNK_BYTES = 1 << 20
+
+
+class PromptBody(StrictModel):
+    """What to make an adapter for."""
+
+    prompt: str = Field(description="The task's text.")
+
+
+class AdapterBody(StoredAdapter):
+    """An adapter, and where its files are."""
+
+    links: dict[str, str]
+    """Addresses of the adapter and of its two files."""
+
+
+class AdaptersBody(BaseModel):
+    adapters: list[AdapterBody]
+    next: str | None = Field(description="Address of the next page; null on the last one.")
+
+
+class BundleBody(BaseModel):
+    """What makes the adapters."""
+
+    fingerprint: str
+    base_model: str
+    student_weights: str
+    teacher: str
+    rank: int
+    alpha: float
+    num_layers: int = Field(description="Linear layers that an adapter changes.")
+    max_prompt_tokens: int
+    step: int = Field(description="Optimiser steps the hypernetwork was trained for.")
+
+
+def _service(request: Request) -> AdapterService:
+    service: AdapterService = request.app.state.service
+    return service
+
+
+Served = Annotated[AdapterService, Depends(_service)]
+
+
+@router.post("/adapters", status_code=status.HTTP_201_CREATED)
+async def create_adapter(body: PromptBody, response: Response, service: Served) -> AdapterBody:
+    """Make the adapter for a prompt: 201, or 200 if it is already there."""
+    adapter, is_new = await service.create(body.prompt)
+    if not is_new:
+        response.status_code = status.HTTP_200_OK
+    response.headers["Location"] = _path(adapter)
+    return _body(adapter)
+
+
+@router.get("/adapters")
+def list_adapters(
+    service: Served,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str | None, Query(pattern=ID_PATTERN, description="Start above this id.")] = None,
+) -> AdaptersBody:
+    """The adapters, in the order of their ids."""
+    page = service.store.page(after=after, limit=limit + 1)
+    following = f"/v1/adapters?limit={limit}&after={page[limit - 1].id}" if len(page) > limit else None
+    return AdaptersBody(adapters=[_body(adapter) for adapter in page[:limit]], next=following)
+
+
+@router.get("/adapters/{adapter_id}")
+def get_adapter(adapter_id: str, service: Served) -> AdapterBody:
+    """One adapter."""
+    return _body(service.store.get(adapter_id))
+
+
+@router.get(f"/adapters/{{adapter_id}}/{MODEL_FILE}", response_class=StreamingResponse)
+def get_adapter_model(
+    adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """The adapter's weights, for PEFT and vLLM."""
+    return _download(service, adapter_id, MODEL_FILE, "application/octet-stream", if_none_match)
+
+
+@router.get(f"/adapters/{{adapter_id}}/{CONFIG_FILE}", response_class=StreamingResponse)
+def get_adapter_config(
+    adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """The adapter's LoraConfig, for PEFT and vLLM."""
+    return _download(service, adapter_id, CONFIG_FILE, "application/json", if_none_match)
+
+
+@router.delete("/adapters/{adapter_id}", status_code=status.HTTP_204_NO_CONTENT)
+def delete_adapter(adapter_id: str, service: Served) -> None:
+    """Remove an adapter; making it again gives it the same id."""
+    service.store.delete(adapter_id)
+
+
+@router.get("/bundle")
+def get_bundle(service: Served) -> BundleBody:
+    """What makes the adapters."""
+    manifest = service.bundle.manifest
+    return BundleBody(
+        fingerprint=service.bundle.fingerprint,
+        base_model=manifest.base_model,
+        student_weights=manifest.student_weights,
+        teacher=manifest.teacher,
+        rank=manifest.rank,
+        alpha=manifest.alpha,
+        num_layers=len(manifest.layers),
+        max_prompt_tokens=manifest.max_prompt_tokens,
+        step=manifest.step,
+    )
+
+
+def _download(
+    service: AdapterService, adapter_id: str, name: str, media_type: str, if_none_match: str | None
+) -> Response:
+    adapter, file = service.store.open(adapter_id, name)
+    headers = {"ETag": f'"{adapter.sha256[name]}"'}
+    if if_none_match is not None and _matches(if_none_match, headers["ETag"]):
+        file.close()
+        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
+    if name == MODEL_FILE:
+        headers["Content-Length"] = str(adapter.bytes)
+    return StreamingResponse(_chunks(file), media_type=media_type, headers=headers)
+
+
+def _matches(if_none_match: str, etag: str) -> bool:
+    """Weak comparison, as If-None-Match asks for (RFC 9110, section 13.1.2); our tags hold no comma."""
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    return "*" in tags or etag in tags
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _path(adapter: StoredAdapter) -> str:
+    return f"/v1/adapters/{adapter.id}"
+
+
+def _body(adapter: StoredAdapter) -> AdapterBody:
+    path = _path(adapter)
+    links = {"self": path, "adapter_model": f"{path}/{MODEL_FILE}", "adapter_config": f"{path}/{CONFIG_FILE}"}
+    return AdapterBody(**adapter.model_dump(), links=links)

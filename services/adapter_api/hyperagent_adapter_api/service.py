@@ -1,0 +1,68 @@
+"""The adapter service itself: prompts in a bounded queue, one worker that turns them into stored adapters.
+
+One worker, because a forward pass already uses every core torch may have. It is also what makes two equal requests
+at once yield one adapter: the second finds what the first has stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from hyperagent.errors import NotFound
+from hyperagent.http.problems import Busy
+from hyperagent_adapter_api.generator import AdapterGenerator
+from hyperagent_adapter_api.store import AdapterStore, StoredAdapter, id_of
+
+_log = structlog.get_logger()
+
+
+class AdapterService:
+    """Makes adapters, and keeps them in `store`."""
+
+    def __init__(self, generator: AdapterGenerator, store: AdapterStore, *, max_pending_requests: int) -> None:
+        self.bundle = generator.bundle
+        self.store = store
+        self._generator = generator
+        self._max_pending_requests = max_pending_requests
+        self._pending = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+
+    async def create(self, prompt: str) -> tuple[StoredAdapter, bool]:
+        """The adapter for a prompt, and whether it is new; called on the event loop's thread only.
+
+        Raises:
+            Busy: as many prompts as the service accepts are waiting.
+            InvalidRequest: the prompt is empty or cannot be read.
+            LimitExceeded: the prompt is longer than the hypernetwork reads.
+            StorageError: the adapter could not be stored; nothing of it was.
+        """
+        if self._pending >= self._max_pending_requests:
+            raise Busy(
+                f"the service already holds {self._pending} prompts, the most it accepts (--max-pending-requests); "
+                "try again later"
+            )
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._create, prompt)
+        finally:
+            self._pending -= 1
+
+    def close(self) -> None:
+        """Let the prompt in progress end, drop those that wait, and let go of the store."""
+        self._worker.shutdown(cancel_futures=True)
+        self.store.close()
+
+    def _create(self, prompt: str) -> tuple[StoredAdapter, bool]:
+        prompt_ids = self._generator.encode(prompt)
+        adapter_id = id_of(self.bundle, prompt_ids)
+        try:
+            return self.store.get(adapter_id), False
+        except NotFound:
+            self.store.require_room()
+        files = self._generator.generate(prompt_ids)
+        adapter = self.store.put(adapter_id, files, bundle=self.bundle, prompt_tokens=prompt_ids.size)
+        _log.info("adapter made", id=adapter_id, prompt_tokens=adapter.prompt_tokens, bytes=adapter.bytes)
+        return adapter, True

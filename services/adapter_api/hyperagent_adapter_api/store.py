@@ -1,0 +1,220 @@
+"""Adapters on disk, a folder each, which PEFT and vLLM load as it is.
+
+ID/adapter_model.safetensors   the factors
+ID/adapter_config.json         PEFT's LoraConfig
+ID/adapter.json                what this service knows about it
+
+An id is a digest of what the adapter was made from, so it is known before the adapter is and making one twice
+stores it once. A folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from hyperagent.config import StrictModel, describe
+from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
+from hyperagent.files import fsync_directory, is_aside, new_directory
+from hyperagent.model.bundle import Bundle
+from hyperagent.model.peft_io import AdapterFiles
+
+MODEL_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+ID_PATTERN = "^[0-9a-f]{64}$"
+
+_RECORD_FILE = "adapter.json"
+_RETIRED_PREFIX = ".retired-"
+
+
+class StoredAdapter(StrictModel):
+    """What `adapter.json` holds."""
+
+    id: str
+    created_at: datetime
+    prompt_tokens: int
+    """Length of the prompt it was made for; the prompt itself is not kept."""
+    rank: int
+    bytes: int
+    """Size of `adapter_model.safetensors`."""
+    sha256: dict[str, str]
+    """Digest (hex) of each of the two files, by name."""
+    base_model: str
+    """The student it belongs to."""
+    bundle: str
+    """Fingerprint of the bundle that made it."""
+
+
+def id_of(bundle: Bundle, prompt_ids: NDArray[np.uint32]) -> str:
+    """The id of the adapter that `bundle` makes for [P] prompt ids."""
+    return blake3(bytes.fromhex(bundle.fingerprint) + prompt_ids.astype("<u4").tobytes()).hexdigest()
+
+
+class AdapterStore:
+    """A folder of adapters, held by one process; safe for several threads."""
+
+    def __init__(self, root: Path, *, max_adapters: int) -> None:
+        """Take hold of the folder, making it if there is none, and clear away what a killed process left.
+
+        Raises:
+            ConfigError: the folder cannot be used.
+            ServiceError: another process holds it.
+        """
+        self._root = root
+        self._max_adapters = max_adapters
+        self._lock = _hold(root)
+        for path in root.iterdir():
+            if is_aside(path) or path.name.startswith(_RETIRED_PREFIX):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._lock)
+
+    def get(self, adapter_id: str) -> StoredAdapter:
+        """What is known about an adapter.
+
+        Raises:
+            NotFound: there is none of this id.
+            CorruptRecord: its record is damaged.
+        """
+        path = self._folder(adapter_id) / _RECORD_FILE
+        try:
+            return StoredAdapter.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise _not_found(adapter_id) from None
+        except ValidationError as error:
+            raise CorruptRecord(
+                f"the record of adapter {adapter_id} is damaged ({describe(error)}); delete the adapter and make it again"
+            ) from error
+
+    def page(self, *, after: str | None, limit: int) -> list[StoredAdapter]:
+        """Up to `limit` adapters in the order of their ids, from the first id above `after` on.
+
+        Raises:
+            CorruptRecord: a record among them is damaged.
+        """
+        found: list[StoredAdapter] = []
+        for adapter_id in sorted(self._ids()):
+            if after is not None and adapter_id <= after:
+                continue
+            if len(found) == limit:
+                break
+            try:
+                found.append(self.get(adapter_id))
+            except NotFound:
+                continue  # deleted since the folder was listed
+        return found
+
+    def open(self, adapter_id: str, name: str) -> tuple[StoredAdapter, BinaryIO]:
+        """An adapter's record and one of its two files, which stays readable if the adapter is deleted meanwhile.
+
+        Raises:
+            NotFound: there is no adapter of this id.
+            CorruptRecord: its record or the file is damaged.
+        """
+        adapter = self.get(adapter_id)
+        try:
+            file = (self._folder(adapter_id) / name).open("rb")
+        except FileNotFoundError:
+            self.get(adapter_id)  # deleted since its record was read
+            raise CorruptRecord(f"adapter {adapter_id} lacks {name}; delete the adapter and make it again") from None
+        if name == MODEL_FILE and os.fstat(file.fileno()).st_size != adapter.bytes:
+            file.close()
+            raise CorruptRecord(
+                f"{name} of adapter {adapter_id} does not have its {adapter.bytes} bytes; delete the adapter and make it again"
+            )
+        return adapter, file
+
+    def require_room(self) -> None:
+        """Raises:
+        StorageError: the store holds as many adapters as it may.
+        """
+        if len(self._ids()) >= self._max_adapters:
+            raise StorageError(
+                f"the store holds {self._max_adapters} adapters, the most it may (--max-adapters); "
+                "delete some, or raise the limit"
+            )
+
+    def put(self, adapter_id: str, files: AdapterFiles, *, bundle: Bundle, prompt_tokens: int) -> StoredAdapter:
+        """Store an adapter, whole or not at all.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        adapter = StoredAdapter(
+            id=adapter_id,
+            created_at=datetime.now(UTC),
+            prompt_tokens=prompt_tokens,
+            rank=bundle.manifest.rank,
+            bytes=len(files.model),
+            sha256={
+                MODEL_FILE: hashlib.sha256(files.model).hexdigest(),
+                CONFIG_FILE: hashlib.sha256(files.config).hexdigest(),
+            },
+            base_model=bundle.manifest.base_model,
+            bundle=bundle.fingerprint,
+        )
+        with new_directory(self._folder(adapter_id)) as aside:
+            (aside / MODEL_FILE).write_bytes(files.model)
+            (aside / CONFIG_FILE).write_bytes(files.config)
+            (aside / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return adapter
+
+    def delete(self, adapter_id: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            NotFound: there is none of this id.
+            StorageError: the file system refused; the adapter is still there.
+        """
+        retired = self._root / f"{_RETIRED_PREFIX}{uuid.uuid4().hex}"
+        try:
+            # Renamed first, so that nobody meets half an adapter.
+            self._folder(adapter_id).rename(retired)
+            fsync_directory(self._root)
+        except FileNotFoundError:
+            raise _not_found(adapter_id) from None
+        except OSError as error:
+            raise StorageError(
+                f"could not delete adapter {adapter_id}: {error.strerror}; see to the store's folder"
+            ) from error
+        shutil.rmtree(retired, ignore_errors=True)
+
+    def _ids(self) -> list[str]:
+        return [entry.name for entry in os.scandir(self._root) if re.fullmatch(ID_PATTERN, entry.name)]
+
+    def _folder(self, adapter_id: str) -> Path:
+        if not re.fullmatch(ID_PATTERN, adapter_id):
+            raise NotFound("there is no such adapter: an id is 64 hexadecimal digits; GET /v1/adapters lists them")
+        return self._root / adapter_id
+
+
+def _not_found(adapter_id: str) -> NotFound:
+    return NotFound(f"there is no adapter {adapter_id}; GET /v1/adapters lists those there are")
+
+
+def _hold(root: Path) -> int:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"cannot keep adapters in {root}: {error.strerror}; choose another --store") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ServiceError(f"another adapter service holds {root}; stop it, or choose another --store") from None
+    return descriptor

@@ -1,0 +1,236 @@
+"""The cache: content-addressed records on disk, which are the truth, and copies of them in an optional hot tier.
+
+    ROOT/manifest.json           format version and the identity of the teacher that all records are of
+    ROOT/objects/ab/<key>.topk   one record per trajectory, in a folder named by the key's first two digits
+
+A record is written aside and renamed, so it is there whole or not at all, and two writers of one key cannot hurt
+each other. docs/cache-format.md specifies every byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import structlog
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from hyperagent.cache.codec import FORMAT_VERSION, CachedRecord, decode_record, encode_record
+from hyperagent.cache.hot import HotTier
+from hyperagent.errors import ConfigError, CorruptRecord, NotFound
+from hyperagent.files import is_aside, write_atomically
+from hyperagent.identity import TeacherIdentity, require_same
+from hyperagent.topk import TopKRows
+
+_KEY_DOMAIN = b"hyperagent-topk-key-1"
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What checking every record found."""
+
+    records: int
+    """Records that are whole."""
+    damaged: tuple[tuple[Path, str], ...]
+    """Path and reason of each that is not; populating again mends it."""
+    leftovers: tuple[Path, ...]
+    """What killed writers left behind; harmless, and safe to delete while nobody writes."""
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What the cache holds."""
+
+    records: int
+    supervised_tokens: int
+    """Rows: tokens whose distribution is kept."""
+    context_tokens: int
+    """Tokens of all trajectories, supervised or not."""
+    bytes: int
+    """Of all records on disk."""
+    top_k: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes per supervised token."""
+        return self.bytes / self.supervised_tokens if self.supervised_tokens else 0.0
+
+
+class TopKCache:
+    """A teacher's top-k rows by trajectory; safe to use from several threads and processes."""
+
+    def __init__(self, root: Path, identity: TeacherIdentity, hot: HotTier | None) -> None:
+        """Use `create_or_open` or `open`."""
+        self.root = root
+        self.identity = identity
+        self._hot = hot
+
+    @classmethod
+    def create_or_open(cls, root: Path, identity: TeacherIdentity, *, hot: HotTier | None = None) -> TopKCache:
+        """The cache of one teacher, made if it is not there.
+
+        Raises:
+            IdentityMismatch: the cache holds another teacher's rows.
+            StorageError: the file system refused.
+        """
+        if not _manifest_path(root).exists():
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "identity": asdict(identity),
+                "fingerprint": identity.fingerprint,
+            }
+            write_atomically(_manifest_path(root), json.dumps(manifest, indent=2).encode() + b"\n")
+        cache = cls.open(root, hot=hot)
+        require_same(
+            f"the teacher of the cache in {root}",
+            expected=cache.identity,
+            found=identity,
+            remedy="give each teacher a cache folder of its own",
+        )
+        return cache
+
+    @classmethod
+    def open(cls, root: Path, *, hot: HotTier | None = None) -> TopKCache:
+        """An existing cache.
+
+        Raises:
+            ConfigError: there is none, or it is of an unknown format version.
+            CorruptRecord: its manifest is damaged.
+        """
+        try:
+            manifest = json.loads(_manifest_path(root).read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(f"there is no cache in {root}; fill one with `hyperagent cache populate`") from None
+        except ValueError as error:
+            raise CorruptRecord(
+                f"{_manifest_path(root)} is damaged: {error}; restore it, or populate a new cache"
+            ) from error
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ConfigError(
+                f"the cache in {root} is of format version {manifest.get('format_version')}, this release reads {FORMAT_VERSION}"
+            )
+        identity = TeacherIdentity(**manifest["identity"])
+        if identity.fingerprint != manifest["fingerprint"]:
+            raise CorruptRecord(
+                f"{_manifest_path(root)} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
+            )
+        return cls(root, identity, hot)
+
+    def key(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> str:
+        """Digest of everything that decides a record: the teacher, the tokens [T], the supervised positions [N]."""
+        digest = blake3(_KEY_DOMAIN)
+        digest.update(bytes.fromhex(self.identity.fingerprint))
+        digest.update(len(token_ids).to_bytes(8, "little") + len(positions).to_bytes(8, "little"))
+        digest.update(token_ids.astype("<u4", copy=False).tobytes())
+        digest.update(positions.astype("<u4", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def contains(self, key: str) -> bool:
+        """Whether a whole record is on disk; a damaged one does not count, so populating again mends it."""
+        try:
+            self._read_disk(key)
+        except NotFound:
+            return False
+        except CorruptRecord as error:
+            log.warning("damaged record will be written again", key=key, reason=str(error))
+            return False
+        return True
+
+    def put(self, key: str, rows: TopKRows, *, num_tokens: int) -> None:
+        """Write one record, replacing what is there.
+
+        Args:
+            key: from `key`.
+            num_tokens: tokens of the trajectory, context included.
+
+        Raises:
+            InvalidRequest: the rows are not distributions over this teacher's vocabulary.
+            StorageError: the file system refused; nothing has changed.
+        """
+        rows.validate(num_tokens=num_tokens, vocab_size=self.identity.vocab_size)
+        content = encode_record(key, rows, num_tokens=num_tokens)
+        write_atomically(self._path(key), content)
+        if self._hot:
+            self._hot.put(key, content)
+
+    def get(self, key: str) -> CachedRecord:
+        """Read one record, from the hot tier if it has it.
+
+        Raises:
+            NotFound: there is none.
+            CorruptRecord: it is damaged; says which and how to mend it.
+        """
+        if self._hot and (content := self._hot.get(key)) is not None:
+            try:
+                return decode_record(content, key=key)
+            except CorruptRecord as error:
+                log.warning("damaged value in the hot tier dropped", key=key, reason=str(error))
+                self._hot.drop(key)
+        content, record = self._read_disk(key)
+        if self._hot:
+            self._hot.put(key, content)
+        return record
+
+    def keys(self) -> Iterator[str]:
+        """Every key on disk, sorted."""
+        return (path.stem for path in self._paths())
+
+    def __iter__(self) -> Iterator[tuple[str, CachedRecord]]:
+        """Every key and its record, read from disk.
+
+        Raises:
+            CorruptRecord: on reaching a damaged one.
+        """
+        for key in self.keys():
+            yield key, self._read_disk(key)[1]
+
+    def verify(self, progress: Callable[[int, int], None] = lambda _done, _total: None) -> VerifyReport:
+        """Check every byte on disk; `progress` is called with (records done, records to do)."""
+        paths = list(self._paths())
+        damaged: list[tuple[Path, str]] = []
+        for done, path in enumerate(paths, start=1):
+            try:
+                decode_record(path.read_bytes(), key=path.stem)
+            except CorruptRecord as error:
+                damaged.append((path, str(error)))
+            progress(done, len(paths))
+        leftovers = sorted(path for path in self.root.rglob("*") if is_aside(path))
+        return VerifyReport(len(paths) - len(damaged), tuple(damaged), tuple(leftovers))
+
+    def stats(self) -> CacheStats:
+        """Count what is there, reading every record."""
+        records = supervised = context = size = 0
+        for key, record in self:
+            records += 1
+            supervised += record.rows.num_rows
+            context += record.num_tokens
+            size += self._path(key).stat().st_size
+        return CacheStats(records, supervised, context, size, self.identity.top_k)
+
+    def _read_disk(self, key: str) -> tuple[bytes, CachedRecord]:
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"the cache in {self.root} has no record {key}; run `hyperagent cache populate`") from None
+        try:
+            return content, decode_record(content, key=key)
+        except CorruptRecord as error:
+            raise CorruptRecord(
+                f"record {path} is damaged: {error}; run `hyperagent cache populate` again to mend it"
+            ) from error
+
+    def _paths(self) -> Iterator[Path]:
+        return (path for path in sorted((self.root / "objects").glob("??/*.topk")) if not is_aside(path))
+
+    def _path(self, key: str) -> Path:
+        return self.root / "objects" / key[:2] / f"{key}.topk"
+
+
+def _manifest_path(root: Path) -> Path:
+    return root / "manifest.json"

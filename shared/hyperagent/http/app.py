@@ -1,0 +1,135 @@
+"""A REST application with everything in place but its routes.
+
+Errors leave as problem details, every path but the health checks asks for the bearer token, bodies are limited and
+requests are measured. There is no page at /docs: a browser could not send the token, and the page would load its
+scripts from elsewhere. The schema is at /openapi.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from hyperagent.errors import HyperagentError, InvalidRequest
+from hyperagent.http.middleware import LimitBody, MeasureRequests, RequireToken, instance_of, problem_response
+from hyperagent.http.problems import MEDIA_TYPE, Busy, Problem, http_problem, problem_of
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+_MAX_NAMED_FIELDS = 5
+_MAX_FIELD_CHARACTERS = 60
+_MAX_REASON_CHARACTERS = 120
+
+_log = structlog.get_logger()
+
+
+def create_app(
+    *, title: str, version: str, token: str, max_body_bytes: int = 1 << 20, lifespan: Lifespan | None = None
+) -> FastAPI:
+    """An application to add routes to; they raise the project's errors and never handle them.
+
+    Args:
+        token: what callers must send as `Authorization: Bearer`.
+        max_body_bytes: the largest body a request may have.
+    """
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    schema = {"content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+    app = FastAPI(
+        title=title,
+        version=version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"default": {"description": "Problem details (RFC 9457)", **schema}},
+        middleware=[
+            Middleware(MeasureRequests, registry=registry),
+            Middleware(RequireToken, token=token),
+            Middleware(LimitBody, max_body_bytes=max_body_bytes),
+        ],
+        exception_handlers={
+            HyperagentError: _answer_error,
+            RequestValidationError: _answer_validation_error,
+            HTTPException: _answer_http_error,
+            Exception: _answer_defect,
+        },
+    )
+    # The socket is accepted from only once the application has started, so whoever gets an answer finds it ready.
+    app.get("/healthz")(_healthy)
+    app.get("/readyz")(_healthy)
+
+    @app.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _healthy() -> dict[str, str]:
+    """Whether the service answers."""
+    return {"status": "ok"}
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HyperagentError)
+    problem = problem_of(error, instance=instance_of(request.scope))
+    if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("request failed", method=request.method, path=problem.instance, error=problem.detail)
+    return problem_response(problem, headers={"Retry-After": "1"} if isinstance(error, Busy) else None)
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    refusal = InvalidRequest(f"the request is wrong: {_describe(error.errors())}; correct it and send it again")
+    return problem_response(problem_of(refusal, instance=instance_of(request.scope)))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = instance_of(request.scope)
+    detail = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        detail = f"there is nothing at {path}; /openapi.json lists what there is"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"{path} does not take {request.method[:20]}; /openapi.json lists what it takes"
+    problem = http_problem(error.status_code, detail, instance=path)
+    return problem_response(problem, headers=dict(error.headers or {}))
+
+
+async def _answer_defect(request: Request, _error: Exception) -> Response:
+    # The server logs the traceback; a caller must not see it.
+    problem = http_problem(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "the service met a defect of its own; its log says more",
+        instance=instance_of(request.scope),
+    )
+    return problem_response(problem)
+
+
+def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Names the first wrong fields; never shows a value, and cuts names, which a caller can make as long as values."""
+    described = [
+        f"{'.'.join(map(str, error['loc']))[:_MAX_FIELD_CHARACTERS]}: {error['msg'][:_MAX_REASON_CHARACTERS]}"
+        for error in errors[:_MAX_NAMED_FIELDS]
+    ]
+    if len(errors) > _MAX_NAMED_FIELDS:
+        described.append(f"and {len(errors) - _MAX_NAMED_FIELDS} more")
+    return "; ".join(described)

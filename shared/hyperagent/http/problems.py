@@ -1,0 +1,105 @@
+"""The one table between the project's errors and HTTP, in both directions.
+
+An error travels as problem details (RFC 9457, `application/problem+json`). The `type` of one of ours is a URN that
+names its class, so that a client raises the very class the service did; what HTTP itself refuses (no such path, a
+body that is too large) has the type `about:blank`, as the RFC asks, and is known by its status.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from pydantic import BaseModel, ConfigDict
+
+from hyperagent.errors import (
+    ConfigError,
+    Conflict,
+    CorruptRecord,
+    HyperagentError,
+    IdentityMismatch,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    ServiceError,
+    StorageError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+
+_MAX_DETAIL_CHARACTERS = 1000
+
+
+class Busy(ServiceError):
+    """The service holds as many requests as it accepts at once."""
+
+
+class Problem(BaseModel):
+    """Problem details (RFC 9457)."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    type: str = "about:blank"
+    """What kind of problem it is."""
+    title: str
+    """The kind, for people."""
+    status: int
+    """The HTTP status."""
+    detail: str
+    """What happened, why, and how to mend it, in one line."""
+    instance: str
+    """Path of the request."""
+
+
+_SERVICE_ERROR = "urn:hyperagent:problem:service-error"
+
+# The first class that fits decides, so a class stands before its base.
+_KINDS: tuple[tuple[type[HyperagentError], HTTPStatus, str, str], ...] = (
+    (Busy, HTTPStatus.SERVICE_UNAVAILABLE, "urn:hyperagent:problem:busy", "Busy"),
+    (NotFound, HTTPStatus.NOT_FOUND, "urn:hyperagent:problem:not-found", "Not found"),
+    (IdentityMismatch, HTTPStatus.CONFLICT, "urn:hyperagent:problem:identity-mismatch", "Identity mismatch"),
+    (Conflict, HTTPStatus.CONFLICT, "urn:hyperagent:problem:conflict", "Conflict"),
+    (LimitExceeded, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "urn:hyperagent:problem:limit-exceeded", "Limit exceeded"),
+    (InvalidRequest, HTTPStatus.UNPROCESSABLE_ENTITY, "urn:hyperagent:problem:invalid-request", "Invalid request"),
+    (ConfigError, HTTPStatus.UNPROCESSABLE_ENTITY, "urn:hyperagent:problem:config-error", "Wrong configuration"),
+    (StorageError, HTTPStatus.INSUFFICIENT_STORAGE, "urn:hyperagent:problem:storage-error", "Storage refused"),
+    (CorruptRecord, HTTPStatus.INTERNAL_SERVER_ERROR, "urn:hyperagent:problem:corrupt-record", "Corrupt record"),
+    (HyperagentError, HTTPStatus.INTERNAL_SERVER_ERROR, _SERVICE_ERROR, "Service error"),
+)
+
+_ERROR_OF_TYPE: dict[str, type[HyperagentError]] = {
+    **{type_uri: kind for kind, _, type_uri, _ in _KINDS},
+    _SERVICE_ERROR: ServiceError,
+}
+
+
+def problem_of(error: HyperagentError, *, instance: str) -> Problem:
+    """What a caller is told of `error`."""
+    status, type_uri, title = next(row[1:] for row in _KINDS if isinstance(error, row[0]))
+    return Problem(type=type_uri, title=title, status=status, detail=one_line(str(error)), instance=instance)
+
+
+def http_problem(status: int, detail: str, *, instance: str) -> Problem:
+    """A problem of HTTP itself, which has no class among the project's errors."""
+    return Problem(title=HTTPStatus(status).phrase, status=status, detail=one_line(detail), instance=instance)
+
+
+def error_of(problem: Problem) -> HyperagentError:
+    """The error that a service's answer stands for."""
+    kind = _ERROR_OF_TYPE.get(problem.type)
+    if kind is None:
+        kind = _error_of_status(problem.status)
+    return kind(one_line(problem.detail))
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and no longer than a person reads."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_DETAIL_CHARACTERS else line[: _MAX_DETAIL_CHARACTERS - 1] + "…"
+
+
+def _error_of_status(status: int) -> type[HyperagentError]:
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFound
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return LimitExceeded
+    return InvalidRequest if 400 <= status < 500 else ServiceError

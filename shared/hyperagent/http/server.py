@@ -1,0 +1,116 @@
+"""Serving an application: the port first, then the application, then a clean end on SIGTERM.
+
+The socket is bound and listening before anything else starts, so a busy port is known at once; until the
+application is ready, a client's connection waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import signal
+import socket
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.http.middleware import RequireHost
+
+_BACKLOG = 128
+_STOP_GRACE_S = 10
+"""What requests in progress have to end after SIGTERM."""
+
+_log = structlog.get_logger()
+
+
+def serve(app: ASGIApp, *, host: str, port: int, allow_remote: bool, allowed_hosts: Collection[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT; the process then exits with code 0.
+
+    Args:
+        allow_remote: permit an address that other machines can reach.
+        allowed_hosts: names the service answers to besides localhost and IP addresses.
+
+    Raises:
+        ConfigError: other machines could reach the address and that is not permitted, or there is no such address.
+        ServiceError: the port cannot be had.
+    """
+    with listening(host=host, port=port, allow_remote=allow_remote) as listener:
+        run(app, listener, allowed_hosts=allowed_hosts)
+
+
+@contextmanager
+def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.socket]:
+    """A socket that holds its port while the block runs, in which SIGTERM and SIGINT exit with code 0.
+
+    Raises:
+        ConfigError: see `serve`.
+        ServiceError: see `serve`.
+    """
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    with _listen(host, port, allow_remote=allow_remote) as listener:
+        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield listener
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = ()) -> None:
+    """Answer on a listening socket until a signal ends it; requests in progress get to end."""
+    address = listener.getsockname()
+    any_address = not ipaddress.ip_address(address[0]).is_loopback
+    config = uvicorn.Config(
+        RequireHost(app, any_address=any_address, names=allowed_hosts),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_STOP_GRACE_S,
+    )
+    _log.info("listening", address=_url(address))
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ConfigError(f"there is no address {host!r} to listen on: {error.strerror}; use 127.0.0.1") from error
+    if not allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
+        raise ConfigError(
+            f"other machines can reach {host}, and traffic is not encrypted; "
+            "listen on 127.0.0.1, or give --allow-remote on a private network"
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Takes the port over from connections that are still closing, never from another listener.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = {
+            errno.EADDRINUSE: "the port is taken; stop the other process, or give another --port",
+            errno.EACCES: "the port is reserved for the system; give another --port",
+            errno.EADDRNOTAVAIL: "the address is not this machine's; give another --host",
+        }.get(error.errno or 0, str(error.strerror))
+        raise ServiceError(f"cannot listen on {_url(address)}: {reason}") from error
+    return listener
+
+
+def _url(address: tuple[object, ...]) -> str:
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"

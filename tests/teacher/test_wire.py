@@ -1,0 +1,192 @@
+"""The wire's codec, its table of errors, and the generated stubs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from subprocess import run
+
+import grpc
+import numpy as np
+import pytest
+
+from hyperagent import errors
+from hyperagent.errors import CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
+from hyperagent.identity import TeacherIdentity, TokenizerIdentity
+from hyperagent.topk import TopKRows, concatenate
+from hyperagent.wire import codec
+from hyperagent.wire import teacher_pb2 as pb
+from hyperagent.wire.outcome import Outcome, PopulateOutcome
+from hyperagent.wire.status import Busy, NotServing, status_code, to_domain_error
+
+ROOT = Path(__file__).parents[2]
+ARRAYS = ("positions", "ids", "logprobs", "tail_logmass", "target_logprob")
+
+
+def make_rows(n: int = 7, k: int = 3) -> TopKRows:
+    generator = np.random.default_rng(0)
+    return TopKRows(
+        positions=np.arange(1, n + 1, dtype=np.uint32) * 5,
+        ids=generator.integers(0, 2**32, (n, k), dtype=np.uint32),
+        logprobs=generator.normal(size=(n, k)).astype(np.float32),
+        tail_logmass=np.full(n, -np.inf, np.float32),
+        target_logprob=generator.normal(size=n).astype(np.float32),
+    )
+
+
+def make_teacher(**changes: object) -> TeacherIdentity:
+    fields = {
+        "model": "tiny",
+        "weights": "ab",
+        "dtype": "float32",
+        "backend": "transformers-5.0",
+        "tokenizer_sha256": "cd",
+        "template_sha256": "ef",
+        "vocab_size": 300,
+        "top_k": 16,
+    }
+    return TeacherIdentity(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 1 << 20])
+def test_rows_come_out_of_chunks_as_they_went_in(max_bytes: int) -> None:
+    rows = make_rows()
+    sent = [chunk.SerializeToString() for chunk in codec.rows_to_chunks(rows, first_row=40, max_bytes=max_bytes)]
+    chunks = [pb.ScoreTokensResponse.FromString(packed) for packed in sent]
+    assert [chunk.first_row for chunk in chunks] == [
+        40 + sum(c.num_rows for c in chunks[:i]) for i in range(len(chunks))
+    ]
+    back = concatenate([codec.chunk_to_rows(chunk) for chunk in chunks])
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(back, name), getattr(rows, name))
+        assert getattr(back, name).dtype == getattr(rows, name).dtype
+
+
+def test_the_packed_bytes_are_little_endian_in_row_major_order() -> None:
+    rows = TopKRows(
+        positions=np.array([258], np.uint32),
+        ids=np.array([[1, 2]], np.uint32),
+        logprobs=np.array([[-1.0, -2.0]], np.float32),
+        tail_logmass=np.array([-0.5], np.float32),
+        target_logprob=np.array([-2.0], np.float32),
+    )
+    (chunk,) = codec.rows_to_chunks(rows)
+    assert chunk.positions == bytes([2, 1, 0, 0])
+    assert chunk.ids == bytes([1, 0, 0, 0, 2, 0, 0, 0])
+    assert chunk.logprobs == bytes([0, 0, 0x80, 0xBF, 0, 0, 0, 0xC0])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_every_changed_byte_is_noticed(name: str) -> None:
+    (chunk,) = codec.rows_to_chunks(make_rows())
+    packed = getattr(chunk, name)
+    for place in range(len(packed)):
+        setattr(chunk, name, packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :])
+        with pytest.raises(CorruptRecord, match="damaged"):
+            codec.chunk_to_rows(chunk)
+
+
+@pytest.mark.parametrize(("name", "by"), [("num_rows", 1), ("num_rows", -1), ("top_k", 1), ("top_k", -1)])
+def test_a_shape_that_does_not_fit_its_bytes_is_noticed(name: str, by: int) -> None:
+    (chunk,) = codec.rows_to_chunks(make_rows())
+    setattr(chunk, name, getattr(chunk, name) + by)
+    with pytest.raises(CorruptRecord, match="damaged"):
+        codec.chunk_to_rows(chunk)
+
+
+def test_ids_are_packed_and_unpacked() -> None:
+    ids = np.array([0, 1, 2**32 - 1], np.int64)
+    back = codec.unpack_u32(codec.pack_u32(ids, what="ids"), what="ids")
+    assert back.dtype == np.uint32
+    np.testing.assert_array_equal(back, ids)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.array([-1]), np.array([2**32]), np.array([1.0]), np.zeros((2, 2), np.uint32), np.array(3)]
+)
+def test_what_is_no_row_of_ids_is_not_packed(bad: np.ndarray) -> None:
+    with pytest.raises(InvalidRequest, match=r"^ids must"):
+        codec.pack_u32(bad, what="ids")
+
+
+def test_a_broken_packing_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"^ids must be packed uint32, but 5 bytes"):
+        codec.unpack_u32(b"12345", what="ids")
+
+
+def test_identities_and_outcomes_travel() -> None:
+    tokenizer = TokenizerIdentity("cd", "ef")
+    assert codec.tokenizer_from_proto(codec.tokenizer_to_proto(tokenizer)) == tokenizer
+    assert codec.teacher_from_proto(codec.teacher_to_proto(make_teacher())) == make_teacher()
+    for outcome in Outcome:
+        line = PopulateOutcome("t", outcome, num_rows=2, num_tokens=3, cache_key="k", reason="r")
+        assert codec.outcome_from_proto(codec.outcome_to_proto(line)) == line
+
+
+def test_a_teacher_that_states_more_than_this_side_knows_is_refused() -> None:
+    message = codec.teacher_to_proto(make_teacher())
+    message.fingerprint = make_teacher(dtype="bfloat16").fingerprint
+    with pytest.raises(IdentityMismatch, match="same version"):
+        codec.teacher_from_proto(message)
+
+
+def test_an_outcome_that_this_side_does_not_know_is_refused() -> None:
+    with pytest.raises(ServiceError, match="outcome 77"):
+        codec.outcome_from_proto(pb.PopulateCacheResponse(outcome=77))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (Busy("m"), errors.LimitExceeded),
+        (NotServing("m"), errors.ServiceError),
+        (errors.LimitExceeded("m"), errors.LimitExceeded),
+        (errors.InvalidRequest("m"), errors.InvalidRequest),
+        (errors.DataError("m"), errors.InvalidRequest),
+        (errors.RowRefused("t", "m"), errors.InvalidRequest),
+        (errors.IdentityMismatch("m"), errors.IdentityMismatch),
+        (errors.NotFound("m"), errors.NotFound),
+        (errors.CorruptRecord("m"), errors.CorruptRecord),
+        (errors.StorageError("m"), errors.StorageError),
+        (errors.ServiceError("m"), errors.ServiceError),
+        (errors.ConfigError("m"), errors.ServiceError),
+    ],
+)
+def test_an_error_crosses_the_wire(sent: errors.HyperagentError, received: type[errors.HyperagentError]) -> None:
+    error = _rpc_error(status_code(sent), f"{sent}\n  more")
+    back = to_domain_error(error, "here:1")
+    assert type(back) is received
+    assert "\n" not in str(back)
+    assert "m more" in str(back)
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "words"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.ServiceError, "hyperagent serve teacher"),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.ConfigError, "HYPERAGENT_TOKEN"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.ServiceError, "timeout"),
+        (grpc.StatusCode.UNKNOWN, errors.ServiceError, "UNKNOWN"),
+    ],
+)
+def test_grpcs_own_codes_have_a_meaning(code: grpc.StatusCode, received: type[Exception], words: str) -> None:
+    back = to_domain_error(_rpc_error(code, "details"), "here:1")
+    assert type(back) is received
+    assert "here:1" in str(back)
+    assert words in str(back)
+
+
+def _rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+
+
+def test_the_stubs_are_those_of_the_contract(tmp_path: Path) -> None:
+    source = ROOT / "proto" / "hyperagent" / "teacher" / "v1"
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-Ihyperagent/wire={source}"]
+    command += [f"--{kind}={tmp_path}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
+    run([*command, str(source / "teacher.proto")], check=True, cwd=ROOT)
+    made = sorted((tmp_path / "hyperagent" / "wire").iterdir())
+    assert len(made) == 3
+    for file in made:
+        checked_in = ROOT / "shared" / "hyperagent" / "wire" / file.name
+        assert checked_in.read_text() == file.read_text(), f"{file.name} is stale; see proto/README.md"

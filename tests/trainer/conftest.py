@@ -1,0 +1,132 @@
+"""A world small enough to train in seconds: a tiny Qwen3-Next, a dozen trajectories, a filled cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
+
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens, write_tokens
+from hyperagent.identity import TeacherIdentity
+from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.topk import TopKRows
+from hyperagent_trainer.config import TrainRecipe
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TOP_K = 8
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student with a byte-level tokenizer; its embedding table has padding rows."""
+    folder = tmp_path_factory.mktemp("student")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_conv_kernel_dim=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        full_attention_interval=4,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    Qwen3NextForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens_file(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training and three held-out trajectories; the task names a letter of the answer."""
+    tokenizer = ChatTokenizer(student_folder)
+    trajectories = []
+    for number in range(11):
+        letter = "abcdefghijk"[number]
+        prompt = tokenizer.prompt_ids(f"repeat {letter}")
+        answer = tokenizer.encode(f"yes {letter} " * (4 + number)).ids
+        token_ids = np.concatenate([prompt, answer])
+        positions = np.arange(len(prompt), len(token_ids), dtype=np.uint32)
+        split = HELD_OUT if number >= 8 else TRAIN
+        trajectories.append(TokenisedTrajectory(f"t{number}", f"repo-{number}", split, token_ids, positions, prompt))
+    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    write_tokens(path, trajectories, tokenizer.identity)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose teacher gives the token that really stands there 0.8 and spreads the rest."""
+    tokenizer = ChatTokenizer(student_folder)
+    identity = TeacherIdentity(
+        model="sure",
+        weights="0" * 64,
+        dtype="float32",
+        backend="by-hand",
+        tokenizer_sha256=tokenizer.identity.tokenizer_sha256,
+        template_sha256=tokenizer.identity.template_sha256,
+        vocab_size=tokenizer.vocab_size,
+        top_k=TOP_K,
+    )
+    root = tmp_path_factory.mktemp("cache") / "cache"
+    cache = TopKCache.create_or_open(root, identity)
+    for trajectory in read_tokens(tokens_file):
+        n = len(trajectory.positions)
+        target = trajectory.token_ids[trajectory.positions]
+        others = np.array([[i for i in range(TOP_K) if i != t][: TOP_K - 1] for t in target], dtype=np.uint32)
+        probabilities = np.tile([0.8] + [0.1 / (TOP_K - 1)] * (TOP_K - 1), (n, 1))
+        rows = TopKRows(
+            positions=trajectory.positions,
+            ids=np.concatenate([target[:, None], others], axis=1),
+            logprobs=np.log(probabilities).astype(np.float32),
+            tail_logmass=np.full(n, np.log(0.1), np.float32),
+            target_logprob=np.full(n, np.log(0.8), np.float32),
+        )
+        cache.put(cache.key(trajectory.token_ids, trajectory.positions), rows, num_tokens=len(trajectory.token_ids))
+    return root
+
+
+@pytest.fixture
+def recipe(student_folder: Path, tokens_file: Path, cache_folder: Path) -> TrainRecipe:
+    return TrainRecipe(
+        student=student_folder,
+        tokens=tokens_file,
+        cache=cache_folder,
+        hypernetwork=HyperNetworkConfig(
+            width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8
+        ),
+        max_prompt_tokens=64,
+        num_steps=6,
+        batch_size=3,
+        learning_rate=1e-2,
+        b_head_learning_rate_factor=4,
+        warmup_steps=1,
+        loss_chunk_rows=16,
+        evaluate_every=3,
+        checkpoint_every=2,
+    )

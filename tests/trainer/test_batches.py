@@ -1,0 +1,94 @@
+"""Joining trajectories with the cache, and the order of training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import HELD_OUT, TRAIN, read_tokens
+from hyperagent.errors import DataError, IdentityMismatch, LimitExceeded
+from hyperagent.identity import TokenizerIdentity
+from hyperagent_trainer.batches import batch_order, batches_from, load_split
+from hyperagent_trainer.evaluate import foreign_prompts
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 9))
+def test_every_trajectory_occurs_once_an_epoch(lengths: list[int], batch_size: int, seed: int) -> None:
+    batches = batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert max(len(batch) for batch in batches) <= batch_size
+
+
+def test_epochs_differ_and_seeds_decide() -> None:
+    lengths = list(range(1, 41))
+    first = batch_order(lengths, batch_size=4, seed=0, epoch=0)
+    assert first == batch_order(lengths, batch_size=4, seed=0, epoch=0)
+    assert first != batch_order(lengths, batch_size=4, seed=0, epoch=1)
+    assert first != batch_order(lengths, batch_size=4, seed=1, epoch=0)
+
+
+def test_a_later_start_sees_what_it_would_have_seen() -> None:
+    lengths = list(range(1, 12))
+    whole = batches_from(lengths, batch_size=3, seed=0, first_step=0)
+    expected = [next(whole) for _ in range(12)][7:]
+    later = batches_from(lengths, batch_size=3, seed=0, first_step=7)
+    assert [next(later) for _ in range(5)] == expected
+
+
+def test_a_batch_points_at_the_output_before_each_position(
+    student_folder: Path, tokens_file: Path, cache_folder: Path
+) -> None:
+    cache = TopKCache.open(cache_folder)
+    identity = ChatTokenizer(student_folder).identity
+    data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+    batch = data.batch([2, 0], torch.device("cpu"))
+
+    place = 0
+    for sample, index in enumerate([2, 0]):
+        trajectory = data.trajectories[index]
+        for position in trajectory.positions:
+            assert batch.sample_N[place] == sample
+            assert batch.index_N[place] == position - 1
+            # The teacher of this cache is surest of the token that really stands at the position.
+            assert batch.ids_NK[place, 0] == trajectory.token_ids[position]
+            place += 1
+    assert batch.num_rows == place
+    assert batch.num_tokens == sum(len(data.trajectories[i].token_ids) for i in (2, 0))
+    mass = batch.logprobs_NK.double().exp().sum(1) + batch.tail_logmass_N.double().exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
+
+
+def test_what_does_not_belong_together_is_refused(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    cache = TopKCache.open(cache_folder)
+    identity = ChatTokenizer(student_folder).identity
+    with pytest.raises(IdentityMismatch, match="tokenise the data with the student's tokenizer"):
+        load_split(tokens_file, cache, TRAIN, tokenizer=TokenizerIdentity("a", "b"), max_prompt_tokens=64)
+    with pytest.raises(LimitExceeded, match="max_prompt_tokens is 5"):
+        load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=5)
+
+    copy = tmp_path / "cache"
+    shutil.copytree(cache_folder, copy)
+    trajectory = next(read_tokens(tokens_file, split=HELD_OUT))
+    (record,) = copy.rglob(f"{cache.key(trajectory.token_ids, trajectory.positions)}*")
+    record.unlink()
+    with pytest.raises(DataError, match="lacks 1 of 3 held_out trajectories, the first is 't8'"):
+        load_split(tokens_file, TopKCache.open(copy), HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
+
+
+def test_shuffled_prompts_are_never_of_the_same_repository(tokens_file: Path) -> None:
+    held_out = tuple(read_tokens(tokens_file, split=HELD_OUT))
+    train = tuple(read_tokens(tokens_file, split=TRAIN))
+    for trajectory, prompt in zip(held_out, foreign_prompts(held_out, train, seed=0), strict=True):
+        assert not np.array_equal(prompt, trajectory.prompt_ids)
+    (alone,) = foreign_prompts(held_out[:1], train, seed=0)
+    assert any(np.array_equal(alone, t.prompt_ids) for t in train)

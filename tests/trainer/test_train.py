@@ -1,0 +1,191 @@
+"""The training process as a whole, on a tiny student."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_file, save
+
+from hyperagent.errors import ConfigError, CorruptRecord
+from hyperagent.model.bundle import load_bundle
+from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
+from hyperagent_trainer.run_folder import RunFolder
+from hyperagent_trainer.train import learning_rate_factor, train
+
+
+def run(recipe: TrainRecipe, root: Path, stop: threading.Event | None = None) -> RunFolder:
+    root.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(root)
+    train(recipe, folder, stop or threading.Event())
+    return folder
+
+
+def metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def losses(folder: RunFolder) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+
+
+def test_training_lowers_the_held_out_divergence(recipe: TrainRecipe, tmp_path: Path) -> None:
+    folder = run(recipe.model_copy(update={"num_steps": 60, "evaluate_every": 60}), tmp_path / "run")
+
+    status = folder.read_status()
+    assert (status.state, status.step) == ("done", 60)
+    kl = status.held_out_kl
+    assert kl["adapter"] < 0.9 * kl["frozen"]
+    before = next(line for line in metrics(folder) if "held_out_kl" in line)
+    # B starts at zero: before the first step every arm is the frozen student.
+    assert before["step"] == 0
+    assert before["held_out_kl"]["adapter"] == pytest.approx(before["held_out_kl"]["frozen"], abs=1e-6)
+
+
+def test_the_bundle_makes_the_adapter_that_training_ended_with(recipe: TrainRecipe, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = run(recipe, tmp_path / "run")
+
+    probe = load_file(folder.probe)
+    bundle = load_bundle(folder.bundle)
+    weights = bundle.generate(probe["prompt_ids"].numpy().astype("uint32"))
+    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32).eval()
+    batched = {name: type(pair)(pair.a[None], pair.b[None]) for name, pair in weights.items()}
+    with torch.no_grad(), HookBasedLoRAInjector(student, scale=recipe.hypernetwork.scale).inject(batched):
+        logits = student(input_ids=probe["token_ids"][None]).logits[0]
+    torch.testing.assert_close(logits, probe["logits"], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        bare = student(input_ids=probe["token_ids"][None]).logits[0]
+    assert float((bare - probe["logits"]).abs().max()) > 1e-3
+
+
+class StopAfter(threading.Event):
+    """Set once it has been asked `count` times."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._left = count
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
+    straight = run(recipe, tmp_path / "straight")
+    stopped = run(recipe, tmp_path / "stopped", StopAfter(3))
+    assert stopped.read_status().state == "stopped"
+    assert stopped.read_status().step == 3
+    assert not stopped.bundle.exists()
+
+    # A killed process may leave lines of steps after its checkpoint, the last one torn.
+    with stopped.metrics.open("a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    run(recipe, tmp_path / "stopped")
+
+    assert stopped.read_status().state == "done"
+    assert losses(stopped) == losses(straight)
+    weights = [load_file(f.bundle / "hypernetwork.safetensors") for f in (straight, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: TrainRecipe, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run", StopAfter(2))
+    with pytest.raises(ConfigError, match="another recipe"):
+        run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
+    path = folder.checkpoint / "hypernetwork.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptRecord, match="not the file that was written"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run", StopAfter(2))
+    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == 2
+    moments = load((folder.checkpoint / "optimizer.safetensors").read_bytes())
+    assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(float(value) == 2 for name, value in moments.items() if name.endswith(".step"))
+    assert save(moments)
+
+
+def test_learning_rate_warms_up_and_decays(recipe: TrainRecipe) -> None:
+    schedule = recipe.model_copy(update={"num_steps": 100, "warmup_steps": 10})
+    factors = [learning_rate_factor(step, schedule) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[9:]))
+
+
+def start_worker(recipe: TrainRecipe, root: Path) -> subprocess.Popen[bytes]:
+    root.mkdir()
+    folder = RunFolder(root)
+    folder.recipe.write_text(recipe.model_dump_json())
+    with folder.log.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
+    endless = recipe.model_copy(update={"num_steps": 100_000, "evaluate_every": 100_000, "checkpoint_every": 100_000})
+    process = start_worker(endless, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder.metrics.exists() and '"loss"' in folder.metrics.read_text()):
+            assert process.poll() is None, folder.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    status = folder.read_status()
+    assert status.state == "stopped"
+    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == status.step > 0
+
+
+def test_a_worker_that_cannot_start_says_why_in_one_line(recipe: TrainRecipe, tmp_path: Path) -> None:
+    process = start_worker(recipe.model_copy(update={"cache": tmp_path / "nothing"}), tmp_path / "run")
+    assert process.wait(120) == 1
+    status = RunFolder(tmp_path / "run").read_status()
+    assert status.state == "failed"
+    assert str(tmp_path / "nothing") in status.reason
+    assert "\n" not in status.reason
+
+
+def test_a_diverging_run_stops_and_names_its_trajectories(recipe: TrainRecipe, tmp_path: Path) -> None:
+    wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf})
+    with pytest.raises(ValueError, match=r"step \d+ met loss .* on trajectories t\d"):
+        run(wild, tmp_path / "run")
+
+
+def test_a_recipe_file_resolves_its_paths_and_names_every_bad_field(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("student: models/student\ntokens: /abs/tokens.parquet\ncache: ../cache\n")
+    recipe = load_recipe(path, RunOverrides(num_steps=7))
+    assert recipe.student == tmp_path / "models" / "student"
+    assert recipe.tokens == Path("/abs/tokens.parquet")
+    assert recipe.cache == tmp_path.parent / "cache"
+    assert recipe.num_steps == 7
+    path.write_text("student: a\ntokens: b\ncache: c\nlearning_rate: -1\nlearnin_rate: 1\n")
+    with pytest.raises(ConfigError, match=r"learning_rate: .*; learnin_rate: "):
+        load_recipe(path)
