@@ -35,13 +35,15 @@ class AdapterGenerator:
         """[P]: the ids the hypernetwork reads, which are all that an adapter depends on besides the bundle.
 
         Raises:
-            InvalidRequest: the prompt has no text, or has a character that no text has.
+            InvalidRequest: the prompt is empty, or holds what is no text.
         """
         if not prompt.strip():
             raise InvalidRequest("the prompt is empty; send the task's text")
         try:
+            # JSON can spell half a surrogate pair, which is no character and which the tokenizer cannot take.
+            prompt.encode("utf-8")
             return self._tokenizer.prompt_ids(prompt)
-        except DataError as error:
+        except (UnicodeEncodeError, DataError) as error:
             raise InvalidRequest(f"the prompt cannot be read: {error}") from error
 
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterFiles:

@@ -212,6 +212,9 @@ def _hold(root: Path) -> int:
         descriptor = os.open(root, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"cannot keep adapters in {root}: {error.strerror}; choose another --store") from error
+    if not os.access(root, os.W_OK):
+        os.close(descriptor)
+        raise ConfigError(f"cannot keep adapters in {root}: it may not be written to; choose another --store")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

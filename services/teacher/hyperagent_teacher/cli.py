@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,8 @@ def serve(
     settings = parse(given, TeacherSettings, source="hyperagent serve teacher")
     # gRPC's core logs to standard error on its own; what a person can mend reaches them as an error already.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar would stand between the log's JSON lines
     from hyperagent_teacher.server import serve as serve_teacher
 
     serve_teacher(settings, token=ensure_token())

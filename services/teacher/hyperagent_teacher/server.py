@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -31,7 +32,6 @@ from hyperagent_teacher.engine import ScoringEngine
 from hyperagent_teacher.interceptors import RequireToken
 from hyperagent_teacher.populate import Populator
 from hyperagent_teacher.servicer import TeacherServicer
-from hyperagent_teacher.transformers_engine import TransformersEngine
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 
@@ -53,14 +53,13 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
         IdentityMismatch: the cache belongs to another teacher.
         ServiceError: the port is taken, or the canary fails.
     """
-    with asyncio.Runner() as runner:
-        with _leaving_on_signals():
-            server, address = runner.run(bind(settings, token=token))
-            try:
-                engine, cache = _load(settings)
-            except BaseException:
-                runner.run(server.stop(None))
-                raise
+    with _leaving_on_signals(), asyncio.Runner() as runner:
+        server, address = runner.run(bind(settings, token=token))
+        try:
+            engine, cache = _load(settings)
+        except BaseException:
+            runner.run(server.stop(None))
+            raise
         runner.run(_serve_until_signal(server, address, engine, cache, settings))
 
 
@@ -68,10 +67,11 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
     """A server that holds its port but answers nothing yet, and its `host:port`.
 
     Raises:
-        ConfigError: other machines could reach the address, and `allow_remote` is not set.
+        ConfigError: there is no such address, or other machines could reach it and `allow_remote` is not set.
         ServiceError: the address cannot be had.
     """
-    if not settings.allow_remote and not _is_loopback(settings.host):
+    address = _numeric_address(settings.host)
+    if not settings.allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise ConfigError(
             f"other machines can reach {settings.host}, and traffic is not encrypted; "
             "listen on 127.0.0.1, or give --allow-remote on a private network"
@@ -84,7 +84,7 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ],
     )
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = f"[{address}]" if ":" in address else address
     try:
         port = server.add_insecure_port(f"{host}:{settings.port}")
     except RuntimeError as error:
@@ -148,6 +148,10 @@ async def _serve_until_signal(
 
 def _load(settings: TeacherSettings) -> tuple[ScoringEngine, TopKCache]:
     _log.info("loading", model=str(settings.model))
+    hot = _hot_tier(settings)
+    # Importing torch takes seconds; here, a busy port is known before.
+    from hyperagent_teacher.transformers_engine import TransformersEngine
+
     engine = TransformersEngine(
         settings.model,
         tokenizer_folder=settings.tokenizer or settings.model,
@@ -156,8 +160,16 @@ def _load(settings: TeacherSettings) -> tuple[ScoringEngine, TopKCache]:
         dtype=settings.dtype,
         device=settings.device,
     )
-    hot = HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s) if settings.redis_url else None
     return engine, TopKCache.create_or_open(settings.cache, engine.identity, hot=hot)
+
+
+def _hot_tier(settings: TeacherSettings) -> HotTier | None:
+    if settings.redis_url is None:
+        return None
+    try:
+        return HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s)
+    except ValueError as error:
+        raise ConfigError(f"--redis-url: {error}; give a URL such as redis://127.0.0.1:6379/0") from error
 
 
 async def _score_canary(engine: ScoringEngine) -> None:
@@ -174,11 +186,12 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
         await servicer.set(name, status)
 
 
-def _is_loopback(host: str) -> bool:
+def _numeric_address(host: str) -> str:
+    # gRPC listens on all addresses of a name, and is content if it gets one of them.
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"there is no address {host!r} to listen on: {error}; use 127.0.0.1") from error
 
 
 @contextmanager

@@ -26,8 +26,7 @@ _OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_com
 
 def build_app() -> typer.Typer:
     """The whole command tree, with what the installed packages add to it."""
-    app = typer.Typer(help="Distil a large teacher into prompt-conditioned LoRA adapters.", **_OPTIONS)
-    app.callback()(_root)
+    app = typer.Typer(callback=_root, **_OPTIONS)
     app.add_typer(data.app, name="data")
     app.add_typer(cache.app, name="cache")
     app.command()(train)
@@ -52,9 +51,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Distil a large teacher into prompt-conditioned LoRA adapters."""

@@ -87,8 +87,8 @@ def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str]
 def _listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        raise ConfigError(f"there is no address {host!r} to listen on: {error.strerror}; use 127.0.0.1") from error
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"there is no address {host!r} to listen on: {error}; use 127.0.0.1") from error
     if not allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
         raise ConfigError(
             f"other machines can reach {host}, and traffic is not encrypted; "

@@ -1,0 +1,129 @@
+"""The service as a person runs it: a process, a port, a token; and PEFT at the end of the download."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from peft import PeftModel
+from transformers import PreTrainedModel, Qwen3NextForCausalLM
+from typer.testing import CliRunner
+
+from hyperagent.http.client import ApiClient
+from hyperagent.model.bundle import load_bundle
+from hyperagent.model.hypernetwork import LoRAPair
+from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent_adapter_api.cli import serve
+from hyperagent_adapter_api.generator import AdapterGenerator
+
+PROMPT = "fix the failing test in the parser"
+# What `hyperagent serve adapter-api` does, without the package having to be installed.
+COMMAND = """
+import sys, typer
+from hyperagent.errors import HyperagentError
+from hyperagent_adapter_api.cli import serve
+app = typer.Typer()
+app.command()(serve)
+try:
+    app()
+except HyperagentError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def start(arguments: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        env={**os.environ, "HYPERAGENT_TOKEN": "secret", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@torch.inference_mode()
+def test_a_downloaded_adapter_does_to_the_student_what_the_hypernetwork_meant(
+    tmp_path: Path, bundle_folder: Path, student_folder: Path, student: PreTrainedModel
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start(["--bundle", bundle_folder, "--port", port], HYPERAGENT_ADAPTER_API_STORE=str(tmp_path / "store"))
+    try:
+        with ApiClient(f"http://127.0.0.1:{port}", "secret") as client:
+            client.wait_until_ready(60)
+            adapter = client.post_json("/v1/adapters", {"prompt": PROMPT})
+            folder = tmp_path / "downloaded"
+            folder.mkdir()
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                (folder / name).write_bytes(client.get_bytes(f"/v1/adapters/{adapter['id']}/{name}"))
+            assert client.get_json("/v1/adapters")["adapters"] == [adapter]
+        process.send_signal(signal.SIGTERM)
+        output, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, output) == (0, "")
+    assert "Traceback" not in log
+
+    torch.manual_seed(3)
+    token_ids = torch.randint(3, 259, (1, 24))
+    bundle = load_bundle(bundle_folder)
+    weights = bundle.generate(AdapterGenerator(bundle).encode(PROMPT))
+    batched = {name: LoRAPair(pair.a[None], pair.b[None]) for name, pair in weights.items()}
+    bare = student(input_ids=token_ids).logits
+    with HookBasedLoRAInjector(student, scale=8.0 / 4).inject(batched):
+        meant = student(input_ids=token_ids).logits
+    assert (meant - bare).abs().max() > 1e-2
+    for source in (folder, tmp_path / "store" / adapter["id"]):
+        fresh = Qwen3NextForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(fresh, source).eval()(input_ids=token_ids).logits
+        torch.testing.assert_close(adapted, meant, atol=1e-5, rtol=0)
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path, bundle_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(["--bundle", bundle_folder, "--store", tmp_path / "store", "--port", port])
+        output, log = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, "")
+    assert log.splitlines() == [
+        f"error: cannot listen on http://127.0.0.1:{port}: the port is taken; stop the other process, or give another --port"
+    ]
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bundle", "none", "--port", "0"], "error: none is not a bundle: "),
+        (["--bundle", "none", "--max-adapters", "0"], "error: hyperagent serve adapter-api: max_adapters: "),
+        (["--bundle", "none", "--host", "0.0.0.0"], "error: other machines can reach 0.0.0.0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    process = start([*arguments, "--store", tmp_path / "store"])
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(log.splitlines()) == 1
+    assert log.startswith(line)
+
+
+def test_the_command_documents_every_option_and_needs_no_torch_for_it() -> None:
+    command = typer.Typer(add_completion=False)
+    command.command()(serve)
+    text = CliRunner().invoke(command, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}, terminal_width=200).output
+    for name in (
+        "BUNDLE", "STORE", "HOST", "PORT", "ALLOW_REMOTE", "ALLOWED_HOSTS", "MAX_ADAPTERS", "MAX_PENDING_REQUESTS",
+    ):  # fmt: skip
+        assert f"HYPERAGENT_ADAPTER_API_{name}" in text
+    lean = "import sys, hyperagent_adapter_api.cli; sys.exit('torch' in sys.modules or 'fastapi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", lean], check=False).returncode == 0

@@ -1,0 +1,264 @@
+"""The REST routes over a real bundle and a real store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from safetensors.numpy import load
+
+from hyperagent_adapter_api.generator import AdapterGenerator
+
+PROMPT = "fix the failing test in the parser"
+UNKNOWN = "0" * 64
+
+
+def create(client: TestClient, prompt: str = PROMPT) -> dict[str, Any]:
+    answer = client.post("/v1/adapters", json={"prompt": prompt})
+    assert answer.status_code == 201, answer.text
+    adapter: dict[str, Any] = answer.json()
+    return adapter
+
+
+def refused(answer: Any, status: int) -> str:
+    """The problem's detail, after checking that it is one line of problem details."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    detail: str = answer.json()["detail"]
+    assert "\n" not in detail
+    assert len(answer.content) < 1500
+    return detail
+
+
+def test_a_prompt_becomes_an_adapter(client: TestClient, generator: AdapterGenerator, store_folder: Path) -> None:
+    answer = client.post("/v1/adapters", json={"prompt": PROMPT})
+    assert answer.status_code == 201
+    adapter = answer.json()
+    assert answer.headers["Location"] == adapter["links"]["self"] == f"/v1/adapters/{adapter['id']}"
+    assert re.fullmatch("[0-9a-f]{64}", adapter["id"])
+    assert adapter["rank"] == 4
+    assert adapter["prompt_tokens"] == generator.encode(PROMPT).size > 5
+    assert (adapter["base_model"], adapter["bundle"]) == (
+        generator.bundle.manifest.base_model,
+        generator.bundle.fingerprint,
+    )
+    assert abs(datetime.fromisoformat(adapter["created_at"]) - datetime.now(UTC)) < timedelta(minutes=5)
+
+    model = client.get(adapter["links"]["adapter_model"])
+    config = client.get(adapter["links"]["adapter_config"])
+    assert len(model.content) == adapter["bytes"] == int(model.headers["Content-Length"])
+    for name, downloaded in (("adapter_model.safetensors", model), ("adapter_config.json", config)):
+        assert hashlib.sha256(downloaded.content).hexdigest() == adapter["sha256"][name]
+        assert downloaded.content == (store_folder / adapter["id"] / name).read_bytes()
+    assert config.headers["Content-Type"] == "application/json"
+    assert config.json()["r"] == 4
+    tensors = load(model.content)
+    assert len(tensors) == 2 * len(generator.bundle.manifest.layers)
+    assert all(abs(tensor).max() > 0 for tensor in tensors.values())
+    assert client.get(adapter["links"]["self"]).json() == adapter
+
+
+def test_the_same_prompt_is_the_same_adapter(client: TestClient, store_folder: Path) -> None:
+    first = create(client)
+    again = client.post("/v1/adapters", json={"prompt": PROMPT})
+    assert (again.status_code, again.json()) == (200, first)
+    assert again.headers["Location"] == first["links"]["self"]
+    other = create(client, PROMPT + "!")
+    assert other["id"] != first["id"]
+    assert other["sha256"]["adapter_model.safetensors"] != first["sha256"]["adapter_model.safetensors"]
+    assert {path.name for path in store_folder.iterdir()} == {first["id"], other["id"]}
+
+
+def test_equal_prompts_at_once_are_one_adapter(client: TestClient) -> None:
+    with ThreadPoolExecutor(3) as callers:
+        answers = list(callers.map(lambda _: client.post("/v1/adapters", json={"prompt": PROMPT}), range(3)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 201]
+    assert len({answer.text for answer in answers}) == 1
+
+
+def test_a_download_need_not_be_repeated(client: TestClient) -> None:
+    adapter = create(client)
+    for link in ("adapter_model", "adapter_config"):
+        path = adapter["links"][link]
+        etag = client.get(path).headers["ETag"]
+        assert re.fullmatch('"[0-9a-f]{64}"', etag)
+        for known in (etag, f'"other", {etag}', f"W/{etag}", "*"):
+            unchanged = client.get(path, headers={"If-None-Match": known})
+            assert (unchanged.status_code, unchanged.content, unchanged.headers["ETag"]) == (304, b"", etag)
+        assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_adapters_are_listed_in_pages(client: TestClient) -> None:
+    assert client.get("/v1/adapters").json() == {"adapters": [], "next": None}
+    made = sorted((create(client, f"task {i}") for i in range(5)), key=lambda adapter: adapter["id"])
+    assert client.get("/v1/adapters").json() == {"adapters": made, "next": None}
+    seen, sizes, path = [], [], "/v1/adapters?limit=2"
+    while path is not None:
+        page = client.get(path).json()
+        seen += page["adapters"]
+        sizes.append(len(page["adapters"]))
+        path = page["next"]
+    assert (seen, sizes) == (made, [2, 2, 1])
+    assert client.get("/v1/adapters?limit=5").json()["next"] is None
+    for query in ("limit=0", "limit=1001", "limit=x", "after=..", "after=" + "A" * 64):
+        refused(client.get(f"/v1/adapters?{query}"), 422)
+
+
+def test_a_deleted_adapter_is_gone_and_can_be_made_again(client: TestClient, store_folder: Path) -> None:
+    adapter = create(client)
+    assert client.delete(adapter["links"]["self"]).status_code == 204
+    assert list(store_folder.iterdir()) == []
+    for path in adapter["links"].values():
+        assert adapter["id"] in refused(client.get(path), 404)
+    assert adapter["id"] in refused(client.delete(adapter["links"]["self"]), 404)
+    assert create(client)["id"] == adapter["id"]
+
+
+@pytest.mark.parametrize(
+    "adapter_id",
+    [UNKNOWN, "a", "A" * 64, "..", "%2e%2e", "..%2f..%2fetc", "%2fetc%2fpasswd", "0" * 63 + "%0a", "0" * 5000, "%00"],
+)
+def test_an_id_that_is_none_is_not_found(client: TestClient, store_folder: Path, adapter_id: str) -> None:
+    secret = store_folder.parent / "adapter_config.json"
+    secret.write_text("secret")
+    for suffix in ("", "/adapter_model.safetensors", "/adapter_config.json", "/adapter.json"):
+        answer = client.get(f"/v1/adapters/{adapter_id}{suffix}")
+        refused(answer, 404)
+        assert "secret" not in answer.text
+    assert client.delete(f"/v1/adapters/{adapter_id}").status_code in (404, 405)
+    assert secret.exists()
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t", "\ud800", "\ufdd0"])
+def test_a_prompt_without_text_is_refused(client: TestClient, store_folder: Path, prompt: str) -> None:
+    content = json.dumps({"prompt": prompt})
+    answer = client.post("/v1/adapters", content=content, headers={"Content-Type": "application/json"})
+    assert "the prompt" in refused(answer, 422)
+    assert list(store_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ["a"]}, {"prompt": "a", "rank": 512}, "a"])
+def test_a_wrong_body_is_refused(client: TestClient, store_folder: Path, body: object) -> None:
+    refused(client.post("/v1/adapters", json=body), 422)
+    assert list(store_folder.iterdir()) == []
+
+
+def test_a_long_prompt_is_refused_by_its_tokens(client: TestClient, store_folder: Path) -> None:
+    detail = refused(client.post("/v1/adapters", json={"prompt": "task " * 100_000}), 413)
+    assert re.search(r"the prompt has \d{6,} tokens, this hypernetwork reads at most 200; ", detail)
+    assert list(store_folder.iterdir()) == []
+
+
+def test_a_body_above_4_mib_is_refused(client: TestClient, store_folder: Path) -> None:
+    assert "4194304 bytes" in refused(client.post("/v1/adapters", json={"prompt": "x" * (4 << 20)}), 413)
+    assert list(store_folder.iterdir()) == []
+
+
+def test_control_tokens_in_a_prompt_are_text(client: TestClient, generator: AdapterGenerator) -> None:
+    adapter = create(client, "say <|im_end|>")
+    assert adapter["prompt_tokens"] == generator.encode("say <|im_end|>").size
+    control = {0, 1, 2}
+    plain = [int(i) for i in generator.encode("say <|im_end|>") if i in control]
+    assert plain == [1, 2]  # the template's own two and no more
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_when_the_disk_refuses_nothing_half_written_is_left(client: TestClient, store_folder: Path) -> None:
+    with largest_file(8192):
+        detail = refused(client.post("/v1/adapters", json={"prompt": PROMPT}), 507)
+    assert "could not write" in detail
+    assert list(store_folder.iterdir()) == []
+    adapter = create(client)
+    assert adapter["bytes"] > 8192
+    with largest_file(8192):
+        assert client.post("/v1/adapters", json={"prompt": PROMPT}).status_code == 200
+        assert len(client.get(adapter["links"]["adapter_model"]).content) == adapter["bytes"]
+
+
+def test_a_full_store_is_refused_until_there_is_room(client: TestClient) -> None:
+    made = [create(client, f"task {i}") for i in range(5)]
+    assert "--max-adapters" in refused(client.post("/v1/adapters", json={"prompt": "one more"}), 507)
+    assert client.post("/v1/adapters", json={"prompt": "task 0"}).status_code == 200
+    client.delete(made[0]["links"]["self"])
+    create(client, "one more")
+
+
+def test_damage_is_named_and_can_be_mended(client: TestClient, store_folder: Path) -> None:
+    adapter = create(client)
+    folder = store_folder / adapter["id"]
+    with (folder / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert "adapter_model.safetensors" in refused(client.get(adapter["links"]["adapter_model"]), 500)
+    (folder / "adapter_config.json").unlink()
+    assert "adapter_config.json" in refused(client.get(adapter["links"]["adapter_config"]), 500)
+    (folder / "adapter.json").write_text('{"id": ')
+    for answer in (
+        client.get(adapter["links"]["self"]),
+        client.get("/v1/adapters"),
+        client.post("/v1/adapters", json={"prompt": PROMPT}),
+    ):
+        assert adapter["id"] in refused(answer, 500)
+    assert client.delete(adapter["links"]["self"]).status_code == 204
+    assert create(client)["sha256"] == adapter["sha256"]
+
+
+def test_the_bundle_is_told(client: TestClient, generator: AdapterGenerator) -> None:
+    manifest = generator.bundle.manifest
+    assert client.get("/v1/bundle").json() == {
+        "fingerprint": generator.bundle.fingerprint,
+        "base_model": manifest.base_model,
+        "student_weights": manifest.student_weights,
+        "teacher": "ab" * 32,
+        "rank": 4,
+        "alpha": 8.0,
+        "num_layers": 10,
+        "max_prompt_tokens": 200,
+        "step": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/adapters"),
+        ("GET", "/v1/adapters"),
+        ("GET", f"/v1/adapters/{UNKNOWN}"),
+        ("GET", f"/v1/adapters/{UNKNOWN}/adapter_model.safetensors"),
+        ("DELETE", f"/v1/adapters/{UNKNOWN}"),
+        ("GET", "/v1/bundle"),
+    ],
+)
+def test_without_the_token_nothing_is_answered(client: TestClient, method: str, path: str) -> None:
+    answer = client.request(method, path, headers={"Authorization": "Bearer wrong"}, json={"prompt": PROMPT})
+    assert "token" in refused(answer, 401)
+    assert client.get("/v1/adapters").json()["adapters"] == []
+
+
+def test_the_schema_lists_every_route(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if path.startswith("/v1")} == {
+        "/v1/adapters",
+        "/v1/adapters/{adapter_id}",
+        "/v1/adapters/{adapter_id}/adapter_model.safetensors",
+        "/v1/adapters/{adapter_id}/adapter_config.json",
+        "/v1/bundle",
+    }

@@ -1,0 +1,89 @@
+"""`hyperagent serve teacher` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.errors import ServiceError
+from hyperagent.wire.client import TeacherClient
+from hyperagent.wire.outcome import Outcome
+
+TOKEN = "a-token"
+START_TIMEOUT_S = 120.0
+
+
+@contextmanager
+def teacher(model: Path, cache: Path, port: int, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "hyperagent", "serve", "teacher", "--port", str(port), "--cache", str(cache)]
+    settings = {"HYPERAGENT_TOKEN": TOKEN, "HYPERAGENT_TEACHER_MODEL": str(model), **environment}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_1(
+    taken_port: int, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with teacher(model_folders["qwen3_moe"], tmp_path / "cache", taken_port) as process:
+        output, errors = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 1
+    assert output == ""
+    assert errors.splitlines() == [
+        f"error: cannot listen on 127.0.0.1:{taken_port}: the port is taken or the address is not this machine's; "
+        "stop the other process, or give another --port"
+    ]
+
+
+async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = model_folders["qwen3_next"]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    tokenizer = ChatTokenizer(folder).identity
+    token_ids = np.arange(200, dtype=np.uint32)
+    trajectories = ((f"t{last}", token_ids, np.arange(1, last, dtype=np.uint32)) for last in range(2, 200))
+    written = []
+    with teacher(folder, tmp_path / "cache", port, HYPERAGENT_TEACHER_TOP_K="8") as process:
+        async with TeacherClient(f"127.0.0.1:{port}", TOKEN) as client:
+            await client.wait_until_serving(START_TIMEOUT_S)
+
+            async def populate() -> None:
+                async for outcome in client.populate(trajectories, tokenizer=tokenizer):
+                    assert outcome.outcome is Outcome.WRITTEN
+                    written.append(outcome.cache_key)
+                    if len(written) == 3:
+                        process.send_signal(signal.SIGTERM)
+
+            with pytest.raises(ServiceError, match=f"no teacher answers at 127.0.0.1:{port}"):
+                await populate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert 3 <= len(written) < 198
+    cache = TopKCache.open(tmp_path / "cache")
+    assert cache.identity.top_k == 8
+    assert all(cache.contains(key) for key in written)
+    assert cache.verify().damaged == ()
