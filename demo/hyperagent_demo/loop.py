@@ -44,7 +44,6 @@ from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.stages import Bar, Stages
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
-_READY_TIMEOUT_S = 120.0
 _POLL_S = 0.5
 _FINAL_STATES = {"done", "failed", "stopped"}
 
@@ -147,21 +146,23 @@ def _populate(config: DemoConfig, teacher: Path, tokens: Path, out: Path, token:
     cache = out / "cache"
     arguments = ["--model", str(teacher), "--cache", str(cache), "--port", str(port)]
     arguments += ["--top-k", str(config.top_k), "--max-tokens", str(config.max_tokens)]
-    with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as require_alive:
-        try:
-            asyncio.run(_populate_over_grpc(f"127.0.0.1:{port}", tokens, token, bar))
-        except ServiceError:
-            require_alive()
-            raise
+    address = f"127.0.0.1:{port}"
+    with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as process:
+        process.wait_until_ready(lambda timeout_s: asyncio.run(_wait_until_serving(address, token, timeout_s)))
+        asyncio.run(_populate_over_grpc(address, tokens, token, bar))
     opened = TopKCache.open(cache)
     if damaged := opened.verify().damaged:
         raise DataError(f"{len(damaged)} records of the cache are damaged, the first is {damaged[0]}")
     return opened.stats()
 
 
+async def _wait_until_serving(address: str, token: str, timeout_s: float) -> None:
+    async with TeacherClient(address, token) as teacher:
+        await teacher.wait_until_serving(timeout_s)
+
+
 async def _populate_over_grpc(address: str, tokens: Path, token: str, bar: Bar) -> None:
     async with TeacherClient(address, token) as teacher:
-        await teacher.wait_until_serving(_READY_TIMEOUT_S)
         total, rows = count_tokens_rows(tokens), 0
         trajectories = ((t.trajectory_id, t.token_ids, t.positions) for t in read_tokens(tokens))
         outcomes: Counter[Outcome] = Counter()
@@ -190,14 +191,14 @@ def _distil(
     port = free_port()
     arguments = ["--recipes", str(out / "recipes"), "--runs", str(out / "runs"), "--port", str(port)]
     with (
-        service("trainer", arguments, log=out / "logs" / "trainer.txt", token=token) as require_alive,
+        service("trainer", arguments, log=out / "logs" / "trainer.txt", token=token) as process,
         ApiClient(f"http://127.0.0.1:{port}", token) as trainer,
     ):
-        trainer.wait_until_ready(_READY_TIMEOUT_S)
+        process.wait_until_ready(trainer.wait_until_ready)
         run = trainer.post_json("/v1/runs", {"recipe": "demo"})
         while run["state"] not in _FINAL_STATES:
             time.sleep(_POLL_S)
-            require_alive()
+            process.require_alive()
             run = trainer.get_json(f"/v1/runs/{run['id']}")
             loss = "" if run["loss"] is None else f" · loss {run['loss']:.3f} · {run['tokens_per_s']:,.0f} tokens/s"
             bar.update(run["step"], run["num_steps"], run["state"] + loss)
@@ -217,10 +218,10 @@ def _adapter(source: Path, out: Path, token: str) -> str:
     port = free_port()
     arguments = ["--bundle", str(out / "bundle"), "--store", str(out / "adapters"), "--port", str(port)]
     with (
-        service("adapter-api", arguments, log=out / "logs" / "adapter-api.txt", token=token),
+        service("adapter-api", arguments, log=out / "logs" / "adapter-api.txt", token=token) as process,
         ApiClient(f"http://127.0.0.1:{port}", token) as client,
     ):
-        client.wait_until_ready(_READY_TIMEOUT_S)
+        process.wait_until_ready(client.wait_until_ready)
         created = client.post_json("/v1/adapters", {"prompt": prompt})
         with new_directory(out / "adapter") as aside:
             for name in ("adapter_model.safetensors", "adapter_config.json"):

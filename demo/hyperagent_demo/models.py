@@ -73,7 +73,7 @@ def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_toke
         Qwen3NextConfig(
             **shared,
             shared_expert_intermediate_size=config.hidden_size,
-            full_attention_interval=4,
+            full_attention_interval=4,  # type: ignore[call-arg]  # read from **kwargs
             linear_conv_kernel_dim=4,
             linear_num_key_heads=1,
             linear_num_value_heads=2,
@@ -89,7 +89,7 @@ def expand_vocabulary(model: PreTrainedModel, vocabulary: CompactVocabulary) -> 
     num_rows = -(-vocabulary.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     used = torch.from_numpy(vocabulary.used)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        compact = layer.weight
+        compact: Tensor = layer.weight  # type: ignore[assignment]
         full = compact[-1].repeat(num_rows, 1)
         full[used] = compact[:-1]
         layer.weight = torch.nn.Parameter(full)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ import psutil
 
 from hyperagent.errors import ServiceError
 
+_READY_TIMEOUT_S = 120.0
+_ASK_S = 2.0
 _STOP_GRACE_S = 20.0
 _SAMPLE_INTERVAL_S = 0.25
 
@@ -29,12 +32,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> Iterator[Callable[[], None]]:
-    """Run `hyperagent serve NAME ...` while the block runs.
+class ServiceProcess:
+    """A running `hyperagent serve NAME`."""
 
-    Yields a function that raises `ServiceError`, with the log's last line, once the process has ended.
-    """
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._name = name
+        self._process = process
+        self._log = log
+
+    def require_alive(self) -> None:
+        """Raise `ServiceError`, with the log's last line, once the process has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise ServiceError(
+                f"the {self._name} service ended with code {code}: {_last_line(self._log)}; see {self._log}"
+            )
+
+    def wait_until_ready(self, ask: Callable[[float], None]) -> None:
+        """Return as soon as `ask`, which raises `ServiceError` after the seconds it is given, does not.
+
+        Raises:
+            ServiceError: the process has ended, or is not ready in time.
+        """
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while True:
+            try:
+                return ask(_ASK_S)
+            except ServiceError:
+                self.require_alive()
+                if time.monotonic() > deadline:
+                    raise
+
+
+@contextmanager
+def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> Iterator[ServiceProcess]:
+    """Run `hyperagent serve NAME ...` while the block runs; its end is SIGTERM, and SIGKILL for what lingers."""
     command = [sys.executable, "-m", "hyperagent", "serve", name, *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -47,12 +79,8 @@ def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> It
             start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops its services in order
         )
 
-    def require_alive() -> None:
-        if process.poll() is not None:
-            raise ServiceError(f"the {name} service ended with code {process.returncode}: {_last_line(log)}; see {log}")
-
     try:
-        yield require_alive
+        yield ServiceProcess(name, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

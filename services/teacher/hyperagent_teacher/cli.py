@@ -60,13 +60,11 @@ def serve(
     ] = 8,
     redis_url: Annotated[
         str | None,
-        typer.Option(
-            help="The cache's hot tier, such as redis://127.0.0.1:6379/0.", envvar="HYPERAGENT_TEACHER_REDIS_URL"
-        ),
+        typer.Option(help="The cache's hot tier, such as redis://127.0.0.1:6379/0.", envvar="HYPERAGENT_REDIS_URL"),
     ] = None,
     redis_ttl_s: Annotated[
         int,
-        typer.Option(help="Seconds a record stays in the hot tier.", envvar="HYPERAGENT_TEACHER_REDIS_TTL_S"),
+        typer.Option(help="Seconds a record stays in the hot tier.", envvar="HYPERAGENT_REDIS_TTL_S"),
     ] = 86_400,
     dtype: Annotated[
         str,

@@ -25,6 +25,14 @@ def serve(
             envvar="HYPERAGENT_TRAINER_ALLOW_REMOTE",
         ),
     ] = False,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="A name the service answers to besides localhost and IP addresses; may be given several times.",
+            envvar="HYPERAGENT_TRAINER_ALLOWED_HOSTS",
+        ),
+    ] = None,
     stop_grace_s: Annotated[
         float,
         typer.Option(
@@ -34,23 +42,19 @@ def serve(
     ] = 60.0,
 ) -> None:
     """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
+    given = {**locals(), "allowed_hosts": allowed_hosts or ()}
     from hyperagent.auth import ensure_token
     from hyperagent.config import parse
-    from hyperagent.http.server import serve as serve_http
+    from hyperagent.http.server import listening, run
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.config import ControlSettings
-    from hyperagent_trainer.control import create_control_app
-    from hyperagent_trainer.supervisor import Supervisor
 
     configure_logging(service="trainer-control")
-    given = {
-        "recipes": recipes,
-        "runs": runs,
-        "host": host,
-        "port": port,
-        "allow_remote": allow_remote,
-        "stop_grace_s": stop_grace_s,
-    }
     settings = parse(given, ControlSettings, source="hyperagent serve trainer")
-    app = create_control_app(Supervisor(settings), token=ensure_token())
-    serve_http(app, host=settings.host, port=settings.port, allow_remote=settings.allow_remote)
+    # The port is taken before the runs folder is touched: on a busy one, nothing has happened.
+    with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
+        from hyperagent_trainer.control import create_control_app
+        from hyperagent_trainer.supervisor import Supervisor
+
+        app = create_control_app(Supervisor(settings), token=ensure_token())
+        run(app, listener, allowed_hosts=settings.allowed_hosts)

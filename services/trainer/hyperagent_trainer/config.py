@@ -85,5 +85,7 @@ class ControlSettings(StrictModel):
     port: int = Field(8702, ge=1, le=65_535)
     allow_remote: bool = False
     """Listen on an address other machines can reach."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names the service answers to besides localhost and IP addresses."""
     stop_grace_s: float = Field(60.0, gt=0, le=3600)
     """Seconds a training process has to save and end before it is killed."""

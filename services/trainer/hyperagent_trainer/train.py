@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from hyperagent.cache.hot import HotTier
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import HELD_OUT, TRAIN
 from hyperagent.errors import DataError
@@ -30,10 +31,13 @@ _PROBE_TOKENS = 64
 log = structlog.get_logger()
 
 
-def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event) -> None:
+def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redis_url: str | None = None) -> None:
     """Train until the recipe's last step, or save and return early once `stop` is set.
 
     Resumes from the folder's checkpoint if there is one.
+
+    Args:
+        redis_url: the cache's hot tier, if there is one.
 
     Raises:
         HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
@@ -42,7 +46,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event) -> None
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = Student(recipe.student, device=device)
-    cache = TopKCache.open(recipe.cache)
+    cache = TopKCache.open(recipe.cache, hot=HotTier.connect(redis_url) if redis_url else None)
     splits = [
         load_split(
             recipe.tokens,

@@ -1,10 +1,12 @@
 """The training process: `python -m hyperagent_trainer.worker RUN_FOLDER`, started by the supervisor.
 
-SIGTERM and SIGINT save a checkpoint and end the run as "stopped".
+SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` names the cache's hot tier,
+for this process as for the teacher.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -26,7 +28,7 @@ def main() -> int:
     from hyperagent_trainer.train import train  # torch takes seconds to import: answer signals first
 
     try:
-        train(recipe, folder, stop)
+        train(recipe, folder, stop, redis_url=os.environ.get("HYPERAGENT_REDIS_URL"))
     except HyperagentError as error:
         status = folder.read_status()
         folder.write_status(status.model_copy(update={"state": "failed", "reason": str(error)}))

@@ -11,8 +11,11 @@ import time
 import redis
 import structlog
 
+from hyperagent.errors import ConfigError
+
 _TIMEOUT_S = 0.5
 _BREAKER_S = 10.0
+DEFAULT_TTL_S = 86_400
 log = structlog.get_logger()
 
 
@@ -28,16 +31,19 @@ class HotTier:
         self.errors = 0
 
     @classmethod
-    def connect(cls, url: str, *, ttl_s: int) -> HotTier:
+    def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S) -> HotTier:
         """Name a Redis, such as "redis://localhost:6379/0"; it need not be up.
 
         Args:
             ttl_s: seconds until Redis forgets a record.
 
         Raises:
-            ValueError: `url` is not a Redis URL.
+            ConfigError: `url` is not a Redis URL.
         """
-        client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        try:
+            client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        except ValueError as error:
+            raise ConfigError(f"{url!r} is no Redis URL: {error}; give one like redis://127.0.0.1:6379/0") from error
         return cls(client, ttl_s=ttl_s)
 
     def get(self, key: str) -> bytes | None:

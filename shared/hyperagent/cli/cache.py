@@ -58,7 +58,8 @@ def stats(root: Root, as_json: Json = False) -> None:
     cache = TopKCache.open(root)
     counted = cache.stats()
     print_result(
-        {**asdict(counted), "bytes_per_token": counted.bytes_per_token, "teacher": cache.identity.model}, as_json=as_json
+        {**asdict(counted), "bytes_per_token": counted.bytes_per_token, "teacher": cache.identity.model},
+        as_json=as_json,
     )
 
 

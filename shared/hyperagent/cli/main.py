@@ -20,20 +20,19 @@ from hyperagent.cli.train import train
 from hyperagent.cli.wait import wait
 from hyperagent.errors import HyperagentError
 
-# Locals hold tensors and tokens: a traceback that prints them helps nobody.
-_OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
-
 
 def build_app() -> typer.Typer:
     """The whole command tree, with what the installed packages add to it."""
-    app = typer.Typer(callback=_root, **_OPTIONS)
+    app = typer.Typer(callback=_root, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
     app.add_typer(data.app, name="data")
     app.add_typer(cache.app, name="cache")
     app.command()(train)
     app.add_typer(adapter.app, name="adapter")
     app.command()(wait)
     app.command()(doctor)
-    serve = typer.Typer(help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.", **_OPTIONS)
+    serve = typer.Typer(
+        help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.", no_args_is_help=True
+    )
     for point in sorted(entry_points(group="hyperagent.serve"), key=lambda point: point.name):
         serve.command(name=point.name)(point.load())
     app.add_typer(serve, name="serve")

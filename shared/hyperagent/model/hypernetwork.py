@@ -161,8 +161,9 @@ class ShapeGroupedLoRAGenerator(nn.Module):
         super().__init__()
         width, self.rank = config.width, config.rank
         self.layers = tuple(layers)
-        self.layer_queries = nn.Parameter(torch.randn(len(layers), width) / math.sqrt(width))
-        self.rank_queries = nn.Parameter(torch.randn(config.rank, width) / math.sqrt(width))
+        # Of unit size, so that the features of two layers or two ranks start out far apart: similar features would
+        # make every rank's row of A and column of B the same, an adapter of rank 1 whatever R is.
+        self.queries = nn.Parameter(torch.randn(len(layers), config.rank, width))
         self.blocks = nn.ModuleList(_GeneratorBlock(width, config.num_heads) for _ in range(config.generator_blocks))
         self.norm = nn.RMSNorm(width)
         shapes = sorted({(layer.in_features, layer.out_features) for layer in layers})
@@ -175,8 +176,7 @@ class ShapeGroupedLoRAGenerator(nn.Module):
 
     def forward(self, latents_BLD: Tensor) -> AdapterWeights:
         """Factors a [B, R, I] and b [B, O, R] of every target layer."""
-        queries_MRD = self.layer_queries[:, None] + self.rank_queries[None]
-        x_BQD = queries_MRD.flatten(0, 1).expand(latents_BLD.shape[0], -1, -1)
+        x_BQD = self.queries.flatten(0, 1).expand(latents_BLD.shape[0], -1, -1)
         for block in self.blocks:
             x_BQD = block(x_BQD, latents_BLD)
         features_BMRD = F.normalize(self.norm(x_BQD), dim=-1).unflatten(1, (len(self.layers), self.rank))
