@@ -10,6 +10,8 @@ import typer
 from hyperagent.cli.display import print_result
 from hyperagent.errors import ConfigError
 
+_READY_TIMEOUT_S = 20.0
+
 app = typer.Typer(help="Ask the adapter service for adapters.", no_args_is_help=True)
 
 
@@ -33,6 +35,8 @@ def create(
 
     text = _prompt_text(prompt, prompt_file)
     with ApiClient(server, read_token()) as client:
+        # A service that was started a moment ago, in the same script, is still loading.
+        client.wait_until_ready(_READY_TIMEOUT_S)
         created = client.post_json("/v1/adapters", {"prompt": text})
         with new_directory(out) as aside:
             for name in ("adapter_model.safetensors", "adapter_config.json"):

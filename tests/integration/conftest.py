@@ -1,0 +1,116 @@
+"""Real processes over a small world: generated trajectories, a trained tokenizer, random tiny models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperagent.data.tokenise import tokenise_file
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent_demo.config import PretrainConfig, Role
+from hyperagent_demo.models import build_model
+from hyperagent_demo.sample.generate import write_sample
+from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
+
+HYPERAGENT = [sys.executable, "-m", "hyperagent"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything is."""
+
+    root: Path
+    sample: Path
+    tokenizer: Path
+    tokens: Path
+    teacher: Path
+    student: Path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    sample, tokenizer, tokens = root / "sample.parquet", root / "tokenizer", root / "tokens.parquet"
+    write_sample(sample, seed=0, rows=24)
+    train_tokenizer(tokenizer_texts(sample), tokenizer, vocab_size=768)
+    chat = ChatTokenizer(tokenizer)
+    tokenise_file(sample, tokens, chat, max_tokens=4096, max_prompt_tokens=512)
+    config = PretrainConfig(
+        hidden_size=32, num_layers=4, num_experts=4, num_steps=1, batch_size=1, learning_rate=1e-3, max_seconds=1
+    )
+    folders: dict[Role, Path] = {"teacher": root / "teacher", "student": root / "student"}
+    for role, folder in folders.items():
+        torch.manual_seed(0)
+        build_model(role, config, vocab_size=chat.vocab_size + 7, max_tokens=4096).save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer / name, folder / name)
+    return World(root, sample, tokenizer, tokens, folders["teacher"], folders["student"])
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine of its own: one token file, no Redis, one thread."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HYPERAGENT_")}
+    return {**kept, "HYPERAGENT_TOKEN_FILE": str(tmp_path / "token"), "OMP_NUM_THREADS": "1"}
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Run one `hyperagent` command to its end."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*HYPERAGENT, *map(str, arguments)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
+    """Start one `hyperagent` command; it is killed when the test ends."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+        log = tmp_path / f"log-{len(started)}.txt"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*HYPERAGENT, *map(str, arguments)], env=environment, cwd=tmp_path, stdout=output, stderr=output
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return free_port

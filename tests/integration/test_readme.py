@@ -1,0 +1,52 @@
+"""The README's blocks run as they stand, in order, in a copy of the checkout with the smallest demo's configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import World
+
+ROOT = Path(__file__).parents[2]
+# Running the tests from within the tests would not end.
+_NOT_RUN = {"make test\n"}
+
+
+@pytest.mark.timeout(900)
+def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[str, str], tmp_path: Path) -> None:
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.fail("the README's commands need .venv: run `make setup`")
+    for entry in ROOT.iterdir():
+        if entry.name not in {"runs", ".git"}:
+            (tmp_path / entry.name).symlink_to(entry)
+    # The files that the README calls the reader's own.
+    shutil.copyfile(world.sample, tmp_path / "trajectories.parquet")
+    if not (tmp_path / "tokenizer").exists():
+        shutil.copytree(world.tokenizer, tmp_path / "tokenizer")
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) if block not in _NOT_RUN]
+    assert len(blocks) >= 4
+    script = "set -euxo pipefail\n" + "\n".join(blocks)
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={**environment, "HYPERAGENT_DEMO_CONFIG": "configs/demo_smoke.yaml"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=800)
+    finally:
+        # The services that the blocks leave running in the background.
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-4000:]
+    assert (tmp_path / "runs/demo/my-adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs/demo/report.png").is_file()
