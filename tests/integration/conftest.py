@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from world import Run, Start, World
 
 from hyperagent.data.tokenise import tokenise_file
 from hyperagent.data.tokenizer import ChatTokenizer
@@ -25,23 +25,11 @@ from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 HYPERAGENT = [sys.executable, "-m", "hyperagent"]
 
 
-@dataclass(frozen=True)
-class World:
-    """Where everything is."""
-
-    root: Path
-    sample: Path
-    tokenizer: Path
-    tokens: Path
-    teacher: Path
-    student: Path
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     sample, tokenizer, tokens = root / "sample.parquet", root / "tokenizer", root / "tokens.parquet"
-    write_sample(sample, seed=0, rows=24)
+    write_sample(sample, seed=0, rows=24, progress=lambda _done, _total: None)
     train_tokenizer(tokenizer_texts(sample), tokenizer, vocab_size=768)
     chat = ChatTokenizer(tokenizer)
     tokenise_file(sample, tokens, chat, max_tokens=4096, max_prompt_tokens=512)
@@ -62,10 +50,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """A machine of its own: one token file, no Redis, one thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HYPERAGENT_")}
     return {**kept, "HYPERAGENT_TOKEN_FILE": str(tmp_path / "token"), "OMP_NUM_THREADS": "1"}
-
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture

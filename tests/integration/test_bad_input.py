@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, Start, World
+from world import Run, Start, World
 
 from hyperagent_demo.tokenizer import train_tokenizer
 

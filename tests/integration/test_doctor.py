@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run, World
+from world import Run, World
 
 from hyperagent import __version__
 

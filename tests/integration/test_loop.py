@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import Run, Start, World
 from safetensors import safe_open
+from world import Run, Start, World
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.reader import read_rows

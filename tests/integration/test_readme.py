@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 ROOT = Path(__file__).parents[2]
 # Running the tests from within the tests would not end.

@@ -1,0 +1,26 @@
+"""What the fixtures of these tests hand out."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything is."""
+
+    root: Path
+    sample: Path
+    tokenizer: Path
+    tokens: Path
+    teacher: Path
+    student: Path
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+"""Runs one `hyperagent` command to its end."""
+Start = Callable[..., "subprocess.Popen[bytes]"]
+"""Starts one `hyperagent` command."""
