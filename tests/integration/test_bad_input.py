@@ -65,7 +65,9 @@ def test_a_busy_port(service: str, world: World, run: Run, tmp_path: Path) -> No
     assert not (tmp_path / "runs").exists()
 
 
-def test_nobody_answers(world: World, run: Run, free_port: Callable[[], int]) -> None:
+def test_nobody_answers(world: World, run: Run, free_port: Callable[[], int], tmp_path: Path) -> None:
+    assert "there is no access token" in one_line(run("cache", "populate", world.tokens))
+    (tmp_path / "token").write_text("t\n")
     line = one_line(run("cache", "populate", world.tokens, "--teacher", f"127.0.0.1:{free_port()}"))
     assert "hyperagent serve teacher" in line
 
