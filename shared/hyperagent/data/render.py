@@ -41,6 +41,7 @@ def tokenise_row(
     """
     trajectory_id = row["trajectory_id"]
     try:
+        prompt = task_prompt(row)
         messages = messages_of(row)
         conversation = tokenizer.conversation(messages, prune_nulls(row["tools"] or []))
         rendered = conversation.render()
@@ -52,7 +53,7 @@ def tokenise_row(
             rendered = conversation.render(len(messages))
             encoded = tokenizer.encode(rendered)
         positions = _positions(encoded, _assistant_spans(messages, conversation, rendered))
-        prompt_ids = tokenizer.prompt_ids(task_prompt(row))
+        prompt_ids = tokenizer.prompt_ids(prompt)
         if len(prompt_ids) > max_prompt_tokens:
             raise DataError(f"its task has {len(prompt_ids)} tokens, the limit for a prompt is {max_prompt_tokens}")
     except DataError as error:
