@@ -130,6 +130,7 @@ def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]
             color=colours[arm],
             marker="o",
             ms=4,
+            ls="--" if arm == "adapter_shuffled_prompt" else "-",
             label=f"held out, {arm}",
         )
     curve.set(xlabel="optimiser step", ylabel="KL(teacher || student), nats per supervised token", ylim=(0, None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import TRAIN, TokenisedTrajectory, write_tokens
 from hyperagent.errors import (
     ConfigError,
+    DataError,
     IdentityMismatch,
     InvalidRequest,
     LimitExceeded,
@@ -304,6 +305,44 @@ async def test_a_bad_trajectory_is_refused_by_name_and_the_others_go_on(
     ]
     assert "2,049 tokens" in outcomes[1].reason
     assert not outcomes[1].cache_key
+
+
+async def test_nothing_is_sent_that_the_teacher_does_not_wait_for(
+    serve: Serve, gated: GatedEngine, sequence: Sequence, tokenizer: TokenizerIdentity
+) -> None:
+    token_ids, positions = sequence
+    taken = []
+
+    def trajectories() -> Iterator[tuple[str, NDArray[np.uint32], NDArray[np.uint32]]]:
+        for number in range(1, 50):
+            taken.append(number)
+            yield str(number), np.roll(token_ids, number), positions
+
+    async with serve(gated) as client:
+        gated.forget_canary()
+        outcomes = client.populate(trajectories(), tokenizer=tokenizer)
+        first = asyncio.create_task(anext(outcomes))
+        await gated.started.wait()
+        for _ in range(10):  # calls that come and go meanwhile give a hasty sender its time
+            await client.get_teacher()
+        assert taken == [1, 2]  # the second is at hand, not sent
+        for _ in range(20 * 49):
+            gated.permits.release()
+        assert (await first).outcome is Outcome.WRITTEN
+        assert len(await drained(outcomes)) == 48
+
+
+async def test_an_error_of_the_source_reaches_the_caller(
+    serve: Serve, sequence: Sequence, tokenizer: TokenizerIdentity
+) -> None:
+    def trajectories() -> Iterator[tuple[str, NDArray[np.uint32], NDArray[np.uint32]]]:
+        yield "one", *sequence
+        raise DataError("the file ends early")
+
+    async with serve() as client:
+        with pytest.raises(DataError, match="the file ends early"):
+            await drained(client.populate(trajectories(), tokenizer=tokenizer))
+        await client.get_teacher()
 
 
 async def test_another_tokenizer_is_refused_before_anything_is_scored(serve: Serve, sequence: Sequence) -> None:

@@ -176,6 +176,13 @@ def test_grpcs_own_codes_have_a_meaning(code: grpc.StatusCode, received: type[Ex
     assert words in str(back)
 
 
+def test_a_connection_that_breaks_while_sending_is_no_answer() -> None:
+    # grpc.aio's own words for it, in place of a status.
+    back = to_domain_error(_rpc_error(grpc.StatusCode.INTERNAL, "Internal error from Core"), "here:1")
+    assert type(back) is ServiceError
+    assert "no teacher answers at here:1 (the connection broke off)" in str(back)
+
+
 def _rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
 

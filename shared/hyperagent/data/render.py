@@ -41,8 +41,8 @@ def tokenise_row(
     """
     trajectory_id = row["trajectory_id"]
     try:
-        prompt = task_prompt(row)
         messages = messages_of(row)
+        prompt = task_prompt(row)
         conversation = tokenizer.conversation(messages, prune_nulls(row["tools"] or []))
         rendered = conversation.render()
         encoded = tokenizer.encode(rendered)

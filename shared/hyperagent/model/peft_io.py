@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from safetensors.torch import save
 
-from hyperagent.errors import InvalidRequest
+from hyperagent.errors import CorruptRecord, InvalidRequest
 from hyperagent.model.hypernetwork import AdapterWeights
 
 
@@ -28,7 +28,8 @@ def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) ->
     """Serialise one adapter; `base_model` names the student it belongs to.
 
     Raises:
-        InvalidRequest: there are no factors, their ranks differ, or a number is not finite.
+        InvalidRequest: there are no factors, or their ranks differ.
+        CorruptRecord: a number is not finite.
     """
     ranks = {pair.a.shape[0] for pair in weights.values()} | {pair.b.shape[1] for pair in weights.values()}
     if len(ranks) != 1:
@@ -36,7 +37,7 @@ def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) ->
     tensors = {}
     for name, pair in weights.items():
         if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
-            raise InvalidRequest(
+            raise CorruptRecord(
                 f"the adapter's factors at {name} are not finite; the hypernetwork's checkpoint is broken"
             )
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.detach().contiguous()
