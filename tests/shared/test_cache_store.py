@@ -71,6 +71,7 @@ def test_a_key_covers_teacher_tokens_and_positions(tmp_path: Path) -> None:
 
 def test_one_cache_one_teacher(tmp_path: Path) -> None:
     filled(tmp_path)
+    assert TopKCache.create_or_open(tmp_path, replace(IDENTITY, model="renamed")).identity == IDENTITY
     with pytest.raises(IdentityMismatch, match=r"dtype=float32.*dtype=bfloat16.*folder of its own"):
         TopKCache.create_or_open(tmp_path, replace(IDENTITY, dtype="bfloat16"))
     with pytest.raises(ConfigError, match="there is no cache"):

@@ -166,10 +166,7 @@ def _load(settings: TeacherSettings) -> tuple[ScoringEngine, TopKCache]:
 def _hot_tier(settings: TeacherSettings) -> HotTier | None:
     if settings.redis_url is None:
         return None
-    try:
-        return HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s)
-    except ValueError as error:
-        raise ConfigError(f"--redis-url: {error}; give a URL such as redis://127.0.0.1:6379/0") from error
+    return HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s)
 
 
 async def _score_canary(engine: ScoringEngine) -> None:

@@ -107,7 +107,12 @@ def _forward_kl_(z_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, logp_R_C: Tensor
     """Sum of KL over a chunk; turns the logits `z_CV` into their own gradient, in place."""
     z_S_CK = z_CV.gather(1, ids_CK)
     z_CV.scatter_(1, ids_CK, -torch.inf)
-    lse_R_C = torch.logsumexp(z_CV, dim=1)
+    # One pass over the vocabulary serves both the log-sum-exp and the gradient. With every id kept there is no
+    # finite maximum, and exp(-inf - 0) is the zero that the softmax over nothing should be.
+    max_C = z_CV.amax(dim=1)
+    max_C = torch.where(max_C.isfinite(), max_C, 0.0)
+    sum_C = z_CV.sub_(max_C[:, None]).exp_().sum(dim=1)
+    lse_R_C = max_C + sum_C.log()
     lse_C = torch.logaddexp(torch.logsumexp(z_S_CK, dim=1), lse_R_C)
     p_CK, p_R_C = logp_CK.exp(), logp_R_C.exp()
     logq_CK = z_S_CK - lse_C[:, None]
@@ -116,8 +121,6 @@ def _forward_kl_(z_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, logp_R_C: Tensor
     tail_C = torch.where(p_R_C > 0, p_R_C * (logp_R_C - logq_R_C), 0.0)
     kl = (p_CK * (logp_CK - logq_CK)).sum() + tail_C.sum()
     if wants_grad:
-        # With every id kept lse_R is -inf and z - lse_R not a number; exp(-inf - 0) is the zero it should be.
-        z_CV.sub_(torch.where(lse_R_C.isfinite(), lse_R_C, 0.0)[:, None]).exp_()
-        z_CV.mul_((logq_R_C.exp() - p_R_C)[:, None])
+        z_CV.mul_(torch.where(sum_C > 0, (logq_R_C.exp() - p_R_C) / sum_C, 0.0)[:, None])
         z_CV.scatter_(1, ids_CK, logq_CK.exp() - p_CK)
     return kl

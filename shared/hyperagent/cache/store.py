@@ -86,12 +86,14 @@ class TopKCache:
             }
             write_atomically(_manifest_path(root), json.dumps(manifest, indent=2).encode() + b"\n")
         cache = cls.open(root, hot=hot)
-        require_same(
-            f"the teacher of the cache in {root}",
-            expected=cache.identity,
-            found=identity,
-            remedy="give each teacher a cache folder of its own",
-        )
+        # The display name is not part of a fingerprint: a model folder may be renamed.
+        if cache.identity.fingerprint != identity.fingerprint:
+            require_same(
+                f"the teacher of the cache in {root}",
+                expected=cache.identity,
+                found=identity,
+                remedy="give each teacher a cache folder of its own",
+            )
         return cache
 
     @classmethod
