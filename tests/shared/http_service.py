@@ -9,7 +9,7 @@ from fastapi import Request
 
 from hyperagent.errors import Conflict
 from hyperagent.http.app import create_app
-from hyperagent.http.server import serve
+from hyperagent.http.server import listening, run
 from hyperagent.logs import configure_logging
 
 configure_logging(service="test")
@@ -34,4 +34,5 @@ def conflict() -> None:
     raise Conflict("the run is not stopped; stop it first")
 
 
-serve(app, host="127.0.0.1", port=int(sys.argv[1]), allow_remote=False)
+with listening(host="127.0.0.1", port=int(sys.argv[1]), allow_remote=False) as listener:
+    run(app, listener)

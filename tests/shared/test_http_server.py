@@ -16,7 +16,7 @@ import pytest
 
 from hyperagent.errors import ConfigError, Conflict, LimitExceeded, NotFound, ServiceError
 from hyperagent.http.client import ApiClient
-from hyperagent.http.server import listening, serve
+from hyperagent.http.server import listening
 
 SERVICE = Path(__file__).with_name("http_service.py")
 HEADERS = {"Authorization": "Bearer secret"}
@@ -101,11 +101,11 @@ def test_a_taken_port_is_one_line_before_anything_starts(url: str) -> None:
     port = httpx.URL(url).port
     assert port is not None
 
-    async def must_not_start(*_: object) -> None:
-        pytest.fail("the application was started")
-
-    with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}: the port is taken; .*--port") as refused:
-        serve(must_not_start, host="127.0.0.1", port=port, allow_remote=False)
+    with (
+        pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}: the port is taken; .*--port") as refused,
+        listening(host="127.0.0.1", port=port, allow_remote=False),
+    ):
+        pytest.fail("the port was had twice")
     assert "\n" not in str(refused.value)
 
 
@@ -156,12 +156,13 @@ def test_an_application_that_cannot_start_does_not_seem_to_have_run() -> None:
     code = (
         "from contextlib import asynccontextmanager\n"
         "from fastapi import FastAPI\n"
-        "from hyperagent.http.server import serve\n"
+        "from hyperagent.http.server import listening, run\n"
         "@asynccontextmanager\n"
         "async def lifespan(app):\n"
         "    raise RuntimeError('cannot start')\n"
         "    yield\n"
-        "serve(FastAPI(lifespan=lifespan), host='127.0.0.1', port=0, allow_remote=False)\n"
+        "with listening(host='127.0.0.1', port=0, allow_remote=False) as listener:\n"
+        "    run(FastAPI(lifespan=lifespan), listener)\n"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode != 0

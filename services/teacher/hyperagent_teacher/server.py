@@ -7,9 +7,7 @@ client's connection waits. Health is SERVING only once a canary has been scored.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -23,7 +21,8 @@ from grpc_reflection.v1alpha import reflection
 
 from hyperagent.cache.hot import HotTier
 from hyperagent.cache.store import TopKCache
-from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.errors import ServiceError
+from hyperagent.listen import listening_ip
 from hyperagent.topk import concatenate
 from hyperagent.wire import teacher_pb2, teacher_pb2_grpc
 from hyperagent_teacher.admission import Admission
@@ -70,12 +69,7 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
         ConfigError: there is no such address, or other machines could reach it and `allow_remote` is not set.
         ServiceError: the address cannot be had.
     """
-    address = _numeric_address(settings.host)
-    if not settings.allow_remote and not ipaddress.ip_address(address).is_loopback:
-        raise ConfigError(
-            f"other machines can reach {settings.host}, and traffic is not encrypted; "
-            "listen on 127.0.0.1, or give --allow-remote on a private network"
-        )
+    ip = listening_ip(settings.host, allow_remote=settings.allow_remote)
     server = grpc.aio.server(
         interceptors=[RequireToken(token)],
         options=[
@@ -84,7 +78,8 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ],
     )
-    host = f"[{address}]" if ":" in address else address
+    # gRPC would listen on all addresses of a name, and be content if it gets one of them: so it is given a number.
+    host = f"[{ip}]" if ip.version == 6 else str(ip)
     try:
         port = server.add_insecure_port(f"{host}:{settings.port}")
     except RuntimeError as error:
@@ -181,14 +176,6 @@ async def _score_canary(engine: ScoringEngine) -> None:
 async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
     for name in ("", SERVICE):
         await servicer.set(name, status)
-
-
-def _numeric_address(host: str) -> str:
-    # gRPC listens on all addresses of a name, and is content if it gets one of them.
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"there is no address {host!r} to listen on: {error}; use 127.0.0.1") from error
 
 
 @contextmanager

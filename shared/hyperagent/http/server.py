@@ -19,8 +19,9 @@ import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.errors import ServiceError
 from hyperagent.http.middleware import RequireHost
+from hyperagent.listen import listening_ip
 
 _BACKLOG = 128
 _STOP_GRACE_S = 10
@@ -29,28 +30,16 @@ _STOP_GRACE_S = 10
 _log = structlog.get_logger()
 
 
-def serve(app: ASGIApp, *, host: str, port: int, allow_remote: bool, allowed_hosts: Collection[str] = ()) -> None:
-    """Serve until SIGTERM or SIGINT; the process then exits with code 0.
-
-    Args:
-        allow_remote: permit an address that other machines can reach.
-        allowed_hosts: names the service answers to besides localhost and IP addresses.
-
-    Raises:
-        ConfigError: other machines could reach the address and that is not permitted, or there is no such address.
-        ServiceError: the port cannot be had.
-    """
-    with listening(host=host, port=port, allow_remote=allow_remote) as listener:
-        run(app, listener, allowed_hosts=allowed_hosts)
-
-
 @contextmanager
 def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.socket]:
     """A socket that holds its port while the block runs, in which SIGTERM and SIGINT exit with code 0.
 
+    Args:
+        allow_remote: permit an address that other machines can reach.
+
     Raises:
-        ConfigError: see `serve`.
-        ServiceError: see `serve`.
+        ConfigError: other machines could reach the address and that is not permitted, or there is no such address.
+        ServiceError: the port cannot be had.
     """
 
     def leave(_number: int, _frame: FrameType | None) -> None:
@@ -66,7 +55,11 @@ def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.so
 
 
 def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = ()) -> None:
-    """Answer on a listening socket until a signal ends it; requests in progress get to end."""
+    """Answer on a listening socket until a signal ends it; requests in progress get to end.
+
+    Args:
+        allowed_hosts: names the service answers to besides localhost and IP addresses.
+    """
     address = listener.getsockname()
     any_address = not ipaddress.ip_address(address[0]).is_loopback
     config = uvicorn.Config(
@@ -85,16 +78,9 @@ def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str]
 
 
 def _listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"there is no address {host!r} to listen on: {error}; use 127.0.0.1") from error
-    if not allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
-        raise ConfigError(
-            f"other machines can reach {host}, and traffic is not encrypted; "
-            "listen on 127.0.0.1, or give --allow-remote on a private network"
-        )
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    ip = listening_ip(host, allow_remote=allow_remote)
+    address = (str(ip), port)
+    listener = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
         # Takes the port over from connections that are still closing, never from another listener.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
