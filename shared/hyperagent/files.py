@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hyperagent.errors import StorageError
@@ -103,4 +103,6 @@ def _no_trace(path: Path, aside: Path) -> Iterator[None]:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.unlink(missing_ok=True)
+            # Where nothing could be written there may be nothing to remove, not even a folder.
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
