@@ -48,7 +48,7 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
     teacher = start(*serve)
     assert run("wait", "teacher", "--address", address).returncode == 0
     populating = start("cache", "populate", world.tokens, "--teacher", address)
-    while len(list(cache.glob("objects/*/*.topk"))) < 3:
+    while len(list(cache.glob("objects/*/[0-9a-f]*.topk"))) < 3:
         assert populating.poll() is None
         time.sleep(0.002)
     teacher.send_signal(signal.SIGKILL)

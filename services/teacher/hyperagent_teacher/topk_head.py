@@ -52,8 +52,15 @@ def _largest(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # Where more ids than k reach the smallest kept value, topk has kept any of the tied ones.
     crowded_N = (logprobs_NV >= values_NK[:, -1:]).sum(dim=1) > k
     if bool(crowded_N.any()):
-        values, ids = logprobs_NV[crowded_N].sort(dim=1, descending=True, stable=True)
-        values_NK[crowded_N], ids_NK[crowded_N] = values[:, :k], ids[:, :k]
-    ids_NK, by_id = ids_NK.sort(dim=1)
-    values_NK, by_value = values_NK.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+        ids_NK[crowded_N] = _lowest_ids(logprobs_NV[crowded_N], values_NK[crowded_N, -1:], k)
+    ids_NK = ids_NK.sort(dim=1).values
+    values_NK, by_value = logprobs_NV.gather(1, ids_NK).sort(dim=1, descending=True, stable=True)
     return values_NK, ids_NK.gather(1, by_value)
+
+
+def _lowest_ids(logprobs_CV: Tensor, smallest_C1: Tensor, k: int) -> Tensor:
+    """Ids [C, k] of all values above each row's `smallest_C1`, filled up with the lowest ids that equal it."""
+    above_CV, tied_CV = logprobs_CV > smallest_C1, logprobs_CV == smallest_C1
+    room_C1 = k - above_CV.sum(dim=1, keepdim=True)
+    kept_CV = above_CV | (tied_CV & (tied_CV.cumsum(dim=1, dtype=torch.int32) <= room_C1))
+    return kept_CV.nonzero()[:, 1].view(-1, k)
