@@ -1,14 +1,23 @@
-"""Tiny random teachers on disk, made once per session."""
+"""Tiny random teachers on disk, made once per session, and a service to ask."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from teacher_service import (
+    CANARY_ROWS,
+    TOKEN,
+    GatedEngine,
+    Serve,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +27,12 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from hyperagent.cache.store import TopKCache
+from hyperagent.identity import TokenizerIdentity
+from hyperagent.wire.client import TeacherClient
+from hyperagent_teacher.config import TeacherSettings
+from hyperagent_teacher.engine import ScoringEngine
+from hyperagent_teacher.server import answer, bind
 from hyperagent_teacher.transformers_engine import TransformersEngine
 
 TOP_K = 16
@@ -108,3 +123,54 @@ def sequence(engine: TransformersEngine) -> tuple[NDArray[np.uint32], NDArray[np
     token_ids = generator.integers(0, engine.identity.vocab_size, 60).astype(np.uint32)
     positions = np.sort(generator.choice(np.arange(1, 60), 20, replace=False)).astype(np.uint32)
     return token_ids, positions
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> TeacherSettings:
+    (tmp_path / "data").mkdir()
+    return TeacherSettings(
+        model=tmp_path, cache=tmp_path / "cache", data_dir=tmp_path / "data", port=0, max_pending_requests=2
+    )
+
+
+@pytest.fixture
+def cache(settings: TeacherSettings, engine: ScoringEngine) -> TopKCache:
+    return TopKCache.create_or_open(settings.cache, engine.identity)
+
+
+@pytest.fixture
+def serve(settings: TeacherSettings, engine: ScoringEngine, cache: TopKCache) -> Serve:
+    """Runs a teacher and yields a client of it; by default the real engine, with the client waiting until it serves."""
+
+    @asynccontextmanager
+    async def run(
+        engine: ScoringEngine = engine,
+        cache: TopKCache = cache,
+        *,
+        stop: asyncio.Event | None = None,
+        wait: bool = True,
+        **changes: Any,
+    ) -> AsyncIterator[TeacherClient]:
+        changed = settings.model_copy(update={"stop_grace_s": 0.0, **changes})
+        stop = stop or asyncio.Event()
+        server, address = await bind(changed, token=TOKEN)
+        answering = asyncio.create_task(answer(server, engine, cache, changed, stop=stop))
+        async with TeacherClient(address, TOKEN) as client:
+            if wait:
+                await client.wait_until_serving(30)
+            yield client
+        stop.set()
+        await answering
+
+    return run
+
+
+@pytest.fixture
+def gated(engine: ScoringEngine) -> GatedEngine:
+    """An engine that has just enough permits for the canary."""
+    return GatedEngine(engine.identity, permits=CANARY_ROWS)
+
+
+@pytest.fixture
+def tokenizer(engine: ScoringEngine) -> TokenizerIdentity:
+    return TokenizerIdentity(engine.identity.tokenizer_sha256, engine.identity.template_sha256)

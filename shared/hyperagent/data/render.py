@@ -4,9 +4,10 @@ Three traps of the data set are dealt with here. Arrow pads every tool's paramet
 tools, which a chat template would print as phantom parameters: nulls are pruned, recursively. Arguments are
 JSON text where templates iterate a mapping: they are parsed. `tool_calls` may be null or the string "None".
 
-The supervised tokens are found by rendering prefixes: what the template adds between "the conversation so far,
-assistant to speak" and "the conversation with its reply" is what the assistant wrote. That works for every
-template whose renderings of prefixes are prefixes of the rendering of the whole, and any other is refused.
+The supervised tokens are found by rendering each turn by itself: what the template adds between "assistant to
+speak" and "the assistant has spoken" is what the assistant wrote. One after the other these pieces must make up
+the rendering of the whole, which they do for every template that never goes back on what it has shown; any other
+is refused.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def tokenise_row(
     """
     trajectory_id = row["trajectory_id"]
     try:
+        if missing := [name for name in ("trajectory_id", "repo") if not row[name]]:
+            raise DataError(f"it has no {' and no '.join(missing)}")
         messages = messages_of(row)
         prompt = task_prompt(row)
         conversation = tokenizer.conversation(messages, prune_nulls(row["tools"] or []))
@@ -50,7 +53,7 @@ def tokenise_row(
             if not cut:
                 raise DataError(f"it has {len(encoded.ids)} tokens, the limit is {max_tokens}")
             messages = messages[: _messages_that_fit(messages, conversation, int(encoded.ends[max_tokens - 1]))]
-            rendered = conversation.render(len(messages))
+            rendered = conversation.render(range(len(messages)))
             encoded = tokenizer.encode(rendered)
         positions = _positions(encoded, _assistant_spans(messages, conversation, rendered))
         prompt_ids = tokenizer.prompt_ids(prompt)
@@ -58,6 +61,8 @@ def tokenise_row(
             raise DataError(f"its task has {len(prompt_ids)} tokens, the limit for a prompt is {max_prompt_tokens}")
     except DataError as error:
         raise RowRefused(str(trajectory_id), str(error)) from error
+    except RecursionError as error:
+        raise RowRefused(str(trajectory_id), "a tool call's arguments are nested too deeply") from error
     return TokenisedTrajectory(trajectory_id, row["repo"], split, encoded.ids, positions, prompt_ids)
 
 
@@ -77,7 +82,7 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
     """A row's messages as chat templates expect them.
 
     Raises:
-        DataError: the row is empty, a role is unknown, or a tool call's arguments are not a JSON object.
+        DataError: the row is empty, a role is unknown, or a tool call has no name or no JSON object for arguments.
     """
     messages = []
     for index, message in enumerate(row["trajectory"] or []):
@@ -87,6 +92,8 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
         clean: dict[str, Any] = {"role": role, "content": message["content"] or ""}
         calls = message["tool_calls"]
         if calls and calls != "None":
+            if not isinstance(calls, list):
+                raise DataError(f"message {index} has tool calls that are not a list")
             clean["tool_calls"] = [_call(index, call) for call in calls]
         messages.append(clean)
     if not any(message["role"] == "assistant" for message in messages):
@@ -95,16 +102,17 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
 
 
 def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
+    function = (call and call["function"]) or {}
+    name = function.get("name")
+    if not name:
+        raise DataError(f"message {index} has a tool call without a name")
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = json.loads(function.get("arguments") or "{}")
     except ValueError as error:
-        raise DataError(
-            f"message {index} calls {function['name']} with arguments that are not JSON: {error}"
-        ) from error
+        raise DataError(f"message {index} calls {name} with arguments that are not JSON: {error}") from error
     if not isinstance(arguments, dict):
-        raise DataError(f"message {index} calls {function['name']} with arguments that are not a JSON object")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        raise DataError(f"message {index} calls {name} with arguments that are not a JSON object")
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def prune_nulls(value: Any) -> Any:
@@ -119,19 +127,29 @@ def prune_nulls(value: Any) -> Any:
 def _assistant_spans(
     messages: Sequence[dict[str, Any]], conversation: Conversation, rendered: str
 ) -> list[tuple[int, int]]:
-    """The characters of `rendered` that the assistant wrote, one span a turn."""
+    """The characters of `rendered` that the assistant wrote, one span a turn.
+
+    A turn is rendered after the messages before the first turn and those since the previous turn, not after all:
+    the time is linear in the number of messages, and rendering every prefix would make it quadratic.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    head = range(turns[0])
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = conversation.render(index, add_generation_prompt=True)
-        after = conversation.render(index + 1)
-        if not (after.startswith(before) and rendered.startswith(after)):
+    opening, cursor = "", 0
+    for index, previous in zip(turns, [turns[0], *turns], strict=False):
+        context = [*head, *range(previous, index)]
+        before = conversation.render(context, add_generation_prompt=True)
+        after = conversation.render([*context, index])
+        start, stop = cursor + len(before) - len(opening), cursor + len(after) - len(opening)
+        if not (
+            before.startswith(opening) and after.startswith(before) and rendered[cursor:stop] == after[len(opening) :]
+        ):
             raise DataError(
                 f"the chat template renders message {index} differently within a longer conversation; use a prefix-preserving template"
             )
         # A template's newline after the end-of-turn token is not something the assistant writes.
-        spans.append((len(before), len(after.rstrip("\n"))))
+        spans.append((start, cursor + len(after.rstrip("\n")) - len(opening)))
+        opening, cursor = conversation.render([*head, index]), stop
     return spans
 
 
@@ -151,7 +169,7 @@ def _messages_that_fit(messages: Sequence[dict[str, Any]], conversation: Convers
     """Number of whole messages within `num_characters` of rendered text, up to and including an assistant message."""
     ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
     # Renderings grow with the number of messages, so the first that is too long can be searched for.
-    fitting = bisect_right(ends, num_characters, key=lambda count: len(conversation.render(count)))
+    fitting = bisect_right(ends, num_characters, key=lambda count: len(conversation.render(range(count))))
     if fitting == 0:
         raise DataError("its first assistant turn ends beyond the limit of tokens")
     return ends[fitting - 1]

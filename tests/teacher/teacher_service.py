@@ -1,0 +1,89 @@
+"""What the tests of the service stand on: an engine with a gate, a cache with a full disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
+
+import numpy as np
+from grpc_health.v1 import health_pb2
+from numpy.typing import NDArray
+
+from hyperagent.auth import BEARER
+from hyperagent.cache.store import TopKCache
+from hyperagent.errors import (
+    StorageError,
+)
+from hyperagent.identity import TeacherIdentity, TokenizerIdentity
+from hyperagent.topk import TopKRows
+from hyperagent.wire.client import TeacherClient
+
+TOKEN = "a-token"
+METADATA = (("authorization", BEARER + TOKEN),)
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVING = health_pb2.HealthCheckResponse.SERVING
+CANARY_ROWS = 7
+
+Sequence = tuple[NDArray[np.uint32], NDArray[np.uint32]]
+Serve = Callable[..., AbstractAsyncContextManager[TeacherClient]]
+
+
+class GatedEngine:
+    """Yields one uniform row per permit; a `ScoringEngine`."""
+
+    def __init__(self, identity: TeacherIdentity, *, permits: int, defect: Exception | None = None) -> None:
+        self.identity = identity
+        self.max_tokens = 2048
+        self.permits = asyncio.Semaphore(permits)
+        self.started = asyncio.Event()
+        self.stopped = asyncio.Event()
+        self.defect = defect
+
+    async def score(
+        self, _token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
+    ) -> AsyncGenerator[TopKRows, None]:
+        self.started.set()
+        uniform = np.float32(-np.log(self.identity.vocab_size))
+        try:
+            for place in range(len(positions)):
+                await self.permits.acquire()
+                if self.defect:
+                    raise self.defect
+                yield TopKRows(
+                    positions[place : place + 1],
+                    np.arange(top_k, dtype=np.uint32)[None],
+                    np.full((1, top_k), uniform),
+                    np.log1p(np.full(1, -top_k * np.exp(uniform), np.float32)),
+                    np.full(1, uniform),
+                )
+        finally:
+            self.stopped.set()
+
+    def close(self) -> None:
+        pass
+
+    def forget_canary(self) -> None:
+        self.started.clear()
+        self.stopped.clear()
+
+
+class FullDisk(TopKCache):
+    """A cache whose disk is full."""
+
+    def put(self, *_args: object, **_options: object) -> None:
+        raise StorageError("could not write the record: the disk is full")
+
+
+OTHER = TokenizerIdentity("0" * 64, "1" * 64)
+
+
+async def drained(generator: AsyncGenerator[Any, None]) -> list[Any]:
+    async with aclosing(generator):
+        return [item async for item in generator]
+
+
+def assert_same_rows(left: TopKRows, right: TopKRows) -> None:
+    for name in ("positions", "ids", "logprobs", "tail_logmass", "target_logprob"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
