@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +44,8 @@ def demo(
     )
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
+    # So that the services it started end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     with PeakMemory() as memory, progress_bars() as bars:
         stages = Stages(bars)
@@ -52,7 +56,7 @@ def demo(
     write_report(out / "report.json", report)
     console = stderr if as_json else Console()
     print_report(console, report, plot=out / "report.png")
-    console.print(next_commands(out), highlight=False, markup=False)
+    console.print(next_commands(out), highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo((out / "report.json").read_text(encoding="utf-8"))
 
