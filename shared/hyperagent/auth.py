@@ -39,20 +39,33 @@ def read_token() -> str:
 
 
 def ensure_token() -> str:
-    """The token a service asks for; makes the file if there is none."""
+    """The token a service asks for; makes the file if there is none.
+
+    Raises:
+        ConfigError: the file cannot be made.
+    """
     if not os.environ.get("HYPERAGENT_TOKEN", "").strip() and not token_file().is_file():
-        token_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, aside = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
         try:
-            # link(2) fails where rename(2) would replace: of two services starting at once, one token wins.
-            os.link(aside, token_file())
-        except FileExistsError:
-            pass
-        finally:
-            Path(aside).unlink()
+            _make_token_file()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {token_file()}: {error.strerror}; set HYPERAGENT_TOKEN, or HYPERAGENT_TOKEN_FILE to a file"
+            ) from error
     return read_token()
+
+
+def _make_token_file() -> None:
+    token_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, aside = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        # link(2) fails where rename(2) would replace: of two services starting at once, one token wins.
+        os.link(aside, token_file())
+    except FileExistsError:
+        pass
+    finally:
+        Path(aside).unlink()
 
 
 def is_authorised(header: str | None, token: str) -> bool:

@@ -24,12 +24,14 @@ def load_yaml(path: Path, model: type[_Model], *, context: dict[str, Any] | None
     """Read a YAML file into `model`; `context` reaches the model's validators.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown or bad field; every bad field is named.
+        ConfigError: the file is missing or unreadable, is not YAML, or has an unknown or bad field; every bad field is named.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return parse(raw if raw is not None else {}, model, source=str(path), context=context)

@@ -23,6 +23,7 @@ _REMEDIES = {
     errno.EFBIG: "the file is larger than the limit set for this process; raise it (ulimit -f) and run again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.ENOTDIR: "a file is where a folder should be; choose another name",
 }
 
 
@@ -52,6 +53,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     aside = _aside(path)
     with _no_trace(path, aside):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         aside.mkdir(parents=True)
         yield aside
         for file in aside.rglob("*"):

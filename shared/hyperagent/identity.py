@@ -83,8 +83,8 @@ def tokenizer_sha256(folder: Path) -> str:
     """
     path = folder / "tokenizer.json"
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"cannot read a tokenizer from {path}: {error}; give a folder that holds tokenizer.json"
         ) from error
@@ -97,13 +97,16 @@ def weights_fingerprint(folder: Path) -> str:
     """Digest of a model folder's `config.json` and every `*.safetensors` byte.
 
     Raises:
-        ConfigError: the folder holds no config or no safetensors weights.
+        ConfigError: the folder holds no config, a broken one, or no safetensors weights.
     """
     config = folder / "config.json"
     shards = sorted(folder.glob("*.safetensors"))
     if not config.is_file() or not shards:
         raise ConfigError(f"{folder} is not a model folder: it needs config.json and *.safetensors weights")
-    digest = blake3(canonical_json(json.loads(config.read_bytes())))
+    try:
+        digest = blake3(canonical_json(json.loads(config.read_bytes())))
+    except ValueError as error:
+        raise ConfigError(f"{config} is not JSON: {error}; copy the model again") from error
     for shard in shards:
         digest.update(shard.name.encode())
         digest.update(blake3(max_threads=blake3.AUTO).update_mmap(shard).digest())

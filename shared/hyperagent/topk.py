@@ -50,6 +50,8 @@ class TopKRows:
         Raises:
             InvalidRequest: naming the first thing that is wrong.
         """
+        if self.ids.ndim != 2 or self.ids.shape[1] == 0:
+            raise InvalidRequest(f"top-k ids must be [N, K] with K at least 1, not {self.ids.shape}")
         n, k = self.ids.shape
         shapes = (self.positions.shape, self.logprobs.shape, self.tail_logmass.shape, self.target_logprob.shape)
         if shapes != ((n,), (n, k), (n,), (n,)):

@@ -22,8 +22,10 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     if not (ROOT / ".venv" / ".installed").is_file():
         pytest.fail("the README's commands need .venv: run `make setup`")
     for entry in ROOT.iterdir():
-        if entry.name not in {"runs", ".git"}:
+        if entry.name not in {"runs", ".git", "configs"}:
             (tmp_path / entry.name).symlink_to(entry)
+    # A recipe's paths are relative to where it really lies.
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     # The files that the README calls the reader's own.
     shutil.copyfile(world.sample, tmp_path / "trajectories.parquet")
     if not (tmp_path / "tokenizer").exists():
@@ -32,7 +34,8 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) if block not in _NOT_RUN]
     assert len(blocks) >= 4
-    script = "set -euxo pipefail\n" + "\n".join(blocks)
+    proof = "test -s runs/demo/my-adapter/adapter_model.safetensors\n"
+    script = "\n".join(["set -euxo pipefail", blocks[0], proof, *blocks[1:]])
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=tmp_path,
@@ -48,5 +51,5 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
         # The services that the blocks leave running in the background.
         os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-4000:]
-    assert (tmp_path / "runs/demo/my-adapter/adapter_model.safetensors").is_file()
     assert (tmp_path / "runs/demo/report.png").is_file()
+    assert list((tmp_path / "runs/steps/runs").glob("*/bundle/bundle.json"))

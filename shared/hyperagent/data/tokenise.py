@@ -72,7 +72,7 @@ def tokenise_file(
                 tokenise_row(
                     row,
                     tokenizer,
-                    split=splits[row["repo"]],
+                    split=splits[str(row["repo"])],
                     max_tokens=max_tokens,
                     max_prompt_tokens=max_prompt_tokens,
                     cut=cut,

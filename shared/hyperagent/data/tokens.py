@@ -36,6 +36,8 @@ _SCHEMA = pa.schema(
     ]
 )
 
+_ARRAYS = ("token_ids", "positions", "prompt_ids")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenisedTrajectory:
@@ -62,7 +64,7 @@ def write_tokens(path: Path, trajectories: Sequence[TokenisedTrajectory], tokeni
     metadata = {b"format": _FORMAT, b"tokenizer": json.dumps(asdict(tokenizer)).encode()}
     table = pa.Table.from_pylist([asdict(t) for t in trajectories], schema=_SCHEMA.with_metadata(metadata))
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(path, buffer.getvalue())
 
 
@@ -79,16 +81,17 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
     """Stream the trajectories of a tokens file, in the file's order, one row group in memory at a time.
 
     Raises:
-        DataError: the file is missing or is not a tokens file.
+        DataError: the file is missing, is not a tokens file, or is damaged.
     """
     file, _ = _open(path)
-    for batch in file.iter_batches(batch_size=64):
-        for row in batch.to_pylist():
-            if split is None or row["split"] == split:
-                arrays = {
-                    name: np.asarray(row[name], dtype=np.uint32) for name in ("token_ids", "positions", "prompt_ids")
-                }
-                yield TokenisedTrajectory(**{**row, **arrays})
+    try:
+        for batch in file.iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                if split is None or row["split"] == split:
+                    arrays = {name: np.asarray(row[name], dtype=np.uint32) for name in _ARRAYS}
+                    yield TokenisedTrajectory(**{**row, **arrays})
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenise the data again") from error
 
 
 def count_tokens_rows(path: Path) -> int:
@@ -98,11 +101,11 @@ def count_tokens_rows(path: Path) -> int:
 
 def _open(path: Path) -> tuple[pq.ParquetFile, TokenizerIdentity]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise DataError(f"there is no tokens file {path}; make one with `hyperagent data tokenize`") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
+        raise DataError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
     metadata = file.schema_arrow.metadata or {}
     if metadata.get(b"format") != _FORMAT:
         raise DataError(

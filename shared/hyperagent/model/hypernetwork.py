@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +47,12 @@ class HyperNetworkConfig(StrictModel):
     """R, rank of the generated adapters."""
     alpha: float = Field(32.0, gt=0)
     """LoRA's alpha; the delta is scaled by alpha / rank, as in PEFT."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> HyperNetworkConfig:
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}")
+        return self
 
     @property
     def scale(self) -> float:

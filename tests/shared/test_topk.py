@@ -1,0 +1,110 @@
+"""Top-k rows refuse what is not a distribution, and scale and join without changing it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperagent.errors import InvalidRequest
+from hyperagent.topk import MASS_TOLERANCE, TopKRows, concatenate
+
+VOCAB = 11
+
+
+def rows(num_rows: int = 3, top_k: int = 4, *, seed: int = 0, first: int = 1) -> TopKRows:
+    """The top k of random distributions over a vocabulary of 11, computed in float64."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(num_rows, VOCAB)) * 3
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    order = np.argsort(-logprobs, axis=1)
+    kept, rest = order[:, :top_k], order[:, top_k:]
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(np.take_along_axis(logprobs, rest, axis=1)).sum(axis=1))
+    return TopKRows(
+        positions=np.arange(first, first + num_rows, dtype=np.uint32),
+        ids=kept.astype(np.uint32),
+        logprobs=np.take_along_axis(logprobs, kept, axis=1).astype(np.float32),
+        tail_logmass=tail.astype(np.float32),
+        target_logprob=logprobs[:, 0].astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 4, VOCAB])
+def test_a_distribution_passes(top_k: int) -> None:
+    made = rows(top_k=top_k)
+    made.validate(num_tokens=4, vocab_size=VOCAB)
+    assert (made.num_rows, made.top_k) == (3, top_k)
+    assert np.isneginf(made.tail_logmass).all() == (top_k == VOCAB)
+
+
+def test_no_rows_pass() -> None:
+    rows(num_rows=0).validate(num_tokens=0, vocab_size=VOCAB)
+
+
+def changed(name: str, index: Any, value: Any) -> TopKRows:
+    array = getattr(rows(), name).copy()
+    array[index] = value
+    return replace(rows(), **{name: array})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (replace(rows(), positions=np.arange(2, dtype=np.uint32)), "disagree in shape"),
+        (replace(rows(), tail_logmass=np.zeros((3, 1), np.float32)), "disagree in shape"),
+        (replace(rows(), ids=np.zeros(3, np.uint32)), r"must be \[N, K\]"),
+        (replace(rows(), ids=np.zeros((3, 0), np.uint32), logprobs=np.zeros((3, 0), np.float32)), r"must be \[N, K\]"),
+        (changed("positions", 0, 0), r"increase strictly within \[1, 4\)"),
+        (changed("positions", 2, 4), r"increase strictly within \[1, 4\)"),
+        (changed("positions", 1, 1), "increase strictly"),
+        (changed("positions", slice(None), [3, 2, 1]), "increase strictly"),
+        (changed("ids", (1, 2), VOCAB), "id 11 is outside the vocabulary of 11"),
+        (changed("logprobs", (1, 2), np.nan), "not finite"),
+        (changed("logprobs", (1, 2), -np.inf), "not finite"),
+        (changed("target_logprob", 0, np.nan), "not finite"),
+        (changed("tail_logmass", 0, np.nan), "not finite"),
+        (changed("tail_logmass", 1, 0.0), r"sum to [12]\.\d+, not 1"),
+        (changed("logprobs", (2, 0), -30.0), r"sum to 0\.\d+, not 1"),
+    ],
+)
+def test_what_is_no_distribution_is_named(bad: TopKRows, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        bad.validate(num_tokens=4, vocab_size=VOCAB)
+
+
+@given(st.integers(0, 999), st.integers(1, VOCAB))
+def test_rounding_to_float16_is_undone(seed: int, top_k: int) -> None:
+    exact = rows(top_k=top_k, seed=seed)
+    rounded = replace(
+        exact,
+        logprobs=exact.logprobs.astype(np.float16).astype(np.float32),
+        tail_logmass=exact.tail_logmass.astype(np.float16).astype(np.float32),
+    )
+    rounded.validate(num_tokens=4, vocab_size=VOCAB)
+    whole = rounded.normalised()
+    mass = np.exp(whole.logprobs.astype(np.float64)).sum(axis=1) + np.exp(whole.tail_logmass.astype(np.float64))
+    np.testing.assert_allclose(mass, 1, rtol=0, atol=1e-6)
+    # Scaling moves all of a row alike, and by no more than the tolerance allows.
+    moved = whole.logprobs - rounded.logprobs
+    np.testing.assert_allclose(moved, moved[:, :1].repeat(top_k, axis=1), rtol=0, atol=1e-5)
+    assert np.abs(moved).max() < 2 * MASS_TOLERANCE
+    np.testing.assert_array_equal(whole.ids, exact.ids)
+
+
+def test_runs_are_joined_in_order() -> None:
+    whole = rows(num_rows=6)
+    parts = [
+        TopKRows(**{name: array[run] for name, array in vars(whole).items()})
+        for run in (slice(0, 2), slice(2, 2), slice(2, 6))
+    ]
+    joined = concatenate(parts)
+    for name, array in vars(whole).items():
+        np.testing.assert_array_equal(getattr(joined, name), array)
+        assert getattr(joined, name).dtype == array.dtype
+    with pytest.raises(InvalidRequest, match="no top-k rows"):
+        concatenate([])
