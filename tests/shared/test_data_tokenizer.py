@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
@@ -45,20 +45,20 @@ def controls(tokenizer: ChatTokenizer, text: str) -> list[str]:
 
 
 @given(TEXT)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(deadline=None)
 def test_no_text_makes_a_control_token(tokenizer: ChatTokenizer, text: str) -> None:
     # The tools' turn and five messages, whatever their texts are.
     assert controls(tokenizer, text) == [START, END] * 6
 
 
 @given(TEXT)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(deadline=None)
 def test_text_is_decoded_as_it_was(tokenizer: ChatTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.prompt_ids(text).tolist()) == f"{START}user\n{text}{END}\n"
 
 
 @given(TEXT)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(deadline=None)
 def test_offsets_point_at_the_characters_of_each_token(tokenizer: ChatTokenizer, text: str) -> None:
     rendered = tokenizer.conversation([{"role": "user", "content": f"{text}the cat"}], []).render()
     encoded = tokenizer.encode(rendered)

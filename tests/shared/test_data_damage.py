@@ -1,0 +1,228 @@
+"""Data files that are damaged, of an unusual type, or have holes: refused in one line, or read all the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hyperagent.data.reader import count_rows, read_rows
+from hyperagent.data.render import tokenise_row
+from hyperagent.data.tokenise import TokeniseReport, tokenise_file
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens, write_tokens
+from hyperagent.errors import DataError, RowRefused
+
+
+def table(*, count: int = 6, **columns: Any) -> pa.Table:
+    messages = [
+        {"role": "user", "content": "run the tests", "tool_calls": None},
+        {"role": "assistant", "content": "the cat sat", "tool_calls": None},
+    ]
+    whole = {
+        "trajectory_id": [f"t{number}" for number in range(count)],
+        "repo": [f"a/{number % 3}" for number in range(count)],
+        "trajectory": [messages] * count,
+        "tools": [[]] * count,
+    }
+    return pa.table({**whole, **columns})
+
+
+def write(path: Path, content: pa.Table) -> Path:
+    pq.write_table(content, path)
+    return path
+
+
+def tokenise(source: Path, tokenizer: ChatTokenizer) -> TokeniseReport:
+    return tokenise_file(source, source.with_suffix(".tokens"), tokenizer, max_tokens=1000, max_prompt_tokens=100)
+
+
+@pytest.mark.parametrize("tools", [[None] * 6, [[]] * 6])
+def test_no_row_with_tools_is_no_fault(tools: list[Any], tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    report = tokenise(write(tmp_path / "d.parquet", table(tools=tools)), tokenizer)
+    assert (report.train + report.held_out, report.refused) == (6, ())
+
+
+def test_strings_and_lists_with_wide_offsets_are_read(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    call = pa.struct([("function", pa.struct([("name", pa.large_string()), ("arguments", pa.large_string())]))])
+    message = pa.struct(
+        [("role", pa.large_string()), ("content", pa.large_string()), ("tool_calls", pa.large_list(call))]
+    )
+    wide = table().cast(
+        pa.schema(
+            [
+                ("trajectory_id", pa.large_string()),
+                ("repo", pa.large_string()),
+                ("trajectory", pa.large_list(message)),
+                ("tools", pa.large_list(pa.null())),
+            ]
+        )
+    )
+    assert tokenise(write(tmp_path / "wide.parquet", wide), tokenizer) == tokenise(
+        write(tmp_path / "narrow.parquet", table()), tokenizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"tools": ["[]"] * 6}, "tools is string, not a list of structs"),
+        ({"trajectory": [["hello"]] * 6}, r"trajectory is list<.*string>, not a list of structs"),
+        ({"trajectory": [{"role": "user"}] * 6}, r"trajectory is struct<.*>, not a list of structs"),
+        ({"trajectory": [[{"role": "user"}]] * 6}, "messages lack content, tool_calls"),
+        (
+            {"trajectory": [[{"role": "user", "content": [{"text": "x"}], "tool_calls": None}]] * 6},
+            "content of trajectory's messages is list<.*, not string",
+        ),
+    ],
+)
+def test_columns_of_another_type_are_named(columns: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=reason) as refused:
+        count_rows(write(tmp_path / "d.parquet", table(**columns)))
+    assert "\n" not in str(refused.value)
+
+
+def test_rows_without_a_name_or_a_repository_are_refused_alone(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    names, repos = [None, *(f"t{n}" for n in range(1, 6))], ["a/0", None, "a/1", "a/2", "", "a/1"]
+    report = tokenise(write(tmp_path / "d.parquet", table(trajectory_id=names, repo=repos)), tokenizer)
+    assert [str(refused) for refused in report.refused] == [
+        "trajectory 'None': it has no trajectory_id",
+        "trajectory 't1': it has no repo",
+        "trajectory 't4': it has no repo",
+    ]
+    assert report.train + report.held_out == 3
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ([None], "message 1 has a tool call without a name"),
+        ([{"function": None}], "message 1 has a tool call without a name"),
+        ([{"function": {"name": None, "arguments": "{}"}}], "message 1 has a tool call without a name"),
+        ('[{"function": {}}]', "message 1 has tool calls that are not a list"),
+        ([{"function": {"name": "f", "arguments": "{'a': 1}"}}], "message 1 calls f with arguments that are not JSON"),
+        (
+            [{"function": {"name": "f", "arguments": '{"a":' + "[" * 400 + "]" * 400 + "}"}}],
+            "arguments are nested too deeply",
+        ),
+        (
+            [{"function": {"name": "f", "arguments": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"}}],
+            "arguments are nested too deeply",
+        ),
+        ([{"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}], "half of a surrogate pair"),
+    ],
+)
+def test_calls_that_cannot_be_shown_are_refused(calls: Any, reason: str, tokenizer: ChatTokenizer) -> None:
+    row = table(count=1).to_pylist()[0]
+    row["trajectory"][1]["tool_calls"] = calls
+    with pytest.raises(RowRefused, match=f"^trajectory 't0': .*{reason}"):
+        tokenise_row(row, tokenizer, split=TRAIN, max_tokens=1000, max_prompt_tokens=100, cut=False)
+
+
+def test_a_call_without_arguments_is_shown(tokenizer: ChatTokenizer) -> None:
+    row = table(count=1).to_pylist()[0]
+    row["trajectory"][1]["tool_calls"] = [{"function": {"name": "stop", "arguments": None}}]
+    shown = tokenise_row(row, tokenizer, split=TRAIN, max_tokens=1000, max_prompt_tokens=100, cut=False)
+    assert "<call stop></call>" in tokenizer.decode(shown.token_ids.tolist())
+
+
+def cut_in_the_middle(path: Path) -> None:
+    """Overwrites the data pages and leaves the footer, as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    content[4:-footer] = bytes(len(content) - footer - 4)
+    path.write_bytes(content)
+
+
+def test_a_data_file_damaged_behind_its_footer_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", table())
+    cut_in_the_middle(path)
+    assert count_rows(path) == 6
+    with pytest.raises(DataError, match=r"d\.parquet is damaged: .*; copy it again") as refused:
+        list(read_rows(path))
+    assert "\n" not in str(refused.value)
+
+
+def trajectories(count: int = 8, *, length: int = 500) -> list[TokenisedTrajectory]:
+    random = np.random.default_rng(0)
+    return [
+        TokenisedTrajectory(
+            trajectory_id=f"t{number}",
+            repo=f"a/{number}",
+            split=TRAIN if number else HELD_OUT,
+            token_ids=random.integers(0, 2**31, length, dtype=np.uint32),
+            positions=np.arange(1, length, 2, dtype=np.uint32),
+            prompt_ids=random.integers(0, 2**31, 9, dtype=np.uint32),
+        )
+        for number in range(count)
+    ]
+
+
+def test_no_flipped_byte_of_a_tokens_file_is_read_as_tokens(
+    tokenizer: ChatTokenizer, flip_byte: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    """Every page has its checksum; what a flip in the footer leaves readable is still what was written."""
+    path = tmp_path / "t.tokens"
+    write_tokens(path, trajectories(2, length=40), tokenizer.identity)
+    whole = path.read_bytes()
+    pages = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for index in range(4, pages, 7):
+        path.write_bytes(whole)
+        flip_byte(path, index)
+        try:
+            found = list(read_tokens(path))
+        except DataError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            for one, other in zip(found, trajectories(2, length=40), strict=True):
+                assert one.token_ids.tolist() == other.token_ids.tolist(), index
+                assert one.positions.tolist() == other.positions.tolist(), index
+                assert one.prompt_ids.tolist() == other.prompt_ids.tolist(), index
+
+
+def test_a_cut_tokens_file_is_one_line(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "t.tokens"
+    write_tokens(path, trajectories(), tokenizer.identity)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="is not a Parquet file") as refused:
+        list(read_tokens(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_one_split_of_a_tokens_file(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "t.tokens", trajectories(), tokenizer.identity)
+    assert [t.trajectory_id for t in read_tokens(tmp_path / "t.tokens", split=HELD_OUT)] == ["t0"]
+    assert [t.trajectory_id for t in read_tokens(tmp_path / "t.tokens", split=TRAIN)] == [f"t{n}" for n in range(1, 8)]
+
+
+def test_a_full_disk_leaves_no_tokens_file(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A file size limit stands in for the full disk."""
+    source = write(tmp_path / "d.parquet", table(count=600, repo=[f"a/{number}" for number in range(600)]))
+    program = (
+        "import json, resource, sys\n"
+        "from pathlib import Path\n"
+        "from hyperagent.data.tokenise import tokenise_file\n"
+        "from hyperagent.data.tokenizer import ChatTokenizer\n"
+        "from hyperagent.errors import StorageError\n"
+        "source, target, tokenizer = map(Path, sys.argv[1:])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "try: tokenise_file(source, target, ChatTokenizer(tokenizer), max_tokens=99, max_prompt_tokens=99)\n"
+        "except StorageError as error: print(json.dumps(str(error)))\n"
+    )
+    target = tmp_path / "out" / "t.tokens"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(source), str(target), str(tokenizer_folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout).startswith(f"could not write {target}: ")
+    assert list(target.parent.iterdir()) == []
