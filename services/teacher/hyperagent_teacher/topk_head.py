@@ -27,16 +27,19 @@ def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint3
         ServiceError: a logit is not finite.
     """
     logprobs_NV = logits_NV.float().log_softmax(dim=1)
+    values_NK, ids_NK, next_N = _largest(logprobs_NV, top_k)
+    target_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1)
     # One NaN or +inf in a row makes the whole row NaN; a -inf logit stays -inf.
-    if not bool(torch.isfinite(logprobs_NV).all()):
+    if not bool(values_NK.isfinite().all() and target_N.isfinite().all()):
         raise ServiceError(
             f"the model's logits are not finite within positions {positions[0]} to {positions[-1]}; "
             "check its weights, or serve it with --dtype float32"
         )
-    values_NK, ids_NK = _largest(logprobs_NV, top_k)
-    target_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1)
-    # 1 - sum(kept) loses all its digits when the kept ids hold nearly everything; this sum has none to lose.
-    tail_N = logprobs_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(dim=1)
+    # 1 - sum(kept) loses all its digits when the kept ids hold nearly everything; this sum has none to lose. It is
+    # taken in place and relative to its largest term, which is known: every pass over the vocabulary counts.
+    shift_N = torch.where(next_N.isfinite(), next_N, 0.0)
+    rest_NV = logprobs_NV.scatter_(1, ids_NK, -torch.inf).sub_(shift_N[:, None]).exp_()
+    tail_N = shift_N + rest_NV.sum(dim=1).log()
     return TopKRows(
         positions=positions,
         ids=ids_NK.cpu().numpy().astype(np.uint32),
@@ -46,16 +49,18 @@ def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint3
     )
 
 
-def _largest(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [N, k] by descending value, ties by id."""
-    values_NK, ids_NK = logprobs_NV.topk(k, dim=1)
+def _largest(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and ids [N, k] by descending value, ties by id, and the largest value [N] that is not among them."""
+    values, ids = logprobs_NV.topk(min(k + 1, logprobs_NV.shape[1]), dim=1)
+    ids_NK, smallest_N = ids[:, :k], values[:, k - 1]
+    next_N = values[:, k] if values.shape[1] > k else torch.full_like(smallest_N, -torch.inf)
     # Where more ids than k reach the smallest kept value, topk has kept any of the tied ones.
-    crowded_N = (logprobs_NV >= values_NK[:, -1:]).sum(dim=1) > k
+    crowded_N = next_N == smallest_N
     if bool(crowded_N.any()):
-        ids_NK[crowded_N] = _lowest_ids(logprobs_NV[crowded_N], values_NK[crowded_N, -1:], k)
+        ids_NK[crowded_N] = _lowest_ids(logprobs_NV[crowded_N], smallest_N[crowded_N, None], k)
     ids_NK = ids_NK.sort(dim=1).values
     values_NK, by_value = logprobs_NV.gather(1, ids_NK).sort(dim=1, descending=True, stable=True)
-    return values_NK, ids_NK.gather(1, by_value)
+    return values_NK, ids_NK.gather(1, by_value), next_N
 
 
 def _lowest_ids(logprobs_CV: Tensor, smallest_C1: Tensor, k: int) -> Tensor:

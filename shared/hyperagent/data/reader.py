@@ -45,7 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=list(_COLUMNS)):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; copy it again") from error
 
 
@@ -54,7 +54,7 @@ def _open(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
     _check_schema(path, file.schema_arrow)
     return file

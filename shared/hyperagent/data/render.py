@@ -133,6 +133,8 @@ def _assistant_spans(
     the time is linear in the number of messages, and rendering every prefix would make it quadratic.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns[0] == 0:
+        raise DataError("its first message is the assistant's, so nothing leads up to it")
     head = range(turns[0])
     spans = []
     opening, cursor = "", 0

@@ -84,14 +84,21 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
         DataError: the file is missing, is not a tokens file, or is damaged.
     """
     file, _ = _open(path)
+    num_rows = 0
     try:
         for batch in file.iter_batches(batch_size=64):
+            num_rows += batch.num_rows
             for row in batch.to_pylist():
                 if split is None or row["split"] == split:
                     arrays = {name: np.asarray(row[name], dtype=np.uint32) for name in _ARRAYS}
                     yield TokenisedTrajectory(**{**row, **arrays})
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenise the data again") from error
+    # A damaged page header can end a column early without any error.
+    if num_rows != file.metadata.num_rows:
+        raise DataError(
+            f"{path} is damaged: {num_rows} of its {file.metadata.num_rows} rows are left; tokenise the data again"
+        )
 
 
 def count_tokens_rows(path: Path) -> int:
@@ -104,11 +111,14 @@ def _open(path: Path) -> tuple[pq.ParquetFile, TokenizerIdentity]:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise DataError(f"there is no tokens file {path}; make one with `hyperagent data tokenize`") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
     metadata = file.schema_arrow.metadata or {}
-    if metadata.get(b"format") != _FORMAT:
+    if metadata.get(b"format") != _FORMAT or not file.schema_arrow.equals(_SCHEMA):
         raise DataError(
             f"{path} is not a tokens file ({_FORMAT.decode()}); make one from it with `hyperagent data tokenize`"
         )
-    return file, TokenizerIdentity(**json.loads(metadata[b"tokenizer"]))
+    try:
+        return file, TokenizerIdentity(**json.loads(metadata[b"tokenizer"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: its tokenizer is not readable; tokenise the data again") from error
