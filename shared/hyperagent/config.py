@@ -51,4 +51,5 @@ def parse(raw: object, model: type[_Model], *, source: str, context: dict[str, A
 
 def describe(error: ValidationError) -> str:
     """One line that names every bad field of a validation error."""
-    return "; ".join(f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}" for e in error.errors())
+    said = (f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}" for e in error.errors())
+    return " ".join("; ".join(said).split())

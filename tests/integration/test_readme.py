@@ -36,20 +36,21 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     assert len(blocks) >= 4
     proof = "test -s runs/demo/my-adapter/adapter_model.safetensors\n"
     script = "\n".join(["set -euxo pipefail", blocks[0], proof, *blocks[1:]])
-    process = subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env={**environment, "HYPERAGENT_DEMO_CONFIG": "configs/demo_smoke.yaml"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    log = tmp_path / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env={**environment, "HYPERAGENT_DEMO_CONFIG": "configs/demo_smoke.yaml"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        output, _ = process.communicate(timeout=800)
+        code = process.wait(800)
     finally:
         # The services that the blocks leave running in the background.
         os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-4000:]
+    assert code == 0, log.read_text(encoding="utf-8")[-4000:]
     assert (tmp_path / "runs/demo/report.png").is_file()
     assert list((tmp_path / "runs/steps/runs").glob("*/bundle/bundle.json"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -13,25 +12,20 @@ from hyperagent.auth import ensure_token, read_token
 from hyperagent.errors import ConfigError
 
 
-def test_services_that_start_together_agree_on_one_token(tmp_path: Path) -> None:
-    path = tmp_path / "home" / "token"
-    environment = {key: value for key, value in os.environ.items() if key != "HYPERAGENT_TOKEN"}
-    environment["HYPERAGENT_TOKEN_FILE"] = str(path)
-    # All wait for the same line, so that they race for the file.
-    program = "import sys; from hyperagent.auth import ensure_token; sys.stdin.readline(); print(ensure_token())"
-    services = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
-    ]
-    for service in services:
-        assert service.stdin
-        service.stdin.write("go\n")
-        service.stdin.flush()
-    tokens = {service.communicate()[0].strip() for service in services}
-    assert tokens == {path.read_text().strip()}
-    assert [p.name for p in path.parent.iterdir()] == ["token"]
+def test_services_that_start_together_agree_on_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
+    together = Barrier(8)
+
+    def start(_number: int) -> str:
+        together.wait()
+        return ensure_token()
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(30):
+            path = tmp_path / str(attempt) / "token"
+            monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(path))
+            assert set(pool.map(start, range(8))) == {path.read_text().strip()}
+            assert [p.name for p in path.parent.iterdir()] == ["token"]
 
 
 @pytest.fixture

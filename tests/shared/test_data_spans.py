@@ -93,15 +93,17 @@ def test_real_trajectories(real_data: Path) -> None:
 @pytest.mark.parametrize(
     "body",
     [
+        # Shows a message by its place in the conversation, of which a turn by itself knows nothing.
+        "<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.index }}<|im_end|>\n",
         # Counts its messages from the end.
-        "<|im_start|>{{ m.role }} {{ loop.revindex }}\n{{ m.content }}<|im_end|>\n",
+        "<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.revindex }}<|im_end|>\n",
         # Keeps only the newest tool output.
         "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'tool' or loop.revindex < 3 }}<|im_end|>\n",
         # Ends the last turn in another way.
         "<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}",
     ],
 )
-def test_a_template_that_goes_back_on_what_it_showed_is_refused(body: str, tmp_path: Path) -> None:
+def test_a_template_whose_turns_depend_on_their_place_is_refused(body: str, tmp_path: Path) -> None:
     template = (
         f"{{% for m in messages %}}{body}{{% endfor %}}{{{{ '<|im_start|>assistant\n' if add_generation_prompt }}}}"
     )

@@ -72,3 +72,11 @@ def test_a_path_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="could not write"):
         write_atomically(tmp_path / "file" / "below", b"x")
+
+
+def test_a_directory_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="could not write"), new_directory(tmp_path / "file") as aside:
+        (aside / "new").write_text("x")
+    assert (tmp_path / "file").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

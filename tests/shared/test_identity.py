@@ -40,6 +40,9 @@ def test_a_tokenizer_is_what_it_does_to_text(tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(ConfigError, match=r"give a folder that holds tokenizer\.json"):
         tokenizer_sha256(tmp_path / "none")
+    (tmp_path / "tokenizer.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"give a folder that holds tokenizer\.json"):
+        tokenizer_sha256(tmp_path)
 
 
 def test_weights_are_their_bytes(tmp_path: Path) -> None:
@@ -52,6 +55,14 @@ def test_weights_are_their_bytes(tmp_path: Path) -> None:
     assert weights_fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert weights_fingerprint(tmp_path) != first
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    (tmp_path / "notes.txt").write_text("x")
+    assert weights_fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    assert weights_fingerprint(tmp_path) != first
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        weights_fingerprint(tmp_path)
 
 
 def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

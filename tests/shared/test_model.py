@@ -194,7 +194,14 @@ def test_each_sample_has_its_own_adapter_and_padding_is_not_seen(
 def test_nothing_stays_behind(student: PreTrainedModel, hypernetwork: AgenticHyperNetwork) -> None:
     tokens = torch.randint(0, 96, (1, 8))
     before, names = student(input_ids=tokens).logits, list(student.state_dict())
+    values = copy.deepcopy(student.state_dict())
     weights = hypernetwork(*prompts(student, 2, 9))
+    with HookBasedLoRAInjector(student, scale=2.0).inject(one(weights, 0)):
+        assert not torch.equal(student(input_ids=tokens).logits, before)
+        assert list(student.state_dict()) == names
+    assert all(torch.equal(value, values[name]) for name, value in student.state_dict().items())
+    assert not any(module._forward_hooks for module in student.modules())
+    assert torch.equal(student(input_ids=tokens).logits, before)
     # Two adapters for one sample: the hook refuses, in the middle of the forward pass.
     with (
         pytest.raises(InvalidRequest, match="one adapter per sample"),
@@ -202,6 +209,7 @@ def test_nothing_stays_behind(student: PreTrainedModel, hypernetwork: AgenticHyp
     ):
         student(input_ids=tokens)
     assert list(student.state_dict()) == names
+    assert all(torch.equal(value, values[name]) for name, value in student.state_dict().items())
     assert not any(module._forward_hooks for module in student.modules())
     assert torch.equal(student(input_ids=tokens).logits, before)
     stranger = {"model.layers.0.linear_attn.nothing": next(iter(weights.values()))}

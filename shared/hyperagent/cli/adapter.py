@@ -34,9 +34,10 @@ def create(
     from hyperagent.http.client import ApiClient
 
     text = _prompt_text(prompt, prompt_file)
-    with ApiClient(server, read_token()) as client:
-        # A service that was started a moment ago, in the same script, is still loading.
+    # A service that was started a moment ago, in the same script, is still loading, and may not have made the token yet.
+    with ApiClient(server, token="") as client:
         client.wait_until_ready(_READY_TIMEOUT_S)
+    with ApiClient(server, read_token()) as client:
         created = client.post_json("/v1/adapters", {"prompt": text})
         with new_directory(out) as aside:
             for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -6,8 +6,8 @@ JSON text where templates iterate a mapping: they are parsed. `tool_calls` may b
 
 The supervised tokens are found by rendering each turn by itself: what the template adds between "assistant to
 speak" and "the assistant has spoken" is what the assistant wrote. One after the other these pieces must make up
-the rendering of the whole, which they do for every template that never goes back on what it has shown; any other
-is refused.
+the rendering of the whole. A template for which they do not, because it drops or changes what it showed in a shorter
+conversation or numbers its messages, is refused.
 """
 
 from __future__ import annotations
