@@ -75,7 +75,7 @@ class CorruptRecord(HyperagentError, ValueError):
 
 
 class StorageError(HyperagentError, OSError):
-    """The file system refused a write."""
+    """The file system refused a write or a read."""
 
     # OSError would render two arguments as "[Errno ..]"; a StorageError is always one sentence.
     def __str__(self) -> str:

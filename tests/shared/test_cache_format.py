@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,16 @@ def test_a_whole_record_of_another_version_is_refused() -> None:
     content[4] = 2
     with pytest.raises(CorruptRecord, match="version 2"):
         decode_record(bytes(content) + blake3(content).digest(), key=KEY)
+
+
+def test_a_record_longer_than_its_counts_is_refused() -> None:
+    content = encode_record(KEY, random_rows(3, 8), num_tokens=9)[:-32] + b"\0" * 4
+    with pytest.raises(CorruptRecord, match="3 rows of 8 ids need"):
+        decode_record(content + blake3(content).digest(), key=KEY)
+
+
+def test_a_log_probability_below_float16_stays_finite() -> None:
+    rows = random_rows(1, 8)
+    lowest = np.full_like(rows.logprobs, -1e6)
+    record = decode_record(encode_record(KEY, replace(rows, logprobs=lowest), num_tokens=9), key=KEY)
+    assert (record.rows.logprobs == -65504).all()

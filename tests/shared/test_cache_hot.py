@@ -73,5 +73,6 @@ def test_a_redis_that_never_was_up_hurts_nobody(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no Redis URL"):
-        HotTier.connect("localhost:6379")
+    with pytest.raises(ConfigError, match="the Redis URL is wrong") as refusal:
+        HotTier.connect("localhost://:secret@h:6379")
+    assert "secret" not in str(refusal.value)

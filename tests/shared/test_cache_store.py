@@ -11,10 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 from cache_rows import IDENTITY, random_rows
 
 from hyperagent.cache.store import TopKCache
-from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, NotFound
+from hyperagent.errors import (
+    ConfigError,
+    CorruptRecord,
+    IdentityMismatch,
+    InvalidRequest,
+    NotFound,
+    StorageError,
+)
 
 TOKENS = np.arange(30, dtype=np.uint32)
 
@@ -78,6 +86,41 @@ def test_one_cache_one_teacher(tmp_path: Path) -> None:
         TopKCache.open(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("damage", "refusal"),
+    [
+        (b"[]", CorruptRecord),
+        (b"null", CorruptRecord),
+        (b'{"format_version": 1}', CorruptRecord),
+        (b'{"format_version": 1, "identity": {"x": 1}, "fingerprint": ""}', CorruptRecord),
+        (b"\xff", CorruptRecord),
+        (b'{"format_version": 2}', ConfigError),
+    ],
+)
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, damage: bytes, refusal: type[Exception]) -> None:
+    filled(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(damage)
+    with pytest.raises(refusal, match=str(tmp_path)):
+        TopKCache.open(tmp_path)
+
+
+def test_a_manifest_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
+    with pytest.raises(CorruptRecord, match="its fingerprint is not that of its identity"):
+        TopKCache.open(tmp_path)
+
+
+def test_a_disk_that_refuses_to_read_is_a_storage_error(tmp_path: Path) -> None:
+    """A folder in the file's place stands in for the failing disk."""
+    cache = TopKCache.create_or_open(tmp_path, IDENTITY)
+    path_of(tmp_path, "cd" * 32).mkdir(parents=True)
+    for read in (cache.get, cache.contains, lambda _: cache.verify()):
+        with pytest.raises(StorageError, match="could not read"):
+            read("cd" * 32)
+
+
 def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
     cache, keys = filled(tmp_path)
     path = path_of(tmp_path, keys[0])
@@ -86,8 +129,12 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
 
     with pytest.raises(CorruptRecord, match=r"is damaged: its checksum does not fit; run `hyperagent cache populate`"):
         cache.get(keys[0])
-    assert not cache.contains(keys[0])
-    report = cache.verify()
+    with structlog.testing.capture_logs() as logged:
+        assert not cache.contains(keys[0])
+    assert [(line["log_level"], line["key"]) for line in logged] == [("warning", keys[0])]
+    seen: list[tuple[int, int]] = []
+    report = cache.verify(progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert report.records == 2
     assert [damaged for damaged, _ in report.damaged] == [path]
     assert [left.name for left in report.leftovers] == [".aside-0-x.topk"]
@@ -104,6 +151,7 @@ def test_rows_that_are_no_distributions_are_not_written(tmp_path: Path) -> None:
         replace(rows, logprobs=rows.logprobs + 1),
         replace(rows, logprobs=np.full_like(rows.logprobs, np.nan)),
         replace(rows, ids=rows.ids + 1000),
+        random_rows(4, 5),
         replace(rows, positions=rows.positions[::-1].copy()),
     ):
         with pytest.raises(InvalidRequest):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.codec import FORMAT_VERSION, CachedRecord, decode_record, encode_record
 from hyperagent.cache.hot import HotTier
-from hyperagent.errors import ConfigError, CorruptRecord, NotFound
+from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, NotFound, StorageError
 from hyperagent.files import is_aside, write_atomically
 from hyperagent.identity import TeacherIdentity, require_same
 from hyperagent.topk import TopKRows
@@ -103,23 +103,29 @@ class TopKCache:
         Raises:
             ConfigError: there is none, or it is of an unknown format version.
             CorruptRecord: its manifest is damaged.
+            StorageError: the file system refused.
         """
+        path = _manifest_path(root)
         try:
-            manifest = json.loads(_manifest_path(root).read_bytes())
+            content = _read(path)
         except FileNotFoundError:
             raise ConfigError(f"there is no cache in {root}; fill one with `hyperagent cache populate`") from None
-        except ValueError as error:
+        try:
+            manifest = json.loads(content)
+            version = manifest["format_version"]
+            if version != FORMAT_VERSION:
+                raise ConfigError(
+                    f"the cache in {root} is of format version {version}, this release reads {FORMAT_VERSION}"
+                )
+            identity = TeacherIdentity(**manifest["identity"])
+            is_whole = identity.fingerprint == manifest["fingerprint"]
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptRecord(f"{path} is damaged: {error}; restore it, or populate a new cache") from error
+        if not is_whole:
             raise CorruptRecord(
-                f"{_manifest_path(root)} is damaged: {error}; restore it, or populate a new cache"
-            ) from error
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ConfigError(
-                f"the cache in {root} is of format version {manifest.get('format_version')}, this release reads {FORMAT_VERSION}"
-            )
-        identity = TeacherIdentity(**manifest["identity"])
-        if identity.fingerprint != manifest["fingerprint"]:
-            raise CorruptRecord(
-                f"{_manifest_path(root)} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
+                f"{path} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
             )
         return cls(root, identity, hot)
 
@@ -151,10 +157,14 @@ class TopKCache:
             num_tokens: tokens of the trajectory, context included.
 
         Raises:
-            InvalidRequest: the rows are not distributions over this teacher's vocabulary.
+            InvalidRequest: the rows are not distributions over this teacher's vocabulary, or not of its top k.
             StorageError: the file system refused; nothing has changed.
         """
         rows.validate(num_tokens=num_tokens, vocab_size=self.identity.vocab_size)
+        if rows.top_k != self.identity.top_k:
+            raise InvalidRequest(
+                f"the rows keep {rows.top_k} ids, the cache in {self.root} holds rows of {self.identity.top_k}"
+            )
         content = encode_record(key, rows, num_tokens=num_tokens)
         write_atomically(self._path(key), content)
         if self._hot:
@@ -166,6 +176,7 @@ class TopKCache:
         Raises:
             NotFound: there is none.
             CorruptRecord: it is damaged; says which and how to mend it.
+            StorageError: the file system refused.
         """
         if self._hot and (content := self._hot.get(key)) is not None:
             try:
@@ -197,7 +208,7 @@ class TopKCache:
         damaged: list[tuple[Path, str]] = []
         for done, path in enumerate(paths, start=1):
             try:
-                decode_record(path.read_bytes(), key=path.stem)
+                decode_record(_read(path), key=path.stem)
             except CorruptRecord as error:
                 damaged.append((path, str(error)))
             progress(done, len(paths))
@@ -217,7 +228,7 @@ class TopKCache:
     def _read_disk(self, key: str) -> tuple[bytes, CachedRecord]:
         path = self._path(key)
         try:
-            content = path.read_bytes()
+            content = _read(path)
         except FileNotFoundError:
             raise NotFound(f"the cache in {self.root} has no record {key}; run `hyperagent cache populate`") from None
         try:
@@ -232,6 +243,17 @@ class TopKCache:
 
     def _path(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / f"{key}.topk"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"could not read {path}: {error.strerror}; check the disk and the file's permissions"
+        ) from error
 
 
 def _manifest_path(root: Path) -> Path:
