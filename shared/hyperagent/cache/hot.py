@@ -43,8 +43,8 @@ class HotTier:
         try:
             client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
         except ValueError as error:
-            # The address itself is not shown: it may carry a password.
-            raise ConfigError(f"the Redis URL is wrong: {error}; give one like redis://127.0.0.1:6379/0") from error
+            # Neither the address nor the reason is shown: both may quote a password.
+            raise ConfigError("the Redis URL is wrong; give one like redis://127.0.0.1:6379/0") from error
         return cls(client, ttl_s=ttl_s)
 
     def get(self, key: str) -> bytes | None:
