@@ -38,7 +38,7 @@ def plain(hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Ten
 def step(variant: str, rows: int, vocab: int, size: int, top_k: int) -> tuple[float, float]:
     """Seconds and loss of one forward and backward pass."""
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(vocab, size, generator=generator) / size**0.5
+    head = torch.randn(vocab, size, generator=generator).mul_(size**-0.5)
     hidden = torch.randn(rows, size, generator=generator).requires_grad_()
     # Distinct within a row and scattered over the vocabulary.
     first = torch.randint(vocab, (rows, 1), generator=generator)
