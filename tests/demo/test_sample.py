@@ -26,7 +26,7 @@ from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.functions import ALGORITHMS, Function
 from hyperagent_demo.sample.generate import KINDS, write_sample
 from hyperagent_demo.sample.repositories import invent_repositories
-from hyperagent_demo.sample.schema import TOOLS, TRAJECTORY_SCHEMA
+from hyperagent_demo.sample.tools import TOOLS, TRAJECTORY_SCHEMA
 from hyperagent_demo.sample.workspace import Workspace
 
 REAL_PACK = Path(__file__).resolve().parents[3] / "shared" / "data" / "trajectories" / "dev.parquet"

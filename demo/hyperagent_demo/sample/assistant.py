@@ -6,7 +6,7 @@ import json
 from random import Random
 from typing import Any
 
-from hyperagent_demo.sample.schema import SYSTEM_PROMPT
+from hyperagent_demo.sample.tools import SYSTEM_PROMPT
 from hyperagent_demo.sample.workspace import SHOWN_ROOT, Workspace
 
 Message = dict[str, Any]

@@ -14,12 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hyperagent.data.schema import TRAJECTORY_SCHEMA
 from hyperagent.errors import StorageError
 from hyperagent.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.repositories import Repository, invent_repositories
-from hyperagent_demo.sample.schema import TOOLS, TRAJECTORY_SCHEMA
+from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.task import Task
 from hyperagent_demo.sample.workspace import Workspace, require_commands
 
