@@ -20,13 +20,14 @@ import pytest
 
 from hyperagent.data.reader import read_rows
 from hyperagent.data.render import task_prompt
+from hyperagent.data.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.split import assign_splits
 from hyperagent.errors import ConfigError, StorageError
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.functions import ALGORITHMS, Function
 from hyperagent_demo.sample.generate import KINDS, write_sample
 from hyperagent_demo.sample.repositories import invent_repositories
-from hyperagent_demo.sample.tools import TOOLS, TRAJECTORY_SCHEMA
+from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.workspace import Workspace
 
 REAL_PACK = Path(__file__).resolve().parents[3] / "shared" / "data" / "trajectories" / "dev.parquet"

@@ -20,8 +20,8 @@ from hyperagent.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.repositories import Repository, invent_repositories
-from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.task import Task
+from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.workspace import Workspace, require_commands
 
 KINDS: Mapping[str, Callable[[Repository, Random], Task]] = MappingProxyType(
