@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from hyperagent.config import StrictModel
+from hyperagent.data.views import ViewSettings
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 
 
@@ -47,10 +48,8 @@ class DemoConfig(StrictModel):
     """Trajectories to generate when no data file is given."""
     vocab_size: int = Field(2048, ge=512)
     """Entries of the tokenizer to train when none is given."""
-    max_tokens: int = Field(ge=64)
-    """Longest trajectory; a longer one is cut at a message."""
-    max_prompt_tokens: int = Field(ge=16)
-    """Longest task; a trajectory with a longer one is left out, and counted."""
+    views: ViewSettings
+    """Who sees what of a trajectory."""
     max_rows: int | None = Field(None, ge=4)
     """Take this many rows of a data file, drawn by the seed, instead of all."""
     held_out_share: float = Field(0.2, gt=0, lt=1)

@@ -26,11 +26,13 @@ from typing import Any
 import yaml
 
 from hyperagent.cache.store import CacheStats, TopKCache
+from hyperagent.data.messages import dialogue_of
 from hyperagent.data.reader import read_rows
-from hyperagent.data.render import task_prompt
-from hyperagent.data.tokenise import TokeniseReport, tokenise_file
+from hyperagent.data.selection import Selection
+from hyperagent.data.split import SplitSettings
+from hyperagent.data.tokenise import TokeniseReport, TokeniseSettings, tokenise_file
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import count_tokens_rows, read_tokenizer_identity, read_tokens
+from hyperagent.data.tokens import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import ConfigError, DataError, ServiceError
 from hyperagent.files import new_directory, write_atomically
 from hyperagent.http.client import ApiClient
@@ -86,13 +88,12 @@ def run_loop(
             source,
             tokens,
             ChatTokenizer(tokenizer),
-            max_tokens=config.max_tokens,
-            max_prompt_tokens=config.max_prompt_tokens,
-            cut=True,
-            sample=config.max_rows,
-            held_out_share=config.held_out_share,
-            seed=config.seed,
-            progress=bar.update,
+            TokeniseSettings(
+                views=config.views,
+                selection=Selection(sample=config.max_rows, seed=config.seed),
+                split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
+            ),
+            progress=lambda _what, done, total: bar.update(done, total),
         )
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
     for name, folder in (("teacher", models.teacher), ("student", models.student)):
@@ -145,7 +146,7 @@ def _populate(config: DemoConfig, teacher: Path, tokens: Path, out: Path, token:
     port = free_port()
     cache = out / "cache"
     arguments = ["--model", str(teacher), "--cache", str(cache), "--port", str(port)]
-    arguments += ["--top-k", str(config.top_k), "--max-tokens", str(config.max_tokens)]
+    arguments += ["--top-k", str(config.top_k), "--max-tokens", str(config.views.max_tokens)]
     address = f"127.0.0.1:{port}"
     with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as process:
         process.wait_until_ready(lambda timeout_s: asyncio.run(_wait_until_serving(address, token, timeout_s)))
@@ -166,7 +167,7 @@ async def _populate_over_grpc(address: str, tokens: Path, token: str, bar: Bar) 
         total, rows = count_tokens_rows(tokens), 0
         trajectories = ((t.trajectory_id, t.token_ids, t.positions) for t in read_tokens(tokens))
         outcomes: Counter[Outcome] = Counter()
-        async for item in teacher.populate(trajectories, tokenizer=read_tokenizer_identity(tokens)):
+        async for item in teacher.populate(trajectories, data=read_data_identity(tokens)):
             if item.outcome is Outcome.REFUSED:
                 raise DataError(f"the teacher refuses trajectory {item.trajectory_id!r}: {item.reason}")
             outcomes[item.outcome] += 1
@@ -182,7 +183,7 @@ def _distil(
         "student": str(student.resolve()),
         "tokens": str(tokens.resolve()),
         "cache": str((out / "cache").resolve()),
-        "max_prompt_tokens": config.max_prompt_tokens,
+        "max_prompt_tokens": config.views.max_prompt_tokens,
         "seed": config.seed,
         "checkpoint_every": config.distill.evaluate_every,
         **config.distill.model_dump(mode="json"),
@@ -236,7 +237,7 @@ def _probe_prompt(source: Path, out: Path) -> str:
     (probe,) = (out / "runs").glob("*/probe.safetensors")
     with safe_open(probe, framework="np") as file:
         trajectory_id = file.metadata()["trajectory_id"]
-    return next(task_prompt(row) for row in read_rows(source) if row["trajectory_id"] == trajectory_id)
+    return next(dialogue_of(row).task for row in read_rows(source) if row["trajectory_id"] == trajectory_id)
 
 
 def _run_folder(out: Path, run: dict[str, Any]) -> Path:

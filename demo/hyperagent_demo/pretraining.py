@@ -72,7 +72,7 @@ def _pretrain(
             config=models[role],
             tokens=tokens,
             tokenizer=tokenizer,
-            max_tokens=config.max_tokens,
+            max_tokens=config.views.max_tokens,
             seed=config.seed,
             target=folders[role],
         )
@@ -92,7 +92,7 @@ def _key(role: Role, model: PretrainConfig, config: DemoConfig, tokens: Path) ->
         "role": role,
         "model": model.model_dump(mode="json"),
         "seed": config.seed,
-        "max_tokens": config.max_tokens,
+        "max_tokens": config.views.max_tokens,
         "tokens": blake3(tokens.read_bytes()).hexdigest(),
         "torch": version("torch"),
         "transformers": version("transformers"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperagent import __version__
+from hyperagent.data.tokens import HELD_OUT, TRAIN
 from hyperagent.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult
@@ -37,14 +38,14 @@ def build_report(
     return {
         "data": {
             "path": str(result.source),
-            "rows": tokenised.train + tokenised.held_out,
+            "rows": sum(tokenised.splits.values()),
             "tokens": tokenised.tokens,
             "supervised_tokens": tokenised.supervised_tokens,
             "rows_in_file": tokenised.rows,
             "rows_chosen": tokenised.chosen,
             "rows_refused": len(tokenised.refused),
-            "train": tokenised.train,
-            "held_out": tokenised.held_out,
+            "train": tokenised.splits[TRAIN],
+            "held_out": tokenised.splits[HELD_OUT],
         },
         "held_out_kl": result.run["held_out_kl"],
         "peft_max_abs_diff": result.peft["max_abs_diff"],

@@ -11,9 +11,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hyperagent.data.reader import read_rows
-from hyperagent.data.render import messages_of, prune_nulls
-from hyperagent.errors import DataError
+from hyperagent.data.messages import dialogue_of
+from hyperagent.data.reader import read_rows_or_refusals
+from hyperagent.errors import DataError, RowRefused
 from hyperagent.files import new_directory
 
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -75,12 +75,14 @@ def tokenizer_texts(path: Path) -> Iterator[str]:
     # Rendering needs a tokenizer object, but none of its vocabulary.
     renderer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     template = _TEMPLATE.read_text(encoding="utf-8")
-    for row in read_rows(path):
+    for row in read_rows_or_refusals(path):
+        if isinstance(row, RowRefused):
+            continue
         try:
-            messages = messages_of(row)
+            dialogue = dialogue_of(row)
         except DataError:
             continue
         rendered = renderer.apply_chat_template(
-            messages, tools=prune_nulls(row["tools"] or []) or None, chat_template=template, tokenize=False
+            dialogue.messages, tools=[*dialogue.tools] or None, chat_template=template, tokenize=False
         )
         yield from (part for part in _CONTROL.split(str(rendered)) if part)

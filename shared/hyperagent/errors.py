@@ -2,7 +2,9 @@
 
     HyperagentError
     ├── ConfigError            a setting or a recipe is wrong                      (ValueError)
-    ├── DataError              a data file is wrong as a whole                     (ValueError)
+    ├── DataError              a data file, or something in it, is wrong           (ValueError)
+    │   ├── TooLong            ... because it has more tokens than asked for       (ValueError)
+    │   ├── MaskDisagreement   ... because its two masks differ                    (ValueError)
     │   └── RowRefused         one trajectory cannot be used; names it             (ValueError)
     ├── IdentityMismatch       two artefacts do not belong together                (ValueError)
     ├── InvalidRequest         a request's arguments are wrong                     (ValueError)
@@ -30,21 +32,31 @@ class ConfigError(HyperagentError, ValueError):
 
 
 class DataError(HyperagentError, ValueError):
-    """A data file cannot be used as a whole."""
+    """A data file, or something in it, cannot be used."""
+
+
+class TooLong(DataError):
+    """A trajectory has more tokens than asked for."""
+
+
+class MaskDisagreement(DataError):
+    """The two ways to find what the assistant wrote differ."""
 
 
 class RowRefused(DataError):
     """One trajectory cannot be used.
 
     Attributes:
-        trajectory_id: the row's own id.
+        trajectory_id: the row's own id, or its number if it has none.
         reason: why, without the id.
+        kind: class of the error behind it, to count by.
     """
 
-    def __init__(self, trajectory_id: str, reason: str) -> None:
-        super().__init__(trajectory_id, reason)
+    def __init__(self, trajectory_id: str, reason: str, kind: type[DataError] = DataError) -> None:
+        super().__init__(trajectory_id, reason, kind)
         self.trajectory_id = trajectory_id
         self.reason = reason
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"trajectory {self.trajectory_id!r}: {self.reason}"

@@ -33,13 +33,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         StorageError: the file system refused; `path` is as it was before.
     """
+    with new_file(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write; on a clean exit it becomes `path`, whole, replacing what stood there.
+
+    Raises:
+        StorageError: the file system refused; `path` is as it was before.
+    """
     aside = _aside(path)
     with _no_trace(path, aside):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        _fsync(aside)
         aside.replace(path)
         fsync_directory(path.parent)
 

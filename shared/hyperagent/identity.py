@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
-from hyperagent.errors import ConfigError, IdentityMismatch
+from hyperagent.errors import ConfigError, DataError, IdentityMismatch
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,37 @@ class TokenizerIdentity:
     """Of the canonical form of `tokenizer.json` (see `tokenizer_sha256`)."""
     template_sha256: str
     """Of the chat template's UTF-8 text."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What decides the ids, positions and views of a tokens file; everything made from the file carries it on."""
+
+    tokenizer: TokenizerIdentity
+    source: str
+    """`file_fingerprint` of the data file."""
+    settings: Mapping[str, Any]
+    """Every setting of tokenising it, as JSON values; joined files stand in it by their fingerprints."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of every field."""
+        return blake3(canonical_json(asdict(self))).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Canonical JSON of every field."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: bytes | str) -> DataIdentity:
+        """The identity that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none.
+        """
+        fields = json.loads(content)
+        settings = dict(fields["settings"])
+        return cls(TokenizerIdentity(**fields["tokenizer"]), str(fields["source"]), settings)
 
 
 @dataclass(frozen=True)
@@ -91,6 +124,20 @@ def tokenizer_sha256(folder: Path) -> str:
     content.pop("truncation", None)
     content.pop("padding", None)
     return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """BLAKE3 (hex) of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_identity import data_identity
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
@@ -88,7 +89,8 @@ def bundle_folder(
         base_model=str(student_folder),
         student_weights=weights_fingerprint(student_folder),
         teacher="ab" * 32,
-        tokenizer=ChatTokenizer(student_folder).identity,
+        data=data_identity(ChatTokenizer(student_folder).identity),
+        condition=("task",),
         hypernetwork=hypernetwork.config,
         layers=hypernetwork.generator.layers,
         max_prompt_tokens=200,

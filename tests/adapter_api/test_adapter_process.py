@@ -77,7 +77,7 @@ def test_a_downloaded_adapter_does_to_the_student_what_the_hypernetwork_meant(
     torch.manual_seed(3)
     token_ids = torch.randint(3, 259, (1, 24))
     bundle = load_bundle(bundle_folder)
-    weights = bundle.generate(AdapterGenerator(bundle).encode(PROMPT))
+    weights = bundle.generate(AdapterGenerator(bundle).encode({"task": PROMPT}))
     batched = {name: LoRAPair(pair.a[None], pair.b[None]) for name, pair in weights.items()}
     bare = student(input_ids=token_ids).logits
     with HookBasedLoRAInjector(student, scale=8.0 / 4).inject(batched):

@@ -47,7 +47,7 @@ def test_a_prompt_becomes_an_adapter(client: TestClient, generator: AdapterGener
     assert answer.headers["Location"] == adapter["links"]["self"] == f"/v1/adapters/{adapter['id']}"
     assert re.fullmatch("[0-9a-f]{64}", adapter["id"])
     assert adapter["rank"] == 4
-    assert adapter["prompt_tokens"] == generator.encode(PROMPT).size > 5
+    assert adapter["prompt_tokens"] == generator.encode({"task": PROMPT}).size > 5
     assert (adapter["base_model"], adapter["bundle"]) == (
         generator.bundle.manifest.base_model,
         generator.bundle.fingerprint,
@@ -166,9 +166,9 @@ def test_a_body_above_4_mib_is_refused(client: TestClient, store_folder: Path) -
 
 def test_control_tokens_in_a_prompt_are_text(client: TestClient, generator: AdapterGenerator) -> None:
     adapter = create(client, "say <|im_end|>")
-    assert adapter["prompt_tokens"] == generator.encode("say <|im_end|>").size
+    assert adapter["prompt_tokens"] == generator.encode({"task": "say <|im_end|>"}).size
     control = {0, 1, 2}
-    plain = [int(i) for i in generator.encode("say <|im_end|>") if i in control]
+    plain = [int(i) for i in generator.encode({"task": "say <|im_end|>"}) if i in control]
     assert plain == [1, 2]  # the template's own two and no more
 
 
@@ -221,6 +221,26 @@ def test_damage_is_named_and_can_be_mended(client: TestClient, store_folder: Pat
     assert create(client)["sha256"] == adapter["sha256"]
 
 
+@pytest.mark.parametrize("part", [{"system": "be good"}, {"tools": []}, {"extra": "a map"}, {"tools": None}])
+def test_a_part_that_the_hypernetwork_does_not_read_is_refused(client: TestClient, part: dict[str, Any]) -> None:
+    answer = client.post("/v1/adapters", json={"prompt": "fix it", **part})
+    assert answer.status_code == 422
+    assert f"does not read {next(iter(part))}, only task" in answer.json()["detail"]
+
+
+def test_an_adapter_says_where_it_comes_from(client: TestClient, generator: AdapterGenerator) -> None:
+    adapter = client.post("/v1/adapters", json={"prompt": "fix it"}).json()
+    manifest = generator.bundle.manifest
+    assert adapter["data"] == manifest.data.fingerprint
+    content = client.get(adapter["links"]["adapter_model"]).content
+    length = int.from_bytes(content[:8], "little")
+    assert json.loads(content[8 : 8 + length])["__metadata__"] == {
+        "format": "pt",
+        "hyperagent_bundle": generator.bundle.fingerprint,
+        "hyperagent_data": manifest.data.fingerprint,
+    }
+
+
 def test_the_bundle_is_told(client: TestClient, generator: AdapterGenerator) -> None:
     manifest = generator.bundle.manifest
     assert client.get("/v1/bundle").json() == {
@@ -228,6 +248,8 @@ def test_the_bundle_is_told(client: TestClient, generator: AdapterGenerator) -> 
         "base_model": manifest.base_model,
         "student_weights": manifest.student_weights,
         "teacher": "ab" * 32,
+        "data": manifest.data.fingerprint,
+        "condition": ["task"],
         "rank": 4,
         "alpha": 8.0,
         "num_layers": 10,

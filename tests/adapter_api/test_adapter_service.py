@@ -6,13 +6,14 @@ import asyncio
 import json
 import shutil
 import threading
+from copy import copy as shallow_copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, ServiceError
+from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
 from hyperagent.http.problems import Busy
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.peft_io import AdapterFiles
@@ -46,7 +47,7 @@ class SlowGenerator(AdapterGenerator):
 async def test_equal_prompts_at_once_make_one_adapter(generator: AdapterGenerator, store_folder: Path) -> None:
     slow = SlowGenerator(generator)
     service = AdapterService(slow, AdapterStore(store_folder, max_adapters=9), max_pending_requests=9)
-    asked = [asyncio.create_task(service.create(prompt)) for prompt in ("one", "one", "two", "one")]
+    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in ("one", "one", "two", "one")]
     await asyncio.sleep(0)
     slow.may_go.set()
     answers = await asyncio.gather(*asked)
@@ -59,13 +60,13 @@ async def test_equal_prompts_at_once_make_one_adapter(generator: AdapterGenerato
 async def test_a_full_queue_turns_prompts_away(generator: AdapterGenerator, store_folder: Path) -> None:
     slow = SlowGenerator(generator)
     service = AdapterService(slow, AdapterStore(store_folder, max_adapters=9), max_pending_requests=2)
-    asked = [asyncio.create_task(service.create(prompt)) for prompt in ("one", "two")]
+    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in ("one", "two")]
     await asyncio.sleep(0)
     with pytest.raises(Busy, match="already holds 2 prompts"):
-        await service.create("three")
+        await service.create({"task": "three"})
     slow.may_go.set()
     await asyncio.gather(*asked)
-    _, is_new = await service.create("three")
+    _, is_new = await service.create({"task": "three"})
     assert is_new
     service.close()
 
@@ -73,7 +74,7 @@ async def test_a_full_queue_turns_prompts_away(generator: AdapterGenerator, stor
 def test_an_id_depends_on_the_prompt_and_on_the_bundle_alone(
     generator: AdapterGenerator, bundle_folder: Path, tmp_path: Path
 ) -> None:
-    prompt_ids = generator.encode("fix the test")
+    prompt_ids = generator.encode({"task": "fix the test"})
     shutil.copytree(bundle_folder, tmp_path / "copy")
     copy = load_bundle(tmp_path / "copy")
     assert id_of(copy, prompt_ids) == id_of(generator.bundle, prompt_ids)
@@ -87,7 +88,7 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
     store = AdapterStore(store_folder, max_adapters=3)
     with pytest.raises(ServiceError, match="another adapter service"):
         AdapterStore(store_folder, max_adapters=3)
-    prompt_ids = generator.encode("fix the test")
+    prompt_ids = generator.encode({"task": "fix the test"})
     adapter_id = id_of(generator.bundle, prompt_ids)
     files = generator.generate(prompt_ids)
     adapter = store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size)
@@ -105,7 +106,7 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
 
 def test_a_file_stays_readable_when_its_adapter_is_deleted(generator: AdapterGenerator, store_folder: Path) -> None:
     store = AdapterStore(store_folder, max_adapters=3)
-    prompt_ids = generator.encode("fix the test")
+    prompt_ids = generator.encode({"task": "fix the test"})
     adapter_id = id_of(generator.bundle, prompt_ids)
     files = generator.generate(prompt_ids)
     store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size)
@@ -123,10 +124,24 @@ def test_a_store_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
             AdapterStore(path, max_adapters=3)
 
 
+def test_every_part_the_hypernetwork_reads_must_be_sent_and_counts(generator: AdapterGenerator) -> None:
+    manifest = generator.bundle.manifest.model_copy(update={"condition": ("system", "tools", "task")})
+    bundle = shallow_copy(generator.bundle)
+    bundle.manifest = manifest
+    reader = AdapterGenerator(bundle)
+    with pytest.raises(InvalidRequest, match="also reads system and tools; send what the conversation has, or null"):
+        reader.encode({"task": "fix it"})
+    bare = reader.encode({"task": "fix it", "system": None, "tools": None})
+    assert bare.tolist() == generator.encode({"task": "fix it"}).tolist()
+    prompted = reader.encode({"task": "fix it", "system": "be good", "tools": None})
+    assert prompted.size > bare.size
+    assert prompted[-bare.size :].tolist() == bare.tolist()
+
+
 def test_a_foreign_tokenizer_is_refused_at_the_start(tmp_path: Path, bundle_folder: Path) -> None:
     shutil.copytree(bundle_folder, tmp_path / "bundle")
     manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
-    manifest["tokenizer"] = {"tokenizer_sha256": "cd" * 32, "template_sha256": "ef" * 32}
+    manifest["data"]["tokenizer"] = {"tokenizer_sha256": "cd" * 32, "template_sha256": "ef" * 32}
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(IdentityMismatch, match=r"expected tokenizer_sha256=cdcd.*found tokenizer_sha256="):
         build_app(AdapterApiSettings(bundle=tmp_path / "bundle", store=tmp_path / "store"), token="t")

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hyperagent.data.messages import dialogue_of
 from hyperagent.data.reader import read_rows
-from hyperagent.data.render import task_prompt
 from hyperagent.data.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.split import assign_splits
 from hyperagent.errors import ConfigError, StorageError
@@ -101,7 +101,7 @@ def test_the_task_names_what_the_assistant_works_on(sample_path: Path) -> None:
     for row in read_rows(sample_path):
         package = re.fullmatch(r"sample/([a-z]+)-\d+", row["repo"])
         assert package
-        assert f"`{package[1]}`" in task_prompt(row)
+        assert f"`{package[1]}`" in dialogue_of(row).task
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from world import Run, Start, World
 
 from hyperagent.cache.store import TopKCache
+from hyperagent.data.messages import dialogue_of
 from hyperagent.data.reader import read_rows
-from hyperagent.data.render import task_prompt
 from hyperagent.data.tokens import count_tokens_rows, read_tokens
 from hyperagent_demo.peft_check import PeftCheckJob, max_abs_diff
 
@@ -111,7 +111,7 @@ def _train(world: World, run: Run, start: Start, cache: Path, server: str, tmp_p
 def _adapter(world: World, run: Run, start: Start, run_folder: Path, server: str, tmp_path: Path) -> Path:
     with safe_open(run_folder / "probe.safetensors", framework="np") as probe:
         trajectory_id = probe.metadata()["trajectory_id"]
-    prompt = next(task_prompt(row) for row in read_rows(world.sample) if row["trajectory_id"] == trajectory_id)
+    prompt = next(dialogue_of(row).task for row in read_rows(world.sample) if row["trajectory_id"] == trajectory_id)
     port = server.rsplit(":", 1)[1]
     service = start(
         "serve", "adapter-api", "--bundle", run_folder / "bundle", "--store", tmp_path / "store", "--port", port

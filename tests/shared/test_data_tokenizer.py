@@ -7,17 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_rows import LAST, USER, dialogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
 from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.views import Condition, ViewMaker, condition_ids
 from hyperagent.errors import ConfigError, DataError
 
 START, END = "<|im_start|>", "<|im_end|>"
 # Pieces of control tokens beside ordinary text, white space and characters of several bytes.
 TEXT = st.lists(
-    st.sampled_from([START, END, "<|endoftext|>", "<|im_end|", "<|im_", "<", "|>", ">", " ", "\n", "é", "猫", "cat"]),
+    st.sampled_from(
+        [
+            START,
+            END,
+            "<|endoftext|>",
+            "|im_end|>",
+            "|im_end|",
+            "<|im_end|",
+            "<|im_",
+            "<",
+            "|>",
+            ">",
+            " ",
+            "\n",
+            "é",
+            "猫",
+            "cat",
+        ]
+    ),
     max_size=6,
 ).map("".join)
 
@@ -38,9 +58,13 @@ def tool_with(text: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": text, "description": text, "parameters": parameters}}
 
 
+def user_turn(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return condition_ids(tokenizer, Condition(text), parts=["task"]).tolist()
+
+
 def controls(tokenizer: ChatTokenizer, text: str) -> list[str]:
-    rendered = tokenizer.conversation(messages_with(text), [tool_with(text)]).render()
-    pieces = [tokenizer.decode([token_id]) for token_id in tokenizer.encode(rendered).ids.tolist()]
+    conversation = tokenizer.conversation(messages_with(text), [tool_with(text)])
+    pieces = [tokenizer.decode([token_id]) for token_id in conversation.encode(conversation.render()).ids.tolist()]
     return [piece for piece in pieces if piece in (START, END, "<|endoftext|>")]
 
 
@@ -54,21 +78,22 @@ def test_no_text_makes_a_control_token(tokenizer: ChatTokenizer, text: str) -> N
 @given(TEXT)
 @settings(deadline=None)
 def test_text_is_decoded_as_it_was(tokenizer: ChatTokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.prompt_ids(text).tolist()) == f"{START}user\n{text}{END}\n"
+    assert tokenizer.decode(user_turn(tokenizer, text)) == f"{START}user\n{text}{END}\n"
 
 
 @given(TEXT)
 @settings(deadline=None)
 def test_offsets_point_at_the_characters_of_each_token(tokenizer: ChatTokenizer, text: str) -> None:
-    rendered = tokenizer.conversation([{"role": "user", "content": f"{text}the cat"}], []).render()
-    encoded = tokenizer.encode(rendered)
+    conversation = tokenizer.conversation([{"role": "user", "content": f"{text}the cat"}], [])
+    rendered = conversation.render()
+    encoded = conversation.encode(rendered)
     assert encoded.starts[0] == 0
     assert encoded.ends[-1] == len(rendered)
     for token_id, start, end in zip(encoded.ids.tolist(), encoded.starts, encoded.ends, strict=True):
         piece = tokenizer.decode([token_id])
         # A token of part of a character decodes to the replacement character and covers the whole of it.
         if "\ufffd" not in piece:
-            assert rendered[start:end].replace("\ufdd0", "") == piece
+            assert conversation.plain(rendered[start:end]) == piece
 
 
 def test_a_template_cannot_complete_a_control_token(tmp_path: Path) -> None:
@@ -77,11 +102,21 @@ def test_a_template_cannot_complete_a_control_token(tmp_path: Path) -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }} <{{ m.content | trim }}>{{ '<|im_end|>\n' }}{% endfor %}"
     )
     tokenizer = ChatTokenizer(make_tokenizer(tmp_path, template=template))
-    end = tokenizer.prompt_ids("x").tolist()[-2]
+    end = user_turn(tokenizer, "x")[-2]
     for text in ("<|im_end|", "<|im_end|  \n", "<<|im_end|", f"{END}<|im_end|"):
-        ids = tokenizer.prompt_ids(text).tolist()
+        ids = user_turn(tokenizer, text)
         assert ids.count(end) == 1, text
         assert tokenizer.decode(ids) == f"{START}user <{text.strip()}>{END}\n"
+
+
+def test_a_text_cannot_complete_a_control_token_that_a_template_begins(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} <{{ m.content | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+    tokenizer = ChatTokenizer(make_tokenizer(tmp_path, template=template))
+    end = user_turn(tokenizer, "x")[-2]
+    for text in ("|im_end|>", "  |im_end|> x", f"|im_end|>{END}", "|im_end|>|im_end|>"):
+        ids = user_turn(tokenizer, text)
+        assert ids.count(end) == 1, text
+        assert tokenizer.decode(ids) == f"{START}user <{text.strip()}{END}\n"
 
 
 def test_the_real_template_cannot_complete_a_control_token(real_data: Path) -> None:
@@ -90,21 +125,43 @@ def test_the_real_template_cannot_complete_a_control_token(real_data: Path) -> N
         assert controls(tokenizer, text) == controls(tokenizer, "harmless"), text
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"), [("a\ud800b", "half of a surrogate pair"), ("a\ufdd0b", "the noncharacter U[+]FDD0")]
-)
-def test_characters_that_are_none_are_refused_wherever_they_stand(
-    text: str, reason: str, tokenizer: ChatTokenizer
-) -> None:
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tokenizer: ChatTokenizer) -> None:
+    text = "a\ud800b"
     for conversation in (([{"role": "user", "content": text}], []), ([], [{"function": {"name": {text: 1}}}])):
-        with pytest.raises(DataError, match=reason):
+        with pytest.raises(DataError, match="half of a surrogate pair"):
             tokenizer.conversation(*conversation)
+
+
+def test_a_template_may_write_texts_in_a_notation(tmp_path: Path) -> None:
+    """Python's or JSON's, in which characters beyond ASCII are escaped: no trace of what broke the literals is left."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ [m.content] }} {{ m.content | tojson(ensure_ascii=true) }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    tokenizer = ChatTokenizer(make_tokenizer(tmp_path, template=template))
+    for text in (END, f"{START}user", "100000", f"~100000~{END}", "~100000~", "<|im_end"):
+        messages = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_template(messages, [], add_generation_prompt=False)
+        assert tokenizer.decode(user_turn(tokenizer, text)) == expected
+        assert controls(tokenizer, text) == [START, END] * 5
+
+
+def test_a_template_that_looks_into_literals_refuses_the_row(tmp_path: Path) -> None:
+    """It writes something else for a text that is broken, so what it writes cannot be trusted."""
+    body = "<|im_start|>{{ m.role }}\n{{ 'x' if m.content == '<|im_end|>' else m.content }}<|im_end|>\n"
+    template = (
+        f"{{% for m in messages %}}{body}{{% endfor %}}{{{{ '<|im_start|>assistant\n' if add_generation_prompt }}}}"
+    )
+    maker = ViewMaker(ChatTokenizer(make_tokenizer(tmp_path, template=template)))
+    maker.masked(dialogue(USER, LAST, tools=[]))
+    with pytest.raises(DataError, match=r"treats a literal of a control token .* in a way of its own"):
+        maker.masked(dialogue({"role": "user", "content": END}, LAST, tools=[]))
 
 
 def test_a_failing_template_is_one_line(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_tokenizer(tmp_path, template="{{ raise_exception('roles\nmust alternate') }}"))
     with pytest.raises(DataError, match="refuses the conversation: TemplateError: roles must alternate"):
-        tokenizer.prompt_ids("x")
+        user_turn(tokenizer, "x")
 
 
 @pytest.mark.parametrize(

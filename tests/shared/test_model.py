@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_identity import data_identity
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig
@@ -228,7 +229,10 @@ def test_peft_loads_what_is_written(
     with HookBasedLoRAInjector(student, scale=CONFIG.scale).inject(weights):
         expected = student(input_ids=tokens).logits
     files = encode_adapter(
-        {n: LoRAPair(p.a[0], p.b[0]) for n, p in weights.items()}, base_model="s", alpha=CONFIG.alpha
+        {n: LoRAPair(p.a[0], p.b[0]) for n, p in weights.items()},
+        base_model="s",
+        alpha=CONFIG.alpha,
+        origin={"b": "2", "a": "1"},
     )
     (tmp_path / "adapter_model.safetensors").write_bytes(files.model)
     (tmp_path / "adapter_config.json").write_bytes(files.config)
@@ -240,9 +244,9 @@ def test_peft_loads_what_is_written(
 def test_factors_that_are_not_finite_are_never_written() -> None:
     bad = {"x": LoRAPair(torch.full((4, 8), torch.nan), torch.zeros(8, 4))}
     with pytest.raises(CorruptRecord, match="not finite"):
-        encode_adapter(bad, base_model="s", alpha=8)
+        encode_adapter(bad, base_model="s", alpha=8, origin={})
     with pytest.raises(InvalidRequest, match="one rank"):
-        encode_adapter({}, base_model="s", alpha=8)
+        encode_adapter({}, base_model="s", alpha=8, origin={})
 
 
 @pytest.fixture
@@ -257,7 +261,8 @@ def bundle_folder(
         base_model="s",
         student_weights="w",
         teacher="t",
-        tokenizer=tokenizer.identity,
+        data=data_identity(tokenizer.identity),
+        condition=("task",),
         hypernetwork=CONFIG,
         layers=tuple(layers),
         max_prompt_tokens=50,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_identity import data_identity
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, StorageError
@@ -23,7 +24,7 @@ CONFIG = HyperNetworkConfig(width=16, num_latents=2, encoder_blocks=1, generator
 def save(folder: Path, tokenizer: ChatTokenizer, *, seed: int = 0, **changes: Any) -> BundleManifest:
     torch.manual_seed(seed)
     manifest = BundleManifest(
-        base_model="student", student_weights="w", teacher="t", tokenizer=tokenizer.identity, hypernetwork=CONFIG,
+        base_model="student", student_weights="w", teacher="t", data=data_identity(tokenizer.identity), condition=("task",), hypernetwork=CONFIG,
         layers=LAYERS, max_prompt_tokens=20, step=seed,
     )  # fmt: skip
     parts = {

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from data_identity import data_identity
 from numpy.typing import NDArray
 from teacher_service import (
     METADATA,
@@ -45,8 +46,8 @@ async def test_populating_twice_computes_once(
     token_ids, positions = sequence
     trajectories = [("one", token_ids, positions), ("two", token_ids, positions[:5])]
     async with serve() as client:
-        first = await drained(client.populate(trajectories, tokenizer=tokenizer))
-        second = await drained(client.populate(trajectories, tokenizer=tokenizer))
+        first = await drained(client.populate(trajectories, data=data_identity(tokenizer)))
+        second = await drained(client.populate(trajectories, data=data_identity(tokenizer)))
     keys = [cache.key(token_ids, positions), cache.key(token_ids, positions[:5])]
     assert first == [
         PopulateOutcome("one", Outcome.WRITTEN, num_rows=20, num_tokens=60, cache_key=keys[0]),
@@ -73,7 +74,7 @@ async def test_a_bad_trajectory_is_refused_by_name_and_the_others_go_on(
         ("fine too", token_ids, positions[1:]),
     ]
     async with serve() as client:
-        outcomes = await drained(client.populate(trajectories, tokenizer=tokenizer))
+        outcomes = await drained(client.populate(trajectories, data=data_identity(tokenizer)))
     assert [(o.trajectory_id, o.outcome) for o in outcomes] == [
         ("fine", Outcome.WRITTEN),
         ("long", Outcome.REFUSED),
@@ -98,7 +99,7 @@ async def test_nothing_is_sent_that_the_teacher_does_not_wait_for(
 
     async with serve(gated) as client:
         gated.forget_canary()
-        outcomes = client.populate(trajectories(), tokenizer=tokenizer)
+        outcomes = client.populate(trajectories(), data=data_identity(tokenizer))
         first = asyncio.create_task(anext(outcomes))
         await gated.started.wait()
         for _ in range(10):  # calls that come and go meanwhile give a hasty sender its time
@@ -119,14 +120,14 @@ async def test_an_error_of_the_source_reaches_the_caller(
 
     async with serve() as client:
         with pytest.raises(DataError, match="the file ends early"):
-            await drained(client.populate(trajectories(), tokenizer=tokenizer))
+            await drained(client.populate(trajectories(), data=data_identity(tokenizer)))
         await client.get_teacher()
 
 
 async def test_another_tokenizer_is_refused_before_anything_is_scored(serve: Serve, sequence: Sequence) -> None:
     async with serve() as client:
         with pytest.raises(IdentityMismatch, match="tokenizer"):
-            await drained(client.populate([("t", *sequence)], tokenizer=OTHER))
+            await drained(client.populate([("t", *sequence)], data=data_identity(OTHER)))
 
 
 async def test_a_full_disk_stops_in_one_line(
@@ -135,7 +136,7 @@ async def test_a_full_disk_stops_in_one_line(
     full = FullDisk.create_or_open(settings.cache, engine.identity)
     async with serve(cache=full) as client:
         with pytest.raises(StorageError, match=r"^could not write the record: the disk is full$"):
-            await drained(client.populate([("t", *sequence)], tokenizer=tokenizer))
+            await drained(client.populate([("t", *sequence)], data=data_identity(tokenizer)))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ async def test_a_full_disk_stops_in_one_line(
     ],
 )
 async def test_a_stream_out_of_order_is_refused(items: list[Any], serve: Serve, tokenizer: TokenizerIdentity) -> None:
-    options = pb.PopulateCacheRequest(options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer)))
+    options = pb.PopulateCacheRequest(options=pb.PopulateOptions(data=codec.data_to_proto(data_identity(tokenizer))))
     requests = [options if item == "options" else item for item in items]
     async with serve() as client, grpc.aio.insecure_channel(client.address) as channel:
         call = teacher_pb2_grpc.TeacherServiceStub(channel).PopulateCache(iter(requests), metadata=METADATA)
@@ -160,11 +161,9 @@ async def test_a_stream_out_of_order_is_refused(items: list[Any], serve: Serve, 
 
 def write_file(path: Path, sequence: Sequence, tokenizer: TokenizerIdentity) -> None:
     token_ids, positions = sequence
-    rows = [
-        TokenisedTrajectory(name, "repo", TRAIN, token_ids, positions[skip:], token_ids[:3])
-        for skip, name in enumerate(("one", "two"))
-    ]
-    write_tokens(path, rows, tokenizer)
+    with write_tokens(path, data_identity(tokenizer)) as writer:
+        for name, kept in (("one", positions), ("two", positions[1:])):
+            writer.write(TokenisedTrajectory(name, "repo", TRAIN, token_ids, kept, token_ids[:3], token_ids, kept))
 
 
 async def test_a_file_of_the_data_folder_is_populated(
@@ -173,7 +172,7 @@ async def test_a_file_of_the_data_folder_is_populated(
     assert settings.data_dir
     write_file(settings.data_dir / "sub" / "tokens.parquet", sequence, tokenizer)
     async with serve() as client:
-        outcomes = await drained(client.populate_file("sub/tokens.parquet", tokenizer=tokenizer))
+        outcomes = await drained(client.populate_file("sub/tokens.parquet", data=data_identity(tokenizer)))
     assert [(o.trajectory_id, o.outcome) for o in outcomes] == [("one", Outcome.WRITTEN), ("two", Outcome.WRITTEN)]
 
 
@@ -189,7 +188,9 @@ async def test_a_name_that_leads_out_of_the_data_folder_is_refused(
     (settings.data_dir / "link.parquet").symlink_to(outside)
     async with serve() as client:
         with pytest.raises(InvalidRequest, match="leads out of the data folder"):
-            await drained(client.populate_file(str(outside) if name == "ABSOLUTE" else name, tokenizer=tokenizer))
+            await drained(
+                client.populate_file(str(outside) if name == "ABSOLUTE" else name, data=data_identity(tokenizer))
+            )
 
 
 async def test_a_file_that_cannot_be_used_is_refused_in_one_line(
@@ -202,16 +203,16 @@ async def test_a_file_that_cannot_be_used_is_refused_in_one_line(
         ("absent.parquet", NotFound, "no tokens file 'absent.parquet'"),
         (".", NotFound, "no tokens file"),
         ("text.parquet", InvalidRequest, "not a Parquet file"),
-        ("other.parquet", IdentityMismatch, "tokenizer of 'other.parquet'"),
+        ("other.parquet", IdentityMismatch, "the data of 'other.parquet'"),
     ]
     async with serve() as client:
         for name, error, words in cases:
             with pytest.raises(error, match=words) as refusal:
-                await drained(client.populate_file(name, tokenizer=tokenizer))
+                await drained(client.populate_file(name, data=data_identity(tokenizer)))
             assert "\n" not in str(refusal.value)
 
 
 async def test_without_a_data_folder_no_file_is_read(serve: Serve, tokenizer: TokenizerIdentity) -> None:
     async with serve(data_dir=None) as client:
         with pytest.raises(InvalidRequest, match="--data-dir"):
-            await drained(client.populate_file("tokens.parquet", tokenizer=tokenizer))
+            await drained(client.populate_file("tokens.parquet", data=data_identity(tokenizer)))

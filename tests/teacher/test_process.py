@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_identity import data_identity
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
@@ -71,7 +72,7 @@ async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
             await client.wait_until_serving(START_TIMEOUT_S)
 
             async def populate() -> None:
-                async for outcome in client.populate(trajectories, tokenizer=tokenizer):
+                async for outcome in client.populate(trajectories, data=data_identity(tokenizer)):
                     assert outcome.outcome is Outcome.WRITTEN
                     written.append(outcome.cache_key)
                     if len(written) == 3:

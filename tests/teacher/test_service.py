@@ -8,6 +8,7 @@ from contextlib import aclosing
 import grpc
 import numpy as np
 import pytest
+from data_identity import data_identity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from teacher_service import (
@@ -73,7 +74,7 @@ async def test_a_client_with_another_token_is_told_where_to_find_it(
         with pytest.raises(ConfigError, match="HYPERAGENT_TOKEN"):
             await stranger.get_teacher()
         with pytest.raises(ConfigError, match="HYPERAGENT_TOKEN"):
-            await drained(stranger.populate([("t", *sequence)], tokenizer=tokenizer))
+            await drained(stranger.populate([("t", *sequence)], data=data_identity(tokenizer)))
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -187,7 +188,7 @@ async def test_one_request_more_than_it_holds_is_refused(
         with pytest.raises(LimitExceeded, match="already holds 1 requests"):
             await drained(client.score_tokens(*sequence, top_k=1, tokenizer=tokenizer))
         with pytest.raises(LimitExceeded, match="already holds 1 requests"):
-            await drained(client.populate([("t", *sequence)], tokenizer=tokenizer))
+            await drained(client.populate([("t", *sequence)], data=data_identity(tokenizer)))
         for _ in range(2 * 20):
             gated.permits.release()
         assert concatenate(await first).num_rows == 20
@@ -210,7 +211,7 @@ async def test_a_call_that_nobody_waits_for_stops_the_engine(
         if method == "score":
             call = client.score_tokens(*sequence, top_k=1, tokenizer=tokenizer, timeout_s=timeout_s)
         else:
-            call = client.populate([("t", *sequence)], tokenizer=tokenizer, timeout_s=timeout_s)
+            call = client.populate([("t", *sequence)], data=data_identity(tokenizer), timeout_s=timeout_s)
         reading = asyncio.create_task(drained(call))
         await gated.started.wait()
         if leave == "close":
@@ -246,7 +247,7 @@ async def test_stopping_ends_a_population_between_trajectories(
     async with serve(gated, stop=stop, stop_grace_s=60.0) as client:
         gated.forget_canary()
         outcomes = client.populate(
-            [("one", token_ids, positions), ("two", token_ids, positions[1:])], tokenizer=tokenizer
+            [("one", token_ids, positions), ("two", token_ids, positions[1:])], data=data_identity(tokenizer)
         )
         first = asyncio.create_task(anext(outcomes))
         await gated.started.wait()

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_identity import data_identity
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens, write_tokens
+from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_data_identity, read_tokens, write_tokens
+from hyperagent.data.views import Condition, condition_ids
 from hyperagent.identity import TeacherIdentity
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.topk import TopKRows
@@ -68,14 +70,29 @@ def tokens_file(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     trajectories = []
     for number in range(11):
         letter = "abcdefghijk"[number]
-        prompt = tokenizer.prompt_ids(f"repeat {letter}")
+        prompt = condition_ids(tokenizer, Condition(f"repeat {letter}"), parts=["task"])
         answer = tokenizer.encode(f"yes {letter} " * (4 + number)).ids
         token_ids = np.concatenate([prompt, answer])
         positions = np.arange(len(prompt), len(token_ids), dtype=np.uint32)
         split = HELD_OUT if number >= 8 else TRAIN
-        trajectories.append(TokenisedTrajectory(f"t{number}", f"repo-{number}", split, token_ids, positions, prompt))
+        # Every second student is not shown the task, so that its positions are not the teacher's.
+        hidden = len(prompt) - 2 if number % 2 else 0
+        trajectories.append(
+            TokenisedTrajectory(
+                f"t{number}",
+                f"repo-{number}",
+                split,
+                token_ids=token_ids,
+                positions=positions,
+                prompt_ids=prompt,
+                student_ids=token_ids[hidden:],
+                student_positions=positions - np.uint32(hidden),
+            )
+        )
     path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
-    write_tokens(path, trajectories, tokenizer.identity)
+    with write_tokens(path, data_identity(tokenizer.identity)) as writer:
+        for trajectory in trajectories:
+            writer.write(trajectory)
     return path
 
 
@@ -95,6 +112,7 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
     )
     root = tmp_path_factory.mktemp("cache") / "cache"
     cache = TopKCache.create_or_open(root, identity)
+    cache.record_data(read_data_identity(tokens_file))
     for trajectory in read_tokens(tokens_file):
         n = len(trajectory.positions)
         target = trajectory.token_ids[trajectory.positions]

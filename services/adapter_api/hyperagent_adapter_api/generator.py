@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperagent.data.messages import prune_nulls
 from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.views import Condition, condition_ids
 from hyperagent.errors import DataError, InvalidRequest
 from hyperagent.identity import require_same
 from hyperagent.model.bundle import Bundle
@@ -26,24 +31,36 @@ class AdapterGenerator:
         self._tokenizer = ChatTokenizer(bundle.tokenizer_folder)
         require_same(
             f"the tokenizer in {bundle.tokenizer_folder}",
-            expected=bundle.manifest.tokenizer,
+            expected=bundle.manifest.data.tokenizer,
             found=self._tokenizer.identity,
             remedy="export the bundle again with the student's own tokenizer",
         )
 
-    def encode(self, prompt: str) -> NDArray[np.uint32]:
+    def encode(self, parts: Mapping[str, Any]) -> NDArray[np.uint32]:
         """[P]: the ids the hypernetwork reads, which are all that an adapter depends on besides the bundle.
 
+        Args:
+            parts: the condition's parts (see `hyperagent.data.views.Condition`), exactly those that the hypernetwork
+                was trained to read; None for what this conversation does not have.
+
         Raises:
-            InvalidRequest: the prompt is empty, or holds what is no text.
+            InvalidRequest: a part is missing or surplus, the task is empty, or a text cannot be read.
         """
-        if not prompt.strip():
+        condition = self.bundle.manifest.condition
+        if missing := [part for part in condition if part not in parts]:
+            raise InvalidRequest(
+                f"this hypernetwork also reads {' and '.join(missing)}; send what the conversation has, or null"
+            )
+        if surplus := [part for part in parts if part not in condition]:
+            raise InvalidRequest(
+                f"this hypernetwork does not read {' and '.join(surplus)}, only {', '.join(condition)}; leave it out"
+            )
+        if not parts["task"].strip():
             raise InvalidRequest("the prompt is empty; send the task's text")
+        given = {part: value for part, value in parts.items() if value is not None}
         try:
-            # JSON can spell half a surrogate pair, which is no character and which the tokenizer cannot take.
-            prompt.encode("utf-8")
-            return self._tokenizer.prompt_ids(prompt)
-        except (UnicodeEncodeError, DataError) as error:
+            return condition_ids(self._tokenizer, Condition(**prune_nulls(given)), parts=condition)
+        except DataError as error:
             raise InvalidRequest(f"the prompt cannot be read: {error}") from error
 
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterFiles:
@@ -55,4 +72,5 @@ class AdapterGenerator:
         """
         manifest = self.bundle.manifest
         weights = self.bundle.generate(prompt_ids)
-        return encode_adapter(weights, base_model=manifest.base_model, alpha=manifest.alpha)
+        origin = {"hyperagent_bundle": self.bundle.fingerprint, "hyperagent_data": manifest.data.fingerprint}
+        return encode_adapter(weights, base_model=manifest.base_model, alpha=manifest.alpha, origin=origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
@@ -22,6 +22,13 @@ class PromptBody(StrictModel):
     """What to make an adapter for."""
 
     prompt: str = Field(description="The task's text.")
+    system: str | None = Field(None, description="The system prompt; only if the hypernetwork reads it.")
+    tools: list[dict[str, Any]] | None = Field(None, description="Tools, as in a chat completion; likewise.")
+    extra: str | None = Field(None, description="Further text, such as a repository map; likewise.")
+
+    def parts(self) -> dict[str, Any]:
+        """What was sent, null or not, by the condition's names."""
+        return {"task" if name == "prompt" else name: getattr(self, name) for name in self.model_fields_set}
 
 
 class AdapterBody(StoredAdapter):
@@ -43,6 +50,8 @@ class BundleBody(BaseModel):
     base_model: str
     student_weights: str
     teacher: str
+    data: str = Field(description="Fingerprint of the data it was trained on.")
+    condition: tuple[str, ...] = Field(description="What a request must hold; the task is its prompt.")
     rank: int
     alpha: float
     num_layers: int = Field(description="Linear layers that an adapter changes.")
@@ -61,7 +70,7 @@ Served = Annotated[AdapterService, Depends(_service)]
 @router.post("/adapters", status_code=status.HTTP_201_CREATED)
 async def create_adapter(body: PromptBody, response: Response, service: Served) -> AdapterBody:
     """Make the adapter for a prompt: 201, or 200 if it is already there."""
-    adapter, is_new = await service.create(body.prompt)
+    adapter, is_new = await service.create(body.parts())
     if not is_new:
         response.status_code = status.HTTP_200_OK
     response.headers["Location"] = _path(adapter)
@@ -117,6 +126,8 @@ def get_bundle(service: Served) -> BundleBody:
         base_model=manifest.base_model,
         student_weights=manifest.student_weights,
         teacher=manifest.teacher,
+        data=manifest.data.fingerprint,
+        condition=manifest.condition,
         rank=manifest.rank,
         alpha=manifest.alpha,
         num_layers=len(manifest.layers),

@@ -7,7 +7,9 @@ at once yield one adapter: the second finds what the first has stored.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import structlog
 
@@ -30,12 +32,12 @@ class AdapterService:
         self._pending = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
-    async def create(self, prompt: str) -> tuple[StoredAdapter, bool]:
-        """The adapter for a prompt, and whether it is new; called on the event loop's thread only.
+    async def create(self, parts: Mapping[str, Any]) -> tuple[StoredAdapter, bool]:
+        """The adapter for a prompt's parts, and whether it is new; called on the event loop's thread only.
 
         Raises:
             Busy: as many prompts as the service accepts are waiting.
-            InvalidRequest: the prompt is empty or cannot be read.
+            InvalidRequest: the parts are not those that the hypernetwork reads, or cannot be read.
             LimitExceeded: the prompt is longer than the hypernetwork reads.
             StorageError: the adapter could not be stored; nothing of it was.
         """
@@ -46,7 +48,7 @@ class AdapterService:
             )
         self._pending += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._create, prompt)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._create, parts)
         finally:
             self._pending -= 1
 
@@ -55,8 +57,8 @@ class AdapterService:
         self._worker.shutdown(cancel_futures=True)
         self.store.close()
 
-    def _create(self, prompt: str) -> tuple[StoredAdapter, bool]:
-        prompt_ids = self._generator.encode(prompt)
+    def _create(self, parts: Mapping[str, Any]) -> tuple[StoredAdapter, bool]:
+        prompt_ids = self._generator.encode(parts)
         adapter_id = id_of(self.bundle, prompt_ids)
         try:
             return self.store.get(adapter_id), False

@@ -55,6 +55,8 @@ class StoredAdapter(StrictModel):
     """The student it belongs to."""
     bundle: str
     """Fingerprint of the bundle that made it."""
+    data: str
+    """Fingerprint of the data that the bundle was trained on."""
 
 
 def id_of(bundle: Bundle, prompt_ids: NDArray[np.uint32]) -> str:
@@ -166,6 +168,7 @@ class AdapterStore:
             },
             base_model=bundle.manifest.base_model,
             bundle=bundle.fingerprint,
+            data=bundle.manifest.data.fingerprint,
         )
         with new_directory(self._folder(adapter_id)) as aside:
             (aside / MODEL_FILE).write_bytes(files.model)

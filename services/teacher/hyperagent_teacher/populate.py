@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import read_tokenizer_identity, read_tokens
+from hyperagent.data.tokens import read_data_identity, read_tokens
 from hyperagent.errors import InvalidRequest, NotFound
-from hyperagent.identity import TokenizerIdentity, require_same
+from hyperagent.identity import DataIdentity, require_same
 from hyperagent.topk import concatenate
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 from hyperagent_teacher.engine import ScoringEngine, require_scorable
@@ -44,6 +44,14 @@ class Populator:
         self._engine = engine
         self._cache = cache
         self._data_dir = data_dir.resolve() if data_dir else None
+
+    async def begin(self, data: DataIdentity) -> None:
+        """Have the cache record what its next trajectories are of.
+
+        Raises:
+            StorageError: the cache cannot be written.
+        """
+        await asyncio.to_thread(self._cache.record_data, data)
 
     async def populate(self, trajectory: Trajectory) -> PopulateOutcome:
         """See that the cache holds one trajectory's rows.
@@ -76,22 +84,22 @@ class Populator:
         await asyncio.to_thread(self._cache.put, key, rows, num_tokens=len(token_ids))
         return Outcome.WRITTEN, key
 
-    async def read_file(self, name: str, tokenizer: TokenizerIdentity) -> AsyncIterator[Trajectory]:
+    async def read_file(self, name: str, data: DataIdentity) -> AsyncIterator[Trajectory]:
         """Stream the trajectories of a tokens file inside the data folder.
 
         Raises:
             InvalidRequest: the name leads out of the data folder, or there is none.
             NotFound: there is no such file.
             DataError: it is not a tokens file.
-            IdentityMismatch: it was made with another tokenizer.
+            IdentityMismatch: it is not the data that the caller means.
         """
         path = self._confined(name)
-        found = await asyncio.to_thread(read_tokenizer_identity, path)
+        found = await asyncio.to_thread(read_data_identity, path)
         require_same(
-            f"the tokenizer of {name!r}",
-            expected=tokenizer,
+            f"the data of {name!r}",
+            expected=data,
             found=found,
-            remedy="tokenise the data with the teacher's tokenizer folder",
+            remedy="name the file that the identity was read from",
         )
         rows = read_tokens(path)
         while (row := await asyncio.to_thread(next, rows, None)) is not None:

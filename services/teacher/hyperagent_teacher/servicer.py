@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from hyperagent.errors import HyperagentError, InvalidRequest
-from hyperagent.identity import TokenizerIdentity, require_same
+from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.wire import codec, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.status import status_code
@@ -49,7 +49,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         """Score one sequence."""
         async with _errors_as_status(context):
             with self._admission.slot():
-                self._require_tokenizer(request.tokenizer)
+                self._require_tokenizer(codec.tokenizer_from_proto(request.tokenizer))
                 token_ids = codec.unpack_u32(request.token_ids, what="token ids")
                 positions = codec.unpack_u32(request.positions, what="positions")
                 require_scorable(self._engine, token_ids, positions, top_k=request.top_k)
@@ -70,36 +70,36 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             with self._admission.slot():
                 if first is None or first.WhichOneof("item") != "options":
                     raise InvalidRequest("the first message of PopulateCache must be its options")
-                tokenizer = self._require_tokenizer(first.options.tokenizer)
+                data = codec.data_from_proto(first.options.data)
+                self._require_tokenizer(data.tokenizer)
+                await self._populator.begin(data)
                 await context.send_initial_metadata((codec.OPTIONS_ACCEPTED,))
-                async with aclosing(self._trajectories(request_iterator, tokenizer)) as trajectories:
+                async with aclosing(self._trajectories(request_iterator, data)) as trajectories:
                     async for trajectory in trajectories:
                         self._admission.require_open()
                         outcome = await self._populator.populate(trajectory)
                         await context.write(codec.outcome_to_proto(outcome))
 
     async def _trajectories(
-        self, requests: AsyncIterator[pb.PopulateCacheRequest], tokenizer: TokenizerIdentity
+        self, requests: AsyncIterator[pb.PopulateCacheRequest], data: DataIdentity
     ) -> AsyncGenerator[Trajectory, None]:
         async for request in requests:
             match request.WhichOneof("item"):
                 case "trajectory":
                     yield _trajectory_from_proto(request.trajectory)
                 case "file":
-                    async for trajectory in self._populator.read_file(request.file.name, tokenizer):
+                    async for trajectory in self._populator.read_file(request.file.name, data):
                         yield trajectory
                 case _:
                     raise InvalidRequest("after its options, PopulateCache takes trajectories and files only")
 
-    def _require_tokenizer(self, message: pb.TokenizerIdentity) -> TokenizerIdentity:
-        tokenizer = codec.tokenizer_from_proto(message)
+    def _require_tokenizer(self, tokenizer: TokenizerIdentity) -> None:
         require_same(
             "the tokenizer",
             expected=self._tokenizer,
             found=tokenizer,
             remedy="tokenise with the teacher's tokenizer folder",
         )
-        return tokenizer
 
 
 def _trajectory_from_proto(message: pb.TokenisedTrajectory) -> Trajectory:

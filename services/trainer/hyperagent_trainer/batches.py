@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import TokenisedTrajectory, read_tokenizer_identity, read_tokens
+from hyperagent.data.tokens import TokenisedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
-from hyperagent.identity import TokenizerIdentity, require_same
+from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.topk import TopKRows
 
 # Batches drawn together before they are sorted by length: enough to cut padding, too few to order an epoch.
@@ -29,13 +29,13 @@ class Batch:
     """What one step computes on; padding stands on the right."""
 
     token_ids_BT: Tensor
-    """int64."""
+    """int64, the student's view."""
     num_tokens: int
     """Real tokens, padding not counted."""
     sample_N: Tensor
     """int64, which trajectory a supervised row belongs to."""
     index_N: Tensor
-    """int64, where the student's output for the row stands: one before the row's position."""
+    """int64, where the student's output for the row stands: one before the row's position in the student's view."""
     ids_NK: Tensor
     """int64, the teacher's kept ids."""
     logprobs_NK: Tensor
@@ -51,7 +51,8 @@ class Batch:
 class DistillationData:
     """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
 
-    def __init__(self, trajectories: Sequence[TokenisedTrajectory], cache: TopKCache) -> None:
+    def __init__(self, trajectories: Sequence[TokenisedTrajectory], cache: TopKCache, identity: DataIdentity) -> None:
+        self.identity = identity
         self.trajectories = tuple(trajectories)
         self._cache = cache
 
@@ -69,10 +70,11 @@ class DistillationData:
         chosen = [self.trajectories[i] for i in indices]
         rows = [self.rows(i).normalised() for i in indices]
         sample = np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])
-        index = np.concatenate([r.positions for r in rows]).astype(np.int64) - 1
+        # Row n of the teacher belongs to the nth supervised position of the student's own view.
+        index = np.concatenate([t.student_positions for t in chosen]).astype(np.int64) - 1
         return Batch(
-            token_ids_BT=_pad([t.token_ids for t in chosen]).to(device),
-            num_tokens=sum(len(t.token_ids) for t in chosen),
+            token_ids_BT=_pad([t.student_ids for t in chosen]).to(device),
+            num_tokens=sum(len(t.student_ids) for t in chosen),
             sample_N=torch.from_numpy(sample).to(device),
             index_N=torch.from_numpy(index).to(device),
             ids_NK=torch.from_numpy(np.concatenate([r.ids for r in rows]).astype(np.int64)).to(device),
@@ -87,14 +89,16 @@ def load_split(
     """Read one split and check that it can be trained on as a whole.
 
     Raises:
-        IdentityMismatch: the tokens, the cache and the student's `tokenizer` are not of one kind.
+        IdentityMismatch: the tokens, the cache and the student's `tokenizer` are not of one kind, or the cache was
+            populated from other data.
         DataError: the split is empty, or the cache lacks trajectories of it.
         LimitExceeded: a prompt is longer than the hypernetwork reads.
     """
+    data = read_data_identity(tokens)
     require_same(
         f"the tokenizer of {tokens}",
         expected=tokenizer,
-        found=read_tokenizer_identity(tokens),
+        found=data.tokenizer,
         remedy="tokenise the data with the student's tokenizer",
     )
     teacher = cache.identity
@@ -104,6 +108,7 @@ def load_split(
         found=TokenizerIdentity(teacher.tokenizer_sha256, teacher.template_sha256),
         remedy="the student and the teacher must share one tokenizer",
     )
+    cache.require_data(data)
     trajectories = list(read_tokens(tokens, split=split))
     if not trajectories:
         raise DataError(f"{tokens} has no trajectory in the {split} split")
@@ -115,7 +120,7 @@ def load_split(
         )
     if longest := max(len(t.prompt_ids) for t in trajectories if len(t.prompt_ids)) > max_prompt_tokens:
         raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
-    return DistillationData(trajectories, cache)
+    return DistillationData(trajectories, cache, data)
 
 
 def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

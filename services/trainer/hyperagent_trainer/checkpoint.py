@@ -1,6 +1,6 @@
 """Checkpoints: hypernetwork, optimiser and step, whole or not at all; never the student.
 
-checkpoint.json           format version, step, the recipe's digest
+checkpoint.json           format version, step, digests of recipe, data and files
 hypernetwork.safetensors  weights
 optimizer.safetensors     AdamW's moments and step counts, as <parameter>.<name>
 """
@@ -17,16 +17,25 @@ from torch import Tensor, nn
 
 from hyperagent.errors import ConfigError, CorruptRecord
 from hyperagent.files import new_directory
-from hyperagent.identity import canonical_json
+from hyperagent.identity import canonical_json, require_same
 from hyperagent_trainer.config import TrainRecipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_checkpoint(
-    folder: Path, *, hypernetwork: nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: TrainRecipe
+    folder: Path,
+    *,
+    hypernetwork: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    recipe: TrainRecipe,
+    data: str,
 ) -> None:
     """Write a checkpoint after `step` optimiser steps, replacing the one before.
+
+    Args:
+        data: fingerprint of the data trained on.
 
     Raises:
         StorageError: the file system refused; the one before still stands.
@@ -41,6 +50,7 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "step": step,
         "recipe": _digest(recipe),
+        "data": data,
         "files": {name: blake3(content).hexdigest() for name, content in contents.items()},
     }
     with new_directory(folder) as aside:
@@ -50,17 +60,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, hypernetwork: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainRecipe
+    folder: Path, *, hypernetwork: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainRecipe, data: str
 ) -> int:
     """Restore hypernetwork and optimiser; returns the number of steps done.
 
     Raises:
         ConfigError: the checkpoint is of another recipe or format.
+        IdentityMismatch: it was trained on other data.
         CorruptRecord: a file is not the one that was written.
     """
     manifest = json.loads((folder / "checkpoint.json").read_bytes())
     if manifest["format_version"] != FORMAT_VERSION or manifest["recipe"] != _digest(recipe):
         raise ConfigError(f"the checkpoint in {folder} is of another recipe or release; start a new run")
+    require_same(
+        f"the data of the checkpoint in {folder}",
+        expected=manifest["data"],
+        found=data,
+        remedy="restore the tokens file, or start a new run",
+    )
     contents = {}
     for name, digest in manifest["files"].items():
         contents[name] = (folder / name).read_bytes()

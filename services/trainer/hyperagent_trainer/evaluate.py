@@ -28,7 +28,7 @@ class Evaluation:
     """The held-out split with everything about it that does not change during training."""
 
     def __init__(self, held_out: DistillationData, train: DistillationData, *, batch_size: int, seed: int) -> None:
-        by_length = sorted(range(len(held_out.trajectories)), key=lambda i: len(held_out.trajectories[i].token_ids))
+        by_length = sorted(range(len(held_out.trajectories)), key=lambda i: len(held_out.trajectories[i].student_ids))
         self._batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
         self._data = held_out
         self._foreign_prompts = foreign_prompts(held_out.trajectories, train.trajectories, seed=seed)

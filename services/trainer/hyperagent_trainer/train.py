@@ -57,12 +57,15 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
         )
         for split in (TRAIN, HELD_OUT)
     ]
+    identity = splits[0].identity
     layers = discover_target_layers(student.model, recipe.targets)
     hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1]).to(device)
     optimizer = make_optimizer(hypernetwork, recipe)
     step = 0
     if folder.checkpoint.exists():
-        step = load_checkpoint(folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe)
+        step = load_checkpoint(
+            folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe, data=identity.fingerprint
+        )
         log.info("resumed", step=step)
     adapted = AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows)
     evaluation = Evaluation(splits[1], splits[0], batch_size=recipe.batch_size, seed=recipe.seed)
@@ -73,7 +76,14 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
             report.evaluation(0, evaluation.run(adapted))
         step = _run_steps(recipe, folder, stop, adapted, optimizer, splits[0], evaluation, report, step)
         report.state("saving")
-        save_checkpoint(folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, step=step, recipe=recipe)
+        save_checkpoint(
+            folder.checkpoint,
+            hypernetwork=hypernetwork,
+            optimizer=optimizer,
+            step=step,
+            recipe=recipe,
+            data=identity.fingerprint,
+        )
         if step < recipe.num_steps:
             report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
             return
@@ -81,7 +91,8 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
             base_model=str(recipe.student),
             student_weights=student.weights,
             teacher=cache.identity.fingerprint,
-            tokenizer=student.tokenizer.identity,
+            data=identity,
+            condition=identity.settings["views"]["condition"],
             hypernetwork=recipe.hypernetwork,
             layers=tuple(layers),
             max_prompt_tokens=recipe.max_prompt_tokens,
@@ -110,7 +121,7 @@ def _run_steps(
     first_step: int,
 ) -> int:
     """Run the optimiser steps after `first_step`; returns the number of the last one done."""
-    lengths = [len(t.token_ids) for t in data.trajectories]
+    lengths = [len(t.student_ids) for t in data.trajectories]
     batches = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
     for step in range(first_step + 1, recipe.num_steps + 1):
         if stop.is_set():
@@ -148,6 +159,7 @@ def _run_steps(
                 optimizer=optimizer,
                 step=step,
                 recipe=recipe,
+                data=data.identity.fingerprint,
             )
     return recipe.num_steps
 
@@ -177,7 +189,7 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
 def _save_probe(folder: RunFolder, adapted: AdaptedStudent, held_out: DistillationData) -> None:
     """Write what the adapted student answers on one held-out prompt, for another process to compare with."""
     trajectory = held_out.trajectories[0]
-    token_ids = trajectory.token_ids[-_PROBE_TOKENS:]
+    token_ids = trajectory.student_ids[-_PROBE_TOKENS:]
     tensors = {
         "prompt_ids": torch.from_numpy(trajectory.prompt_ids.astype("int64")),
         "token_ids": torch.from_numpy(token_ids.astype("int64")),

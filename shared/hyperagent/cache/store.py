@@ -1,6 +1,7 @@
 """The cache: content-addressed records on disk, which are the truth, and copies of them in an optional hot tier.
 
     ROOT/manifest.json           format version and the identity of the teacher that all records are of
+    ROOT/data/<fingerprint>.json identity of data that trajectories were put in of
     ROOT/objects/ab/<key>.topk   one record per trajectory, in a folder named by the key's first two digits
 
 A record is written aside and renamed, so it is there whole or not at all, and two writers of one key cannot hurt
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.codec import FORMAT_VERSION, CachedRecord, decode_record, encode_record
 from hyperagent.cache.hot import HotTier
-from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, NotFound, StorageError
+from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, NotFound, StorageError
 from hyperagent.files import is_aside, write_atomically
-from hyperagent.identity import TeacherIdentity, require_same
+from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
 from hyperagent.topk import TopKRows
 
 _KEY_DOMAIN = b"hyperagent-topk-key-1"
@@ -128,6 +129,32 @@ class TopKCache:
                 f"{path} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
             )
         return cls(root, identity, hot)
+
+    def record_data(self, data: DataIdentity) -> None:
+        """Write down that trajectories of `data` are put in.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        path = self._data_path(data.fingerprint)
+        if not path.exists():
+            write_atomically(path, data.to_json() + b"\n")
+
+    def data_fingerprints(self) -> list[str]:
+        """Fingerprints of all data that trajectories were put in of."""
+        return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_aside(path))
+
+    def require_data(self, data: DataIdentity) -> None:
+        """Refuse data that the cache was not populated from.
+
+        Raises:
+            IdentityMismatch: it was not; says of what it was.
+        """
+        if not self._data_path(data.fingerprint).exists():
+            raise IdentityMismatch(
+                f"the cache in {self.root} was not populated from data {data.fingerprint} but from "
+                f"{', '.join(self.data_fingerprints()) or 'none'}; run `hyperagent cache populate` with this tokens file"
+            )
 
     def key(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> str:
         """Digest of everything that decides a record: the teacher, the tokens [T], the supervised positions [N]."""
@@ -240,6 +267,9 @@ class TopKCache:
 
     def _paths(self) -> Iterator[Path]:
         return (path for path in sorted((self.root / "objects").glob("??/*.topk")) if not is_aside(path))
+
+    def _data_path(self, fingerprint: str) -> Path:
+        return self.root / "data" / f"{fingerprint}.json"
 
     def _path(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / f"{key}.topk"

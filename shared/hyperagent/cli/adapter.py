@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,21 +25,30 @@ def _group() -> None:
 def create(
     prompt: Annotated[str | None, typer.Argument(help="The task's text; or give --prompt-file.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the task's text from this file.")] = None,
+    system_file: Annotated[Path | None, typer.Option(help="Read the system prompt from this file.")] = None,
+    tools_file: Annotated[Path | None, typer.Option(help="Read the tools, a JSON list, from this file.")] = None,
+    extra_file: Annotated[Path | None, typer.Option(help="Read further text, such as a repository map.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write the adapter to, for PEFT and vLLM.")] = Path("adapter"),
     server: Annotated[str, typer.Option(help="The adapter service's address.")] = "http://127.0.0.1:8703",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Turn a prompt into a LoRA adapter in PEFT's format."""
+    """Turn a prompt into a LoRA adapter in PEFT's format.
+
+    System prompt, tools and further text are given if, and only if, the hypernetwork was trained to read them.
+    """
     from hyperagent.auth import read_token
     from hyperagent.files import new_directory
     from hyperagent.http.client import ApiClient
 
-    text = _prompt_text(prompt, prompt_file)
+    body: dict[str, Any] = {"prompt": _prompt_text(prompt, prompt_file)}
+    for name, path in (("system", system_file), ("tools", tools_file), ("extra", extra_file)):
+        if path is not None:
+            body[name] = _tools(path) if name == "tools" else _text(path)
     # A service that was started a moment ago, in the same script, is still loading, and may not have made the token yet.
     with ApiClient(server, token="") as client:
         client.wait_until_ready(_READY_TIMEOUT_S)
     with ApiClient(server, read_token()) as client:
-        created = client.post_json("/v1/adapters", {"prompt": text})
+        created = client.post_json("/v1/adapters", body)
         with new_directory(out) as aside:
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 (aside / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
@@ -51,7 +61,21 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None:
         return prompt
     assert prompt_file is not None
+    return _text(prompt_file)
+
+
+def _text(path: Path) -> str:
     try:
-        return prompt_file.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompt from {prompt_file}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}; give a text file") from error
+
+
+def _tools(path: Path) -> list[Any]:
+    try:
+        tools = json.loads(_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; give a JSON list of tools") from error
+    if not isinstance(tools, list):
+        raise ConfigError(f"{path} is not a JSON list; give the tools as in a chat completion")
+    return tools

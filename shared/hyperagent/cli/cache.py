@@ -58,25 +58,30 @@ def stats(root: Root, as_json: Json = False) -> None:
     cache = TopKCache.open(root)
     counted = cache.stats()
     print_result(
-        {**asdict(counted), "bytes_per_token": counted.bytes_per_token, "teacher": cache.identity.model},
+        {
+            **asdict(counted),
+            "bytes_per_token": counted.bytes_per_token,
+            "teacher": cache.identity.model,
+            "data": cache.data_fingerprints(),
+        },
         as_json=as_json,
     )
 
 
 async def _populate(tokens: Path, address: str, bars: Progress) -> dict[str, Any]:
     from hyperagent.auth import read_token
-    from hyperagent.data.tokens import count_tokens_rows, read_tokenizer_identity, read_tokens
+    from hyperagent.data.tokens import count_tokens_rows, read_data_identity, read_tokens
     from hyperagent.wire.client import TeacherClient
     from hyperagent.wire.outcome import Outcome
 
-    identity = read_tokenizer_identity(tokens)
+    data = read_data_identity(tokens)
     task = bars.add_task("populating", total=count_tokens_rows(tokens), note="")
     outcomes: Counter[Outcome] = Counter()
     refused: list[str] = []
     rows = 0
     async with TeacherClient(address, read_token()) as teacher:
         trajectories = ((t.trajectory_id, t.token_ids, t.positions) for t in read_tokens(tokens))
-        async for item in teacher.populate(trajectories, tokenizer=identity):
+        async for item in teacher.populate(trajectories, data=data):
             outcomes[item.outcome] += 1
             rows += item.num_rows
             if item.outcome is Outcome.REFUSED:

@@ -1,65 +1,202 @@
-"""`hyperagent data`: from trajectories to token ids."""
+"""`hyperagent data`: get trajectories, look at them, choose and split them, turn them into token ids."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.cli import data_options as opt
+from hyperagent.cli.data_look import inspect, plan, show
+from hyperagent.cli.display import print_result, progress_bars, refusals
 
-app = typer.Typer(help="Turn trajectories into token ids.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from hyperagent.data.selection import Selected
+    from hyperagent.data.tokenise import TokeniseReport
+
+app = typer.Typer(help="Get, look at, split and tokenise trajectories.", no_args_is_help=True)
+app.command()(inspect)
+app.command()(show)
+app.command()(plan)
 
 
-@app.callback()
-def _group() -> None:
-    """Turn trajectories into token ids."""
+@app.command()
+def download(
+    folder: Annotated[Path, typer.Argument(help="Folder to put the file in.")] = Path("data"),
+    as_json: opt.Json = False,
+) -> None:
+    """Fetch the pinned revision of nebius/SWE-rebench-openhands-trajectories, 2.1 GB, and check it.
+
+    A download that was interrupted goes on where it stopped. HF_ENDPOINT names a mirror of the hub.
+    """
+    from hyperagent.data.download import download_dataset
+
+    print_result(asdict(download_dataset(folder)), as_json=as_json)
+
+
+@app.command()
+def fixture(
+    target: Annotated[Path, typer.Argument(help="File to write: Parquet, or JSON Lines if named *.jsonl.")],
+    seed: Annotated[int, typer.Option(min=0, help="Draws the prose.")] = 0,
+    as_json: opt.Json = False,
+) -> None:
+    """Write a small synthetic file that holds every odd trait of the data set, to try a pipeline on."""
+    from hyperagent.data.fixture.generate import write_fixture
+
+    cases = write_fixture(target, seed=seed)
+    rows = [{"trajectory_id": case.trajectory_id, "shows": case.shows, "refusal": case.refusal} for case in cases]
+    if as_json:
+        print_result({"file": str(target), "rows": rows}, as_json=True)
+    else:
+        lines = [f"{case.trajectory_id or '-'}: {case.shows}" for case in cases]
+        print_result({"file": str(target), "rows": lines}, as_json=False)
+
+
+@app.command()
+def split(
+    source: opt.Source,
+    resolved_only: opt.ResolvedOnly = False,
+    exit_status: opt.ExitStatus = None,
+    licences: opt.Licences = None,
+    licence: opt.Licence = None,
+    sample: opt.Sample = None,
+    held_out_share: opt.HeldOutShare = 0.2,
+    held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
+    by: opt.By = "hash",
+    seed: opt.Seed = 0,
+    strict: opt.Strict = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Say which rows `data tokenize` would train on and hold out with the same options, without tokenising."""
+    from hyperagent.config import parse
+    from hyperagent.data.joined import read_joined
+    from hyperagent.data.selection import Selection, select_rows
+    from hyperagent.data.split import SplitSettings, split_rows
+
+    selection = parse(_selection(resolved_only, exit_status, licence, sample, seed), Selection, source="the options")
+    settings = parse(
+        {"held_out_share": held_out_share, "held_out_tasks_share": held_out_tasks_share, "by": by, "seed": seed},
+        SplitSettings,
+        source="the options",
+    )
+    with progress_bars() as bars:
+        task = bars.add_task("reading", total=None, note="")
+        selected = select_rows(
+            source,
+            selection,
+            licence_of=read_joined(licences, "license_name") if licences else None,
+            strict=strict,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    print_result(_split_result(selected, split_rows(selected.rows, settings), as_json=as_json), as_json=as_json)
+
+
+def _split_result(selected: Selected, splits: dict[int, str], *, as_json: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"rows": selected.num_rows, "left_out": dict(selected.left_out)}
+    for name in sorted(set(splits.values()), reverse=True):
+        rows = [row for row in selected.rows if splits[row.number] == name]
+        repos = Counter(row.repo for row in rows)
+        result[name] = {
+            "rows": len(rows),
+            "tasks": len({row.issue for row in rows}),
+            "repos": dict(repos.most_common()) if as_json else len(repos),
+        }
+        if as_json:
+            result[name]["trajectory_ids"] = [row.name for row in rows]
+    return {**result, "refused": refusals(selected.refused, as_json=as_json)}
 
 
 @app.command()
 def tokenize(
-    source: Annotated[Path, typer.Argument(help="Parquet file in the schema of SWE-rebench-openhands-trajectories.")],
+    source: opt.Source,
     target: Annotated[Path, typer.Argument(help="Tokens file to write.")],
-    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json and the chat template.")],
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest trajectory, in tokens.")] = 131_072,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest task prompt, in tokens.")] = 32_768,
-    cut: Annotated[
-        bool, typer.Option("--cut", help="Cut a longer trajectory at a message instead of refusing it.")
-    ] = False,
-    sample: Annotated[int | None, typer.Option(min=2, help="Take this many rows, drawn by the seed.")] = None,
-    held_out_share: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of repositories to hold out.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Draws the sample and the held-out repositories.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    tokenizer: opt.TokenizerFolder,
+    max_tokens: opt.MaxTokens = 131_072,
+    max_prompt_tokens: opt.MaxPromptTokens = 32_768,
+    cut: opt.Cut = False,
+    condition: opt.Condition = None,
+    internalise: opt.Internalise = None,
+    extra: opt.Extra = None,
+    resolved_only: opt.ResolvedOnly = False,
+    exit_status: opt.ExitStatus = None,
+    licences: opt.Licences = None,
+    licence: opt.Licence = None,
+    sample: opt.Sample = None,
+    held_out_share: opt.HeldOutShare = 0.2,
+    held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
+    by: opt.By = "hash",
+    seed: opt.Seed = 0,
+    strict: opt.Strict = False,
+    workers: opt.Workers = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Tokenise trajectories once; the teacher and the trainer both read the file this writes."""
-    from hyperagent.data.tokenise import tokenise_file
+    from hyperagent.config import parse
+    from hyperagent.data.tokenise import JoinedFiles, TokeniseSettings, tokenise_file
     from hyperagent.data.tokenizer import ChatTokenizer
 
+    settings = parse(
+        {
+            "views": {
+                "max_tokens": max_tokens,
+                "max_prompt_tokens": max_prompt_tokens,
+                "cut": cut,
+                "internalised": internalise or (),
+                **({"condition": condition} if condition else {}),
+            },
+            "selection": _selection(resolved_only, exit_status, licence, sample, seed),
+            "split": {
+                "held_out_share": held_out_share,
+                "held_out_tasks_share": held_out_tasks_share,
+                "by": by,
+                "seed": seed,
+            },
+        },
+        TokeniseSettings,
+        source="the options",
+    )
     with progress_bars() as bars:
-        task = bars.add_task("tokenising", total=None, note="")
+        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenising")}
         report = tokenise_file(
             source,
             target,
             ChatTokenizer(tokenizer),
-            max_tokens=max_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            cut=cut,
-            sample=sample,
-            held_out_share=held_out_share,
-            seed=seed,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
+            settings,
+            joined=JoinedFiles(licences, extra),
+            strict=strict,
+            num_workers=workers,
+            progress=lambda what, done, total: bars.update(tasks[what], completed=done, total=total),
         )
-    print_result(
-        {
-            "tokens_file": str(target),
-            "rows": report.rows,
-            "chosen": report.chosen,
-            "train": report.train,
-            "held_out": report.held_out,
-            "tokens": report.tokens,
-            "supervised_tokens": report.supervised_tokens,
-            "refused": [str(refusal) for refusal in report.refused],
-        },
-        as_json=as_json,
-    )
+    print_result(_tokenise_result(target, report, as_json=as_json), as_json=as_json)
+
+
+def _tokenise_result(target: Path, report: TokeniseReport, *, as_json: bool) -> dict[str, Any]:
+    return {
+        "tokens_file": str(target),
+        "fingerprint": report.fingerprint,
+        "rows": report.rows,
+        "left_out": dict(report.left_out),
+        "chosen": report.chosen,
+        **report.splits,
+        "tokens": report.tokens,
+        "supervised_tokens": report.supervised_tokens,
+        "student_tokens": report.student_tokens,
+        "prompt_tokens": report.prompt_tokens,
+        "too_long": report.too_long,
+        "refused": refusals(report.refused, as_json=as_json),
+    }
+
+
+def _selection(
+    resolved_only: bool, exit_status: list[str] | None, licence: list[str] | None, sample: int | None, seed: int
+) -> dict[str, Any]:
+    return {
+        "resolved_only": resolved_only,
+        "exit_statuses": exit_status or (),
+        "licences": licence or (),
+        "sample": sample,
+        "seed": seed,
+    }

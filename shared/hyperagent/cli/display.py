@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as EtaColumn
+
+from hyperagent.errors import RowRefused
 
 stderr = Console(stderr=True)
 
@@ -36,5 +39,20 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
     width = max(len(name) for name in result)
     for name, value in result.items():
         lines = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            lines = [f"{key}: {_flat(item)}" for key, item in value.items()]
         for place, line in enumerate(lines):
             typer.echo(f"{name if place == 0 else '':<{width}}  {line}")
+
+
+def refusals(refused: Iterable[RowRefused], *, as_json: bool) -> list[Any]:
+    """Refused rows for `print_result`: objects for programs, sentences for people."""
+    if as_json:
+        return [{"trajectory_id": refusal.trajectory_id, "reason": refusal.reason} for refusal in refused]
+    return [str(refusal) for refusal in refused]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

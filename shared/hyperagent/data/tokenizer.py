@@ -1,34 +1,27 @@
 """A tokenizer folder as this project uses it: its ids, its chat template, its identity.
 
-Untrusted text must not be able to open or close a turn, yet a stock tokenizer turns a literal
-`<|im_end|>` in a tool's output into the control token. So the template is run over messages in which
-such literals are broken by a marker, the rendered text is cut at the control tokens that the template
-itself wrote, and what stands between them is encoded as plain text with the markers taken out again.
-A text's last characters are broken too where the template could complete them: an argument named
-`<|im_end|` followed by the template's `>` would end the turn. For text without such literals the ids
-equal those of `apply_chat_template(tokenize=True)`.
+Untrusted text must not be able to open or close a turn (see `guard`). So the rendered text is cut at the control tokens
+that the template itself wrote, and what stands between them is encoded as plain text. For text without literals of
+control tokens the ids equal those of `apply_chat_template(tokenize=True)`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from hyperagent.data.guard import Guard, any_of
 from hyperagent.errors import ConfigError, DataError
 from hyperagent.identity import TokenizerIdentity, tokenizer_sha256
-
-# A noncharacter of Unicode: never valid in interchanged text (Unicode 16, section 23.7), so never a row's own.
-_MARKER = "\ufdd0"
-# JSON can spell one (RFC 8259, section 8.2), and no tokenizer takes it.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -46,32 +39,90 @@ class Encoded:
     """[T], index after each token's last character."""
 
 
+_MarkedText = tuple[str, str]
+"""A text without control tokens, and the marker in it, empty if there is none."""
+
+
+class _Piece(NamedTuple):
+    """A text without control tokens."""
+
+    ids: NDArray[np.uint32]
+    """[T]."""
+    offsets: NDArray[np.int64]
+    """[T, 2], first character and the one after the last."""
+
+
+class _PieceCache:
+    """The pieces used last; trajectories of one data set share their system prompts, and so do the views of one."""
+
+    _MAX_CHARACTERS = 4 << 20
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[_MarkedText, _Piece] = OrderedDict()
+        self._num_characters = 0
+
+    def __contains__(self, text: _MarkedText) -> bool:
+        return text in self._pieces
+
+    def __getitem__(self, text: _MarkedText) -> _Piece:
+        self._pieces.move_to_end(text)
+        return self._pieces[text]
+
+    def add(self, text: _MarkedText, piece: _Piece) -> None:
+        self._pieces[text] = piece
+        self._num_characters += len(text[0])
+        while self._num_characters > self._MAX_CHARACTERS:
+            self._num_characters -= len(self._pieces.popitem(last=False)[0][0])
+
+
 class Conversation:
-    """Messages and tools whose literals of control tokens are broken by a marker (see the module's text)."""
+    """Messages and tools, ready to be rendered by a tokenizer's chat template and encoded."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, messages: list[Any], tools: list[Any]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, messages: list[Message], tools: list[Tool]) -> None:
+        """Made by `ChatTokenizer.conversation`."""
         self._tokenizer = tokenizer
-        self._messages = messages
-        self._tools = tools
+        self._untouched = (messages, tools)
+        self._marker = tokenizer.guard.marker_for([messages, tools])
+        self._guarded = self._untouched
+        if self._marker is not None:
+            self._guarded = tokenizer.guard.broken(messages, self._marker), tokenizer.guard.broken(tools, self._marker)
 
-    def render(self, indices: Iterable[int] | None = None, *, add_generation_prompt: bool = False) -> str:
-        """The template's text for the messages at `indices`, or for all.
+    def render(
+        self, indices: Iterable[int] | None = None, *, add_generation_prompt: bool = False, with_tools: bool = True
+    ) -> str:
+        """The template's text for the messages at `indices`, or for all, with markers (see `guard`).
 
         Raises:
             DataError: the template refuses the conversation.
         """
-        messages = self._messages if indices is None else [self._messages[index] for index in indices]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=self._tools or None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # jinja runs the template's own code: anything may come out of it
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise DataError(f"the chat template refuses the conversation: {why}") from error
-        return str(text)
+        messages, tools = self._guarded
+        chosen = messages if indices is None else [messages[index] for index in indices]
+        return self._tokenizer.apply_template(
+            chosen, tools if with_tools else [], add_generation_prompt=add_generation_prompt
+        )
+
+    def stock(self, indices: Iterable[int] | None = None) -> str:
+        """What the template makes of the untouched messages, as any other user of the template would have it.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        messages, tools = self._untouched
+        chosen = messages if indices is None else [messages[index] for index in indices]
+        return self._tokenizer.apply_template(chosen, tools, add_generation_prompt=False)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether a text had to be broken."""
+        return self._marker is not None
+
+    def plain(self, rendered: str) -> str:
+        """A text from `render` without its markers."""
+        return rendered if self._marker is None else rendered.replace(self._marker, "")
+
+    def encode(self, rendered: str) -> Encoded:
+        """Token ids of a text from `render`, with character offsets into that very text."""
+        return self._tokenizer.encode(rendered, marker=self._marker)
 
 
 class ChatTokenizer:
@@ -102,73 +153,87 @@ class ChatTokenizer:
         self._plain = self._tokenizer.backend_tokenizer
         self._plain.encode_special_tokens = True
         added = self._plain.get_added_tokens_decoder()
-        self._control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        if not self._control_ids:
+        self.control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        """Ids of the control tokens by their literals; only a template can write them, never a row's text."""
+        if not self.control_ids:
             raise ConfigError(f"the tokenizer in {folder} has no control token, so turns cannot be told from text")
-        self._control = re.compile(_any_of(self._control_ids))
-        beginnings = {text[:length] for text in self._control_ids for length in range(1, len(text))}
-        # A template may trim what follows, so white space does not make a beginning harmless.
-        self._to_break = re.compile(rf"{_any_of(self._control_ids)}|(?:{_any_of(beginnings)})(?=\s*\Z)")
+        self.control = re.compile(any_of(self.control_ids))
+        """Finds their literals."""
+        self.guard = Guard(self.control_ids)
+        self._pieces = _PieceCache()
+
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Path]]:
+        # A worker process reads the folder itself.
+        return type(self), (self.folder,)
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
         """A conversation ready to be rendered, in whole or in part.
 
         Raises:
-            DataError: a text holds the reserved noncharacter U+FDD0 or half of a surrogate pair.
+            DataError: a text holds half of a surrogate pair.
         """
-        return Conversation(
-            self._tokenizer, _guard(list(messages), self._to_break), _guard(list(tools), self._to_break)
-        )
+        return Conversation(self, list(messages), list(tools))
 
-    def encode(self, rendered: str) -> Encoded:
-        """Token ids of a text from `Conversation.render`, with character offsets into that text."""
-        controls = list(self._control.finditer(rendered))
+    def apply_template(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
+        """The stock rendering.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # jinja runs the template's own code: anything may come out of it
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"the chat template refuses the conversation: {why}") from error
+        return str(text)
+
+    def encode(self, rendered: str, *, marker: str | None = None) -> Encoded:
+        """Token ids of a text in which every literal of a control token is one, with character offsets.
+
+        Args:
+            marker: what breaks the literals that are not; it is no part of the text, but the offsets count it.
+        """
+        controls = list(self.control.finditer(rendered))
         bounds = [0, *(bound for control in controls for bound in control.span()), len(rendered)]
         texts = [rendered[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
-        encodings = self._plain.encode_batch([text.replace(_MARKER, "") for text in texts], add_special_tokens=False)
-        ids: list[int] = []
-        spans = []
-        for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            ids.extend(encoding.ids)
-            spans.append(
-                bounds[2 * number] + _with_markers(np.asarray(encoding.offsets, np.int64).reshape(-1, 2), text)
-            )
+        pieces = self._encode_pieces([(text, marker if marker and marker in text else "") for text in texts])
+        ids, spans = [], []
+        for number, piece in enumerate(pieces):
+            ids.append(piece.ids)
+            spans.append(bounds[2 * number] + piece.offsets)
             if number < len(controls):
-                ids.append(self._control_ids[controls[number].group()])
+                ids.append(np.asarray([self.control_ids[controls[number].group()]], np.uint32))
                 spans.append(np.asarray([controls[number].span()], np.int64))
         starts, ends = np.concatenate(spans).T
-        return Encoded(np.asarray(ids, np.uint32), starts, ends)
+        return Encoded(np.concatenate(ids), starts, ends)
+
+    def _encode_pieces(self, texts: list[_MarkedText]) -> list[_Piece]:
+        new = list(dict.fromkeys(text for text in texts if text not in self._pieces))
+        plain = [text.replace(marker, "") if marker else text for text, marker in new]
+        encodings = self._plain.encode_batch(plain, add_special_tokens=False)
+        encoded = {}
+        for key, encoding in zip(new, encodings, strict=True):
+            offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            encoded[key] = _Piece(np.asarray(encoding.ids, np.uint32), _with_markers(offsets, *key))
+        # A piece may be forgotten while others are added, so known ones are taken first.
+        pieces = [encoded[text] if text in encoded else self._pieces[text] for text in texts]
+        for key, piece in encoded.items():
+            self._pieces.add(key, piece)
+        return pieces
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def prompt_ids(self, prompt: str) -> NDArray[np.uint32]:
-        """[P]: the condition view of a task's text, one user turn."""
-        return self.encode(self.conversation([{"role": "user", "content": prompt}], []).render()).ids
 
-
-def _guard(value: Any, to_break: re.Pattern[str]) -> Any:
-    """Break what `to_break` matches in `value`'s strings after its first character."""
-    if isinstance(value, str):
-        if _MARKER in value:
-            raise DataError("a text holds the noncharacter U+FDD0, which is reserved here; remove it")
-        if not value.isascii() and _SURROGATE.search(value):
-            raise DataError("a text holds half of a surrogate pair, which is no character; remove it")
-        return to_break.sub(lambda match: match.group()[0] + _MARKER + match.group()[1:], value)
-    if isinstance(value, Mapping):
-        return {_guard(key, to_break): _guard(item, to_break) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_guard(item, to_break) for item in value]
-    return value
-
-
-def _with_markers(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:
+def _with_markers(offsets: NDArray[np.int64], text: str, marker: str) -> NDArray[np.int64]:
     """Character offsets into `text` for those into `text` without its markers."""
-    marks = [match.start() - number for number, match in enumerate(re.finditer(_MARKER, text))]
-    return offsets + np.searchsorted(marks, offsets, side="right")
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """A regular expression for any of `texts`, the longest that fits."""
-    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+    if not marker:
+        return offsets
+    marks = [match.start() - number * len(marker) for number, match in enumerate(re.finditer(re.escape(marker), text))]
+    return offsets + len(marker) * np.searchsorted(marks, offsets, side="right")

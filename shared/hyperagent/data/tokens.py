@@ -1,15 +1,14 @@
 """Trajectories as token ids: the file that travels from tokenisation to the teacher and the trainer.
 
-Text is tokenised once. From here on everybody reads ids from this file, so teacher and student cannot
-disagree about what a trajectory is. The file is Parquet; its schema metadata carry the tokenizer's identity.
+Text is tokenised once. From here on everybody reads ids from this file, so teacher and student cannot disagree about
+what a trajectory is. The file is Parquet; its schema metadata carry the data's identity (docs/data.md).
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,58 +17,107 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hyperagent.errors import DataError
-from hyperagent.files import write_atomically
-from hyperagent.identity import TokenizerIdentity
+from hyperagent.files import new_file
+from hyperagent.identity import DataIdentity
 
 TRAIN = "train"
 HELD_OUT = "held_out"
+HELD_OUT_TASKS = "held_out_tasks"
 
-_FORMAT = b"hyperagent-tokens-1"
+_FORMAT = b"hyperagent-tokens-2"
+_IDS = pa.list_(pa.uint32())
 _SCHEMA = pa.schema(
     [
         pa.field("trajectory_id", pa.string(), nullable=False),
         pa.field("repo", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.uint32()), nullable=False),
-        pa.field("positions", pa.list_(pa.uint32()), nullable=False),
-        pa.field("prompt_ids", pa.list_(pa.uint32()), nullable=False),
+        pa.field("token_ids", _IDS, nullable=False),
+        pa.field("positions", _IDS, nullable=False),
+        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("student_ids", _IDS, nullable=True),
+        pa.field("student_positions", _IDS, nullable=True),
     ]
 )
-
-_ARRAYS = ("token_ids", "positions", "prompt_ids")
+_ROWS_PER_GROUP = 64
 
 
 @dataclass(frozen=True, eq=False)
 class TokenisedTrajectory:
-    """One trajectory, T tokens of which N are supervised."""
+    """One trajectory: T tokens in the teacher's view, S in the student's, N of them supervised in both."""
 
     trajectory_id: str
     repo: str
     split: str
-    """`TRAIN` or `HELD_OUT`; a repo is never in both."""
+    """`TRAIN`, `HELD_OUT` (repositories that are in no other split) or `HELD_OUT_TASKS` (tasks of training's own)."""
     token_ids: NDArray[np.uint32]
-    """[T]."""
+    """[T], the teacher's view."""
     positions: NDArray[np.uint32]
     """[N], strictly increasing, each at least 1: the supervised tokens, which the assistant wrote."""
     prompt_ids: NDArray[np.uint32]
-    """[P]: the condition view, what the hypernetwork reads."""
+    """[P], the condition view: what the hypernetwork reads."""
+    student_ids: NDArray[np.uint32]
+    """[S], the student's view; the very same array as `token_ids` where the student sees everything."""
+    student_positions: NDArray[np.uint32]
+    """[N], where the supervised tokens stand in the student's view."""
+
+    def require_aligned(self) -> None:
+        """Refuse views whose nth supervised tokens differ.
+
+        Raises:
+            DataError: the views do not belong together.
+        """
+        if self.student_ids is self.token_ids and self.student_positions is self.positions:
+            return
+        inside = len(self.student_positions) == len(self.positions) and (
+            self.positions.max(initial=0) < len(self.token_ids)
+            and self.student_positions.max(initial=0) < len(self.student_ids)
+        )
+        if not inside or not np.array_equal(
+            self.student_ids[self.student_positions], self.token_ids[self.positions]
+        ):
+            raise DataError("the supervised tokens of the teacher's and the student's view differ")
 
 
-def write_tokens(path: Path, trajectories: Sequence[TokenisedTrajectory], tokenizer: TokenizerIdentity) -> None:
-    """Write a tokens file, whole or not at all.
+class TokensWriter:
+    """Writes trajectories to a tokens file, some at a time; made by `write_tokens`."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+        self._pending: list[TokenisedTrajectory] = []
+
+    def write(self, trajectory: TokenisedTrajectory) -> None:
+        """Add one trajectory."""
+        self._pending.append(trajectory)
+        if len(self._pending) == _ROWS_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added since the last row group."""
+        if self._pending:
+            rows = [_to_row(trajectory) for trajectory in self._pending]
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=self._writer.schema))
+            self._pending.clear()
+
+
+@contextmanager
+def write_tokens(path: Path, identity: DataIdentity) -> Iterator[TokensWriter]:
+    """Write a tokens file, whole or not at all; one row group is held in memory.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: the file system refused; `path` is as it was before.
     """
-    metadata = {b"format": _FORMAT, b"tokenizer": json.dumps(asdict(tokenizer)).encode()}
-    table = pa.Table.from_pylist([asdict(t) for t in trajectories], schema=_SCHEMA.with_metadata(metadata))
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_atomically(path, buffer.getvalue())
+    schema = _SCHEMA.with_metadata({b"format": _FORMAT, b"identity": identity.to_json()})
+    with (
+        new_file(path) as aside,
+        pq.ParquetWriter(aside, schema, compression="zstd", write_page_checksum=True) as parquet,
+    ):
+        writer = TokensWriter(parquet)
+        yield writer
+        writer.flush()
 
 
-def read_tokenizer_identity(path: Path) -> TokenizerIdentity:
-    """What the file was tokenised with.
+def read_data_identity(path: Path) -> DataIdentity:
+    """What the file was made from, and how.
 
     Raises:
         DataError: the file is missing or is not a tokens file.
@@ -78,21 +126,22 @@ def read_tokenizer_identity(path: Path) -> TokenizerIdentity:
 
 
 def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTrajectory]:
-    """Stream the trajectories of a tokens file, in the file's order, one row group in memory at a time.
+    """Stream the trajectories of a tokens file, in the file's order, a few in memory at a time.
 
     Raises:
-        DataError: the file is missing, is not a tokens file, or is damaged.
+        DataError: the file is missing, is not a tokens file, is damaged, or its views are not aligned.
     """
     file, _ = _open(path)
     num_rows = 0
     try:
-        for batch in file.iter_batches(batch_size=64):
+        for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP):
             num_rows += batch.num_rows
-            for row in batch.to_pylist():
-                if split is None or row["split"] == split:
-                    arrays = {name: np.asarray(row[name], dtype=np.uint32) for name in _ARRAYS}
-                    yield TokenisedTrajectory(**{**row, **arrays})
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            for row in range(batch.num_rows):
+                if split is None or batch.column("split")[row].as_py() == split:
+                    trajectory = _from_row(batch, row)
+                    trajectory.require_aligned()
+                    yield trajectory
+    except (pa.ArrowException, OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenise the data again") from error
     # A damaged page header can end a column early without any error.
     if num_rows != file.metadata.num_rows:
@@ -106,7 +155,30 @@ def count_tokens_rows(path: Path) -> int:
     return int(_open(path)[0].metadata.num_rows)
 
 
-def _open(path: Path) -> tuple[pq.ParquetFile, TokenizerIdentity]:
+def _to_row(trajectory: TokenisedTrajectory) -> dict[str, object]:
+    row: dict[str, object] = {name: getattr(trajectory, name) for name in _SCHEMA.names}
+    if trajectory.student_ids is trajectory.token_ids:
+        row["student_ids"] = row["student_positions"] = None
+    return row
+
+
+def _from_row(batch: pa.RecordBatch, row: int) -> TokenisedTrajectory:
+    name, repo, split = (batch.column(column)[row].as_py() for column in ("trajectory_id", "repo", "split"))
+    arrays = {column: _array(batch, column, row) for column in ("token_ids", "positions", "prompt_ids")}
+    if batch.column("student_ids")[row].is_valid:
+        arrays |= {column: _array(batch, column, row) for column in ("student_ids", "student_positions")}
+    else:
+        arrays |= {"student_ids": arrays["token_ids"], "student_positions": arrays["positions"]}
+    return TokenisedTrajectory(name, repo, split, **arrays)
+
+
+def _array(batch: pa.RecordBatch, name: str, row: int) -> NDArray[np.uint32]:
+    # Copied, since a view would keep the whole batch in memory.
+    array: NDArray[np.uint32] = batch.column(name)[row].values.to_numpy(zero_copy_only=False).astype(np.uint32)
+    return array
+
+
+def _open(path: Path) -> tuple[pq.ParquetFile, DataIdentity]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
@@ -119,6 +191,6 @@ def _open(path: Path) -> tuple[pq.ParquetFile, TokenizerIdentity]:
             f"{path} is not a tokens file ({_FORMAT.decode()}); make one from it with `hyperagent data tokenize`"
         )
     try:
-        return file, TokenizerIdentity(**json.loads(metadata[b"tokenizer"]))
+        return file, DataIdentity.from_json(metadata[b"identity"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: its tokenizer is not readable; tokenise the data again") from error
+        raise DataError(f"{path} is damaged: its identity is not readable; tokenise the data again") from error

@@ -24,11 +24,11 @@ from torch import Tensor
 from hyperagent.config import StrictModel, parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
 from hyperagent.files import new_directory
-from hyperagent.identity import TokenizerIdentity, canonical_json
+from hyperagent.identity import DataIdentity, canonical_json
 from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork, HyperNetworkConfig, LoRAPair
 from hyperagent.model.targets import LayerInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -42,7 +42,10 @@ class BundleManifest(StrictModel):
     """`identity.weights_fingerprint` of the student."""
     teacher: str
     """Fingerprint of the teacher it learned from."""
-    tokenizer: TokenizerIdentity
+    data: DataIdentity
+    """What it was trained on."""
+    condition: tuple[str, ...]
+    """The parts of a trajectory that it reads (`hyperagent.data.views.Part`)."""
     hypernetwork: HyperNetworkConfig
     layers: tuple[LayerInfo, ...]
     max_prompt_tokens: int = Field(ge=1)

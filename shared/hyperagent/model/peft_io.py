@@ -8,6 +8,7 @@ Format: `adapter_config.json` holds a `LoraConfig`, `adapter_model.safetensors` 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from safetensors.torch import save
@@ -24,8 +25,15 @@ class AdapterFiles:
     config: bytes
 
 
-def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) -> AdapterFiles:
-    """Serialise one adapter; `base_model` names the student it belongs to.
+def encode_adapter(
+    weights: AdapterWeights, *, base_model: str, alpha: float, origin: Mapping[str, str]
+) -> AdapterFiles:
+    """Serialise one adapter.
+
+    Args:
+        base_model: name of the student it belongs to.
+        origin: fingerprints of what it was made by; kept in the metadata of `adapter_model.safetensors`, since PEFT
+            and vLLM take no unknown names in `adapter_config.json`.
 
     Raises:
         InvalidRequest: there are no factors, or their ranks differ.
@@ -55,6 +63,19 @@ def encode_adapter(weights: AdapterWeights, *, base_model: str, alpha: float) ->
         # Full names: a suffix such as "out_proj" could also match a layer the adapter does not change.
         "target_modules": sorted(weights),
     }
-    return AdapterFiles(
-        model=save(tensors, metadata={"format": "pt"}), config=(json.dumps(config, indent=2) + "\n").encode()
-    )
+    model = _with_ordered_metadata(save(tensors, metadata={"format": "pt", **origin}))
+    return AdapterFiles(model=model, config=(json.dumps(config, indent=2) + "\n").encode())
+
+
+def _with_ordered_metadata(content: bytes) -> bytes:
+    """A safetensors file whose metadata stand in order: the library writes them in one that changes from call to call.
+
+    Equal adapters are then equal files, as their digests and ETags promise. The layout is an 8-byte little-endian
+    length and a JSON header of that length, padded with spaces (https://github.com/huggingface/safetensors#format).
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(ordered) <= length
+    return content[:8] + ordered.ljust(length) + content[8 + length :]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hyperagent.auth import BEARER
 from hyperagent.errors import CorruptRecord
-from hyperagent.identity import TeacherIdentity, TokenizerIdentity
+from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity
 from hyperagent.topk import TopKRows
 from hyperagent.wire import codec, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
@@ -154,7 +154,7 @@ class TeacherClient:
         self,
         trajectories: AsyncIterable[Trajectory] | Iterable[Trajectory],
         *,
-        tokenizer: TokenizerIdentity,
+        data: DataIdentity,
         timeout_s: float = POPULATE_TIMEOUT_S,
     ) -> AsyncGenerator[PopulateOutcome, None]:
         """Have trajectories scored into the teacher's cache; yields one outcome per trajectory, in order.
@@ -163,26 +163,27 @@ class TeacherClient:
         halfway; asking again goes on from there.
 
         Args:
+            data: of the file the trajectories are from; the cache records it.
             timeout_s: for all of them together.
 
         Raises:
             IdentityMismatch: the teacher's tokenizer is another.
             StorageError: the teacher cannot write to its cache.
         """
-        return self._populate(_trajectory_items(trajectories), tokenizer, timeout_s)
+        return self._populate(_trajectory_items(trajectories), data, timeout_s)
 
     def populate_file(
-        self, name: str, *, tokenizer: TokenizerIdentity, timeout_s: float = POPULATE_TIMEOUT_S
+        self, name: str, *, data: DataIdentity, timeout_s: float = POPULATE_TIMEOUT_S
     ) -> AsyncGenerator[PopulateOutcome, None]:
         """`populate` with a tokens file inside the teacher's own data folder.
 
         Raises:
             NotFound: there is no such file there.
         """
-        return self._populate(_file_item(name), tokenizer, timeout_s)
+        return self._populate(_file_item(name), data, timeout_s)
 
     async def _populate(
-        self, items: AsyncIterator[pb.PopulateCacheRequest], tokenizer: TokenizerIdentity, timeout_s: float
+        self, items: AsyncIterator[pb.PopulateCacheRequest], data: DataIdentity, timeout_s: float
     ) -> AsyncGenerator[PopulateOutcome, None]:
         # grpc.aio loses the status of a call that ends while a message is being sent (grpc/grpc#36066), so nothing is
         # sent unless the teacher waits for it: each answer, and the acceptance of the options, is a turn to send.
@@ -191,7 +192,7 @@ class TeacherClient:
 
         async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
             nonlocal failure
-            yield pb.PopulateCacheRequest(options=pb.PopulateOptions(tokenizer=codec.tokenizer_to_proto(tokenizer)))
+            yield pb.PopulateCacheRequest(options=pb.PopulateOptions(data=codec.data_to_proto(data)))
             if codec.OPTIONS_ACCEPTED not in tuple(await call.initial_metadata()):
                 await call.code()
                 return

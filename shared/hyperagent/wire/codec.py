@@ -6,6 +6,7 @@ the arrays that come out of a message are read-only views of its bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hyperagent.errors import CorruptRecord, InvalidRequest, ServiceError
-from hyperagent.identity import TeacherIdentity, TokenizerIdentity, require_same
+from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity, canonical_json, require_same
 from hyperagent.topk import TopKRows
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
@@ -125,6 +126,38 @@ def tokenizer_to_proto(identity: TokenizerIdentity) -> pb.TokenizerIdentity:
 
 def tokenizer_from_proto(message: pb.TokenizerIdentity) -> TokenizerIdentity:
     return TokenizerIdentity(message.tokenizer_sha256, message.template_sha256)
+
+
+def data_to_proto(identity: DataIdentity) -> pb.DataIdentity:
+    return pb.DataIdentity(
+        tokenizer=tokenizer_to_proto(identity.tokenizer),
+        source=identity.source,
+        settings=canonical_json(identity.settings).decode(),
+        fingerprint=identity.fingerprint,
+    )
+
+
+def data_from_proto(message: pb.DataIdentity) -> DataIdentity:
+    """The identity of the data that a client sends.
+
+    Raises:
+        InvalidRequest: its settings are not a JSON object.
+        IdentityMismatch: its fingerprint is not that of its fields.
+    """
+    try:
+        settings = dict(json.loads(message.settings))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(
+            f"the data's settings are not a JSON object: {error}; send the identity that the tokens file holds"
+        ) from error
+    identity = DataIdentity(tokenizer_from_proto(message.tokenizer), message.source, settings)
+    require_same(
+        "the data's fingerprint",
+        expected=identity.fingerprint,
+        found=message.fingerprint,
+        remedy="run the same version of hyperagent on both sides",
+    )
+    return identity
 
 
 def teacher_to_proto(identity: TeacherIdentity) -> pb.TeacherIdentity:

@@ -14,6 +14,18 @@ class TokenizerIdentity(_message.Message):
     template_sha256: str
     def __init__(self, tokenizer_sha256: _Optional[str] = ..., template_sha256: _Optional[str] = ...) -> None: ...
 
+class DataIdentity(_message.Message):
+    __slots__ = ("tokenizer", "source", "settings", "fingerprint")
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    tokenizer: TokenizerIdentity
+    source: str
+    settings: str
+    fingerprint: str
+    def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., source: _Optional[str] = ..., settings: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
 class TeacherIdentity(_message.Message):
     __slots__ = ("model", "weights", "dtype", "backend", "tokenizer", "vocab_size", "top_k", "fingerprint")
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -93,10 +105,10 @@ class PopulateCacheRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[PopulateOptions, _Mapping]] = ..., trajectory: _Optional[_Union[TokenisedTrajectory, _Mapping]] = ..., file: _Optional[_Union[TokensFile, _Mapping]] = ...) -> None: ...
 
 class PopulateOptions(_message.Message):
-    __slots__ = ("tokenizer",)
-    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
-    tokenizer: TokenizerIdentity
-    def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ...) -> None: ...
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: DataIdentity
+    def __init__(self, data: _Optional[_Union[DataIdentity, _Mapping]] = ...) -> None: ...
 
 class TokenisedTrajectory(_message.Message):
     __slots__ = ("trajectory_id", "token_ids", "positions")

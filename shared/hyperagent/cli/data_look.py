@@ -1,0 +1,128 @@
+"""`hyperagent data inspect | show | plan`: look at trajectories before anything is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hyperagent.cli import data_options as opt
+from hyperagent.cli.display import print_result, progress_bars, refusals
+
+if TYPE_CHECKING:
+    from hyperagent.data.inspect import FileReport
+    from hyperagent.data.show import Segment
+
+_STYLES = {"system": "magenta", "user": "green", "tool": "yellow"}
+# A recorded terminal's escape sequences would act on the reader's own terminal: they are shown by their symbols.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def inspect(
+    source: opt.Source,
+    tokenizer: opt.TokenizerFolder,
+    plot: Annotated[Path | None, typer.Option(help="Write a histogram of lengths to this PNG file.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Count the trajectories that are longer.")] = 131_072,
+    strict: opt.Strict = False,
+    workers: opt.Workers = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Render, tokenise, mask and check every row, whatever its length, and write nothing."""
+    from hyperagent.data.inspect import inspect_file
+    from hyperagent.data.plot import write_histogram
+    from hyperagent.data.tokenizer import ChatTokenizer
+
+    chat = ChatTokenizer(tokenizer)
+    with progress_bars() as bars:
+        task = bars.add_task("inspecting", total=None, note="")
+        report = inspect_file(
+            source,
+            chat,
+            strict=strict,
+            num_workers=workers,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    if plot is not None:
+        write_histogram(plot, report, max_tokens=max_tokens)
+    result = _inspect_result(report, max_tokens=max_tokens, as_json=as_json)
+    result |= {"tokenizer_sha256": chat.identity.tokenizer_sha256, "template_sha256": chat.identity.template_sha256}
+    print_result(result | ({"plot": str(plot)} if plot else {}), as_json=as_json)
+
+
+def _inspect_result(report: FileReport, *, max_tokens: int, as_json: bool) -> dict[str, Any]:
+    import numpy as np
+
+    lengths = np.sort([row.tokens for row in report.rendered]) if report.rendered else np.zeros(1, dtype=int)
+    shares = {"min": 0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+    return {
+        "rows": report.rows,
+        "rendered": len(report.rendered),
+        "refused": refusals(report.refused, as_json=as_json),
+        "tokens": report.tokens,
+        "supervised_tokens": report.supervised_tokens,
+        "mask_share": round(report.supervised_tokens / max(1, report.tokens), 4),
+        "mask_disagreements": report.mask_disagreements,
+        "phantom_parameters": report.phantom_parameters,
+        "template_mismatches": report.template_mismatches,
+        "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in shares.items()},
+        "longer_than_max_tokens": int((lengths > max_tokens).sum()),
+        "roles": report.roles(),
+        "repos": len({row.repo for row in report.rendered}),
+        "duplicate_issues": report.duplicates,
+        "schema_differences": list(report.schema_differences),
+    }
+
+
+def show(
+    source: opt.Source,
+    row: Annotated[str, typer.Argument(help="A trajectory_id, or a row's number from 0.")],
+    tokenizer: opt.TokenizerFolder,
+    view: Annotated[Literal["teacher", "condition", "student"], typer.Option(help="Whose view.")] = "teacher",
+    condition: opt.Condition = None,
+    internalise: opt.Internalise = None,
+    extra: opt.Extra = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show one row as its reader sees it: roles in colours, what is trained on set off."""
+    from hyperagent.config import parse
+    from hyperagent.data.joined import read_joined
+    from hyperagent.data.show import find_row, show_row
+    from hyperagent.data.tokenizer import ChatTokenizer
+    from hyperagent.data.views import ViewSettings
+
+    views: dict[str, Any] = {"internalised": internalise or (), "max_tokens": 2**31, "max_prompt_tokens": 2**31}
+    settings = parse(views | ({"condition": condition} if condition else {}), ViewSettings, source="the options")
+    number, found = find_row(source, row)
+    text = read_joined(extra, "text").get(str(found["instance_id"])) if extra else None
+    segments = show_row(found, number, ChatTokenizer(tokenizer), settings=settings, view=view, extra=text)
+    tokens = sum(segment.num_tokens for segment in segments)
+    supervised = sum(segment.num_tokens for segment in segments if segment.supervised)
+    facts = {name: found[name] for name in ("trajectory_id", "instance_id", "repo", "exit_status", "resolved")}
+    facts |= {"view": view, "tokens": tokens, "supervised_tokens": supervised}
+    if as_json:
+        print_result({**facts, "segments": [asdict(segment) for segment in segments]}, as_json=True)
+        return
+    print_result(facts, as_json=False)
+    _print_segments(segments)
+
+
+def _print_segments(segments: list[Segment]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text()
+    for segment in segments:
+        # What is trained on stands out without colours too, as underlined text.
+        style = "bold cyan underline" if segment.supervised else _STYLES.get(segment.role, "dim")
+        text.append(segment.text.translate(_VISIBLE), style=style)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print()
+    console.print(text)
+    console.print("\nbold and underlined: trained on", style="dim")
+
+
+def plan() -> None:
+    """x"""

@@ -1,0 +1,92 @@
+"""Keeps the literals of control tokens in untrusted text from becoming control tokens.
+
+A stock tokenizer turns a literal `<|im_end|>` in a tool's output into the control token, which ends a turn. So such
+literals are broken by a marker before the template runs, and the marker is taken out again afterwards, when what is
+the template's and what is the row's has been told apart.
+
+What the template could complete is broken too: the end of a text that begins a literal (`<|im_end|` before a
+template's `>`) and the beginning of a text that goes on with one (`|im_end|>` behind a template's `<`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hyperagent.errors import DataError
+
+# JSON can spell one (RFC 8259, section 8.2), and no tokenizer takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Guard:
+    """Breaks the literals of a tokenizer's control tokens."""
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        literals = list(literals)
+        beginnings = {text[:length] for text in literals for length in range(1, len(text))}
+        # A template may trim what follows, so white space does not make a beginning harmless.
+        self._risky = re.compile(rf"{any_of(literals)}|(?:{any_of(beginnings)})(?=\s*\Z)")
+        endings = {text[start:] for text in literals for start in range(1, len(text) - 1)}
+        middles = {ending[:length] for ending in endings for length in range(2, len(ending))}
+        self._risky_start = re.compile(rf"{any_of(endings)}|(?:{any_of(middles)})(?=\s*\Z)")
+        # Alternatives by the thousand are slow to try, and two characters rule out nearly every text.
+        self._first_two = {ending[:2] for ending in endings}
+
+    def marker_for(self, value: Any) -> str | None:
+        """A marker that no text in `value` holds; None if nothing has to be broken.
+
+        Printable ASCII, so that it survives a template that writes Python's or JSON's notation of a text.
+
+        Raises:
+            DataError: a text holds half of a surrogate pair.
+        """
+        is_risky = False
+        for text in _texts(value):
+            if not text.isascii() and _SURROGATE.search(text):
+                raise DataError("a text holds half of a surrogate pair, which is no character; remove it")
+            is_risky = is_risky or self._risky.search(text) is not None or self._starts_risky(text)
+        if not is_risky:
+            return None
+        number = 100_000
+        while any(str(number) in text for text in _texts(value)):
+            number += 1
+        return f"~{number}~"
+
+    def broken(self, value: Any, marker: str) -> Any:
+        """`value` with `marker` in every text that could spell a control token."""
+        if isinstance(value, str):
+            text = self._risky.sub(lambda match: match.group()[0] + marker + match.group()[1:], value)
+            start = _start(text)
+            return text[: start + 1] + marker + text[start + 1 :] if self._starts_risky(text) else text
+        if isinstance(value, Mapping):
+            return {self.broken(key, marker): self.broken(item, marker) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.broken(item, marker) for item in value]
+        return value
+
+    def _starts_risky(self, text: str) -> bool:
+        start = _start(text)
+        return text[start : start + 2] in self._first_two and self._risky_start.match(text, start) is not None
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression for any of `texts`, the longest that fits."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+
+
+def _start(text: str) -> int:
+    return len(text) - len(text.lstrip())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
