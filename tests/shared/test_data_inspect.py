@@ -105,7 +105,12 @@ def test_phantom_parameters_are_seen_in_the_rendered_text(tokenizer: ChatTokeniz
 def test_tools_of_any_shape_are_counted(tokenizer: ChatTokenizer, shape: object) -> None:
     tool = {"function": {"name": "f", "parameters": {"properties": shape}}}
     spoken = dialogue(USER, LAST, tools=[tool])
-    assert count_phantom_parameters([tool], replace(spoken, tools=[{"function": {"name": "f", "parameters": {}}}]), tokenizer) == 0
+    assert (
+        count_phantom_parameters(
+            [tool], replace(spoken, tools=[{"function": {"name": "f", "parameters": {}}}]), tokenizer
+        )
+        == 0
+    )
 
 
 def test_a_histogram(tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -87,13 +87,16 @@ def test_offsets_point_at_the_characters_of_each_token(tokenizer: ChatTokenizer,
     conversation = tokenizer.conversation([{"role": "user", "content": f"{text}the cat"}], [])
     rendered = conversation.render()
     encoded = conversation.encode(rendered)
-    assert encoded.starts[0] == 0
-    assert encoded.ends[-1] == len(rendered)
-    for token_id, start, end in zip(encoded.ids.tolist(), encoded.starts, encoded.ends, strict=True):
-        piece = tokenizer.decode([token_id])
+    for token, token_id in enumerate(encoded.ids.tolist()):
+        end = encoded.character_behind(token)
+        assert encoded.tokens_within(end) >= token + 1
+        assert encoded.tokens_within(end - 1) <= token
         # A token of part of a character decodes to the replacement character and covers the whole of it.
-        if "\ufffd" not in piece:
-            assert conversation.plain(rendered[start:end]) == piece
+        if "\ufffd" not in (piece := tokenizer.decode([token_id])):
+            assert conversation.plain(rendered[:end]).endswith(piece)
+    assert encoded.character_behind(len(encoded.ids) - 1) == len(rendered)
+    assert (encoded.first_token_from(0), encoded.tokens_within(0)) == (0, 0)
+    assert encoded.tokens_within(len(rendered)) == len(encoded.ids)
 
 
 def test_a_template_cannot_complete_a_control_token(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def assistant_spans(
 ) -> list[tuple[int, int]]:
     """The characters of `rendered` that the assistant wrote, one span a turn, its end-of-turn token included.
 
-    A turn is rendered after the messages since the previous turn alone, or, where the template then writes something
-    else, after those and the messages before the first turn. The time is linear in the number of messages; rendering
+    A turn is rendered behind the previous turn and the messages since, or, where the template then writes something
+    else, behind those and the messages before the first turn. The time is linear in the number of messages; rendering
     every prefix would make it quadratic.
 
     Args:
@@ -36,19 +36,21 @@ def assistant_spans(
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     head = range(turns[0])
-    piece = _piece(conversation, range(0), head, turns[0])
+    piece = _piece(conversation, [], head, turns[0], opening="")
     if piece is None or not rendered.startswith(piece.text):
         raise _not_prefix_preserving(turns[0])
     spans = [_span(piece, 0, turns[0], end)]
     cursor = len(piece.text)
+    header_length = piece.written - len(conversation.render(head))
     for previous, index in pairwise(turns):
-        for before in (range(0), head):
-            piece = _piece(conversation, [*before, previous], range(previous + 1, index), index)
-            if piece is not None and rendered.startswith(piece.text, cursor):
-                break
-        else:
+        between = range(previous + 1, index)
+        alone = rendered[spans[-1][0] - header_length : cursor]
+        piece = _piece(conversation, [previous], between, index, opening=alone)
+        if piece is None or not rendered.startswith(piece.text, cursor):
+            context = [*head, previous]
+            piece = _piece(conversation, context, between, index, opening=conversation.render(context))
+        if piece is None or not rendered.startswith(piece.text, cursor):
             raise _not_prefix_preserving(index)
-        assert piece is not None
         spans.append(_span(piece, cursor, index, end))
         cursor += len(piece.text)
     return spans
@@ -63,11 +65,19 @@ class _Piece(NamedTuple):
     """Where in it the assistant begins to write."""
 
 
-def _piece(conversation: Conversation, context: Collection[int], between: Collection[int], index: int) -> _Piece | None:
-    """What the messages `between` and the turn `index` add to `context`; None if the template rewrites or refuses it."""
+def _piece(
+    conversation: Conversation, context: Collection[int], between: Collection[int], index: int, *, opening: str
+) -> _Piece | None:
+    """What the messages `between` and the turn `index` add to the messages of `context`.
+
+    Args:
+        opening: what the template makes of `context`.
+
+    Returns:
+        None if the template refuses it, or makes something else of `context`.
+    """
     with_tools = 0 in between or 0 in context
     try:
-        opening = conversation.render(context, with_tools=with_tools) if context else ""
         before = conversation.render([*context, *between], add_generation_prompt=True, with_tools=with_tools)
         after = conversation.render([*context, *between, index], with_tools=with_tools)
     except DataError:
@@ -96,8 +106,5 @@ def supervised_by_spans(encoded: Encoded, spans: Sequence[tuple[int, int]]) -> N
     """[N], indices of the tokens that lie inside a span as a whole; one that only straddles a border is left out."""
     parts = [np.empty(0, dtype=np.int64)]
     for start, stop in spans:
-        # Offsets never decrease, so a span's tokens are consecutive.
-        first = int(np.searchsorted(encoded.starts, start, side="left"))
-        last = int(np.searchsorted(encoded.ends, stop, side="right"))
-        parts.append(np.arange(first, last))
+        parts.append(np.arange(encoded.first_token_from(start), encoded.tokens_within(stop)))
     return np.concatenate(parts).astype(np.uint32)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from hyperagent.data.guard import Guard, any_of
@@ -27,35 +29,69 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
 class Encoded:
-    """Token ids and where each came from in the rendered text."""
+    """Token ids of a rendered text, and where in it they came from."""
 
-    ids: NDArray[np.uint32]
-    """[T]."""
-    starts: NDArray[np.int64]
-    """[T], index of each token's first character."""
-    ends: NDArray[np.int64]
-    """[T], index after each token's last character."""
+    def __init__(self, pieces: list[_Piece], firsts: list[int]) -> None:
+        """Made by `Conversation.encode`.
+
+        Args:
+            firsts: index of each piece's first character.
+        """
+        self.ids: NDArray[np.uint32] = np.concatenate([piece.ids for piece in pieces])
+        """[T]."""
+        self._pieces = pieces
+        self._firsts = np.asarray(firsts)
+        self._tokens_before = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
+
+    def first_token_from(self, character: int) -> int:
+        """Index of the first token whose characters all stand at `character` or behind it."""
+        place, inside = self._locate(character)
+        starts = self._pieces[place].offsets()[:, 0]
+        return int(self._tokens_before[place] + np.searchsorted(starts, inside, side="left"))
+
+    def tokens_within(self, character: int) -> int:
+        """Number of tokens from the first on whose characters all stand before `character`."""
+        place, inside = self._locate(character)
+        ends = self._pieces[place].offsets()[:, 1]
+        return int(self._tokens_before[place] + np.searchsorted(ends, inside, side="right"))
+
+    def character_behind(self, token: int) -> int:
+        """Index of the character behind a token."""
+        place = int(np.searchsorted(self._tokens_before, token, side="right")) - 1
+        return int(self._firsts[place] + self._pieces[place].offsets()[token - self._tokens_before[place], 1])
+
+    def _locate(self, character: int) -> tuple[int, int]:
+        """The piece that `character` stands in or behind, and where in it."""
+        place = int(np.searchsorted(self._firsts, character, side="right")) - 1
+        return place, character - int(self._firsts[place])
+
+
+class _Piece:
+    """A control token, or a text without any."""
+
+    def __init__(self, ids: NDArray[np.uint32], offsets: Callable[[], NDArray[np.int64]]) -> None:
+        self.ids = ids
+        """[T]."""
+        # Few pieces are ever asked, and making arrays of the library's lists takes as long as finding the tokens.
+        self._make_offsets = offsets
+        self._offsets: NDArray[np.int64] | None = None
+
+    def offsets(self) -> NDArray[np.int64]:
+        """[T, 2], of each token the first character within the piece and the one behind the last."""
+        if self._offsets is None:
+            self._offsets = self._make_offsets()
+        return self._offsets
 
 
 _MarkedText = tuple[str, str]
 """A text without control tokens, and the marker in it, empty if there is none."""
 
 
-class _Piece(NamedTuple):
-    """A text without control tokens."""
-
-    ids: NDArray[np.uint32]
-    """[T]."""
-    offsets: NDArray[np.int64]
-    """[T, 2], first character and the one after the last."""
-
-
 class _PieceCache:
     """The pieces used last; trajectories of one data set share their system prompts, and so do the views of one."""
 
-    _MAX_CHARACTERS = 4 << 20
+    _MAX_CHARACTERS = 1 << 20
 
     def __init__(self) -> None:
         self._pieces: OrderedDict[_MarkedText, _Piece] = OrderedDict()
@@ -201,25 +237,23 @@ class ChatTokenizer:
         controls = list(self.control.finditer(rendered))
         bounds = [0, *(bound for control in controls for bound in control.span()), len(rendered)]
         texts = [rendered[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
-        pieces = self._encode_pieces([(text, marker if marker and marker in text else "") for text in texts])
-        ids, spans = [], []
-        for number, piece in enumerate(pieces):
-            ids.append(piece.ids)
-            spans.append(bounds[2 * number] + piece.offsets)
-            if number < len(controls):
-                ids.append(np.asarray([self.control_ids[controls[number].group()]], np.uint32))
-                spans.append(np.asarray([controls[number].span()], np.int64))
-        starts, ends = np.concatenate(spans).T
-        return Encoded(np.concatenate(ids), starts, ends)
+        plain = self._encode_pieces([(text, marker if marker and marker in text else "") for text in texts])
+        # The plain pieces stand at even places, the control tokens between them.
+        pieces = [piece for pair in zip_longest(plain, map(self._control_piece, controls)) for piece in pair if piece]
+        return Encoded(pieces, bounds[:-1])
+
+    def _control_piece(self, control: re.Match[str]) -> _Piece:
+        ids = np.asarray([self.control_ids[control.group()]], np.uint32)
+        return _Piece(ids, lambda: np.asarray([[0, len(control.group())]]))
 
     def _encode_pieces(self, texts: list[_MarkedText]) -> list[_Piece]:
         new = list(dict.fromkeys(text for text in texts if text not in self._pieces))
         plain = [text.replace(marker, "") if marker else text for text, marker in new]
         encodings = self._plain.encode_batch(plain, add_special_tokens=False)
-        encoded = {}
-        for key, encoding in zip(new, encodings, strict=True):
-            offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-            encoded[key] = _Piece(np.asarray(encoding.ids, np.uint32), _with_markers(offsets, *key))
+        encoded = {
+            key: _Piece(np.asarray(encoding.ids, np.uint32), partial(_offsets, encoding, *key))
+            for key, encoding in zip(new, encodings, strict=True)
+        }
         # A piece may be forgotten while others are added, so known ones are taken first.
         pieces = [encoded[text] if text in encoded else self._pieces[text] for text in texts]
         for key, piece in encoded.items():
@@ -231,8 +265,9 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _with_markers(offsets: NDArray[np.int64], text: str, marker: str) -> NDArray[np.int64]:
-    """Character offsets into `text` for those into `text` without its markers."""
+def _offsets(encoding: Encoding, text: str, marker: str) -> NDArray[np.int64]:
+    """[T, 2], character offsets into `text`, whose markers the encoding has not seen."""
+    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     if not marker:
         return offsets
     marks = [match.start() - number * len(marker) for number, match in enumerate(re.finditer(re.escape(marker), text))]

@@ -72,9 +72,7 @@ class TokenisedTrajectory:
             self.positions.max(initial=0) < len(self.token_ids)
             and self.student_positions.max(initial=0) < len(self.student_ids)
         )
-        if not inside or not np.array_equal(
-            self.student_ids[self.student_positions], self.token_ids[self.positions]
-        ):
+        if not inside or not np.array_equal(self.student_ids[self.student_positions], self.token_ids[self.positions]):
             raise DataError("the supervised tokens of the teacher's and the student's view differ")
 
 

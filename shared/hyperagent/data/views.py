@@ -156,7 +156,7 @@ class ViewMaker:
         if max_tokens is not None and len(encoded.ids) > max_tokens:
             if not cut:
                 raise TooLong(f"it has {len(encoded.ids)} tokens, the limit is {max_tokens}")
-            fitting = _messages_that_fit(dialogue, conversation, int(encoded.ends[max_tokens - 1]))
+            fitting = _messages_that_fit(dialogue, conversation, encoded.character_behind(max_tokens - 1))
             dialogue = dialogue.first(fitting)
             rendered = conversation.render(range(fitting))
             encoded = conversation.encode(rendered)

@@ -1,0 +1,123 @@
+"""Teacher's rows, student's outputs and supervised tokens stand where they should, by one place exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from world import World
+
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import HELD_OUT, read_data_identity, read_tokens
+from hyperagent.data.views import ViewSettings
+from hyperagent.topk import TopKRows, concatenate
+from hyperagent_teacher.populate import Populator, Trajectory
+from hyperagent_teacher.transformers_engine import TransformersEngine
+from hyperagent_trainer.batches import Batch, DistillationData, load_split
+from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.student import Student
+
+
+@pytest.fixture(scope="module")
+def student(world: World) -> Student:
+    return Student(world.student, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def engine(world: World) -> TransformersEngine:
+    """The student itself as the teacher."""
+    return TransformersEngine(world.student, tokenizer_folder=world.student, top_k=64, max_tokens=4096)
+
+
+def populated(engine: TransformersEngine, student: Student, tokens: Path, root: Path) -> DistillationData:
+    """The held-out trajectories of a tokens file, with their rows in a cache of the engine's."""
+    cache = TopKCache.create_or_open(root, engine.identity)
+
+    async def populate() -> None:
+        populator = Populator(engine, cache, data_dir=None)
+        await populator.begin(read_data_identity(tokens))
+        for one in read_tokens(tokens):
+            await populator.populate(Trajectory(one.trajectory_id, one.token_ids, one.positions))
+
+    asyncio.run(populate())
+    return load_split(tokens, cache, HELD_OUT, tokenizer=student.tokenizer.identity, max_prompt_tokens=512)
+
+
+def kl(student: Student, batch: Batch) -> float:
+    """Nats per supervised token."""
+    with torch.no_grad():
+        hidden = student.hidden_states(batch.token_ids_BT)
+        total = compute_distillation_loss(
+            hidden[batch.sample_N, batch.index_N],
+            student.head,
+            batch.ids_NK,
+            batch.logprobs_NK,
+            batch.tail_logmass_N,
+            vocab_size=student.vocab_size,
+            chunk_rows=256,
+        )
+    return float(total) / batch.num_rows
+
+
+def tokenised(world: World, path: Path, views: ViewSettings) -> Path:
+    tokenise_file(world.sample, path, ChatTokenizer(world.tokenizer), TokeniseSettings(views=views))
+    return path
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(
+    world: World, engine: TransformersEngine, student: Student, tmp_path: Path
+) -> None:
+    """And shifting rows, outputs or tokens by one, either way, is seen at once."""
+    tokens = tokenised(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
+    data = populated(engine, student, tokens, tmp_path / "cache")
+    chosen = [0, 1, 2]
+    batch = data.batch(chosen, torch.device("cpu"))
+    aligned = kl(student, batch)
+    assert aligned < 1e-6
+    for shift in (-1, 1):
+        assert kl(student, replace(batch, index_N=batch.index_N + shift)) > 100 * max(aligned, 1e-6)
+        assert kl(
+            student, replace(batch, ids_NK=batch.ids_NK.roll(shift, 0), logprobs_NK=batch.logprobs_NK.roll(shift, 0))
+        ) > (100 * max(aligned, 1e-6))
+        moved = batch.token_ids_BT.roll(shift, 1)
+        assert kl(student, replace(batch, token_ids_BT=moved)) > 100 * max(aligned, 1e-6)
+
+
+def test_without_the_caches_rounding_next_to_nothing_is_left(
+    world: World, engine: TransformersEngine, student: Student, tmp_path: Path
+) -> None:
+    tokens = tokenised(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
+    data = populated(engine, student, tokens, tmp_path / "cache")
+    (one, *_) = data.trajectories
+
+    async def score() -> TopKRows:
+        async with aclosing(engine.score(one.token_ids, one.positions, top_k=64)) as parts:
+            return concatenate([part async for part in parts])
+
+    rows = asyncio.run(score())
+    exact = replace(
+        data.batch([0], torch.device("cpu")),
+        logprobs_NK=torch.from_numpy(rows.logprobs.copy()),
+        tail_logmass_N=torch.from_numpy(rows.tail_logmass.copy()),
+    )
+    assert abs(kl(student, exact)) < 1e-7
+
+
+def test_an_internalised_view_is_aligned(
+    world: World, engine: TransformersEngine, student: Student, tmp_path: Path
+) -> None:
+    """The student no longer sees the task, so its KL is not zero; it is least where the rows belong."""
+    views = ViewSettings(internalised=("task",), max_tokens=4096)
+    data = populated(engine, student, tokenised(world, tmp_path / "t.parquet", views), tmp_path / "cache")
+    batch = data.batch([0, 1, 2], torch.device("cpu"))
+    aligned = kl(student, batch)
+    for one in data.trajectories:
+        assert len(one.student_ids) < len(one.token_ids)
+    shifted = [kl(student, replace(batch, index_N=batch.index_N + shift)) for shift in (-2, -1, 1, 2)]
+    assert aligned < 0.1 * min(shifted)
