@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from hyperagent.data.messages import dialogue_of
 from hyperagent.data.reader import read_rows
-from hyperagent.data.render import messages_of, prune_nulls, tokenise_row
-from hyperagent.data.tokenise import tokenise_file
+from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import read_tokens
+from hyperagent.data.views import ViewMaker
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
 
@@ -49,21 +50,23 @@ def test_transformers_loads_the_folder(folder: Path) -> None:
 
 def test_every_row_is_accepted_and_decodes_to_its_text(sample_path: Path, tokenizer: ChatTokenizer) -> None:
     lengths = []
+    maker = ViewMaker(tokenizer)
     for row in read_rows(sample_path):
-        tokenised = tokenise_row(row, tokenizer, split="train", max_tokens=2000, max_prompt_tokens=400, cut=False)
-        conversation = tokenizer.conversation(messages_of(row), prune_nulls(row["tools"]))
-        assert tokenizer.decode(tokenised.token_ids.tolist()) == conversation.render()
-        lengths.append(len(tokenised.token_ids))
+        masked = maker.masked(dialogue_of(row))
+        assert tokenizer.decode(masked.ids.tolist()) == masked.text
+        lengths.append(len(masked.ids))
     assert 700 <= statistics.median(lengths) <= 1200
 
 
 def test_what_is_supervised_is_what_the_assistant_wrote(sample_path: Path, tokenizer: ChatTokenizer) -> None:
+    maker = ViewMaker(tokenizer)
     for row in read_rows(sample_path):
-        tokenised = tokenise_row(row, tokenizer, split="train", max_tokens=2000, max_prompt_tokens=400, cut=False)
+        spoken_to = dialogue_of(row)
+        masked = maker.masked(spoken_to)
         # A gap in the positions separates two turns.
-        turns = np.split(tokenised.positions, np.flatnonzero(np.diff(tokenised.positions) > 1) + 1)
-        texts = [tokenizer.decode(tokenised.token_ids[turn].tolist()) for turn in turns]
-        spoken = [message for message in messages_of(row) if message["role"] == "assistant"]
+        turns = np.split(masked.positions, np.flatnonzero(np.diff(masked.positions) > 1) + 1)
+        texts = [tokenizer.decode(masked.ids[turn].tolist()) for turn in turns]
+        spoken = [message for message in spoken_to.messages if message["role"] == "assistant"]
         assert len(texts) == len(spoken)
         for text, message in zip(texts, spoken, strict=True):
             assert text.startswith(message["content"])
@@ -90,9 +93,9 @@ def test_no_text_holds_a_control_token(sample_path: Path, folder: Path) -> None:
 
 
 def test_whole_repositories_are_held_out(sample_path: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    report = tokenise_file(sample_path, tmp_path / "tokens.parquet", tokenizer, max_tokens=2000, max_prompt_tokens=400)
+    report = tokenise_file(sample_path, tmp_path / "tokens.parquet", tokenizer, TokeniseSettings())
     assert report.refused == ()
-    assert (report.rows, report.train + report.held_out) == (72, 72)
+    assert (report.rows, sum(report.splits.values())) == (72, 72)
     train, held_out = (
         {trajectory.repo for trajectory in read_tokens(tmp_path / "tokens.parquet", split=split)}
         for split in ("train", "held_out")
