@@ -82,3 +82,21 @@ def test_options_that_make_no_sense_are_one_line(world: World, run: Run, tmp_pat
         run(*tokenize, "--condition", "task", "--condition", "extra")
     )
     assert list(tmp_path.glob("*.parquet")) == []
+
+
+def test_a_plan_from_a_sample_covers_the_whole(world: World, run: Run) -> None:
+    arguments = ["plan", world.sample, "--tokenizer", world.tokenizer, "--epochs", "2"]
+    whole = as_json(run, *arguments)
+    tokens = as_json(run, "tokenize", world.sample, "t.parquet", "--tokenizer", world.tokenizer)
+    assert whole["tokens"] == {"total": tokens["tokens"], "standard_error": 0}
+    assert whole["supervised_tokens"]["total"] == tokens["supervised_tokens"]
+    # Header and digest of each record, and 780 bytes of a row of 128 ids.
+    assert whole["cache_bytes"]["total"] == tokens["rows"] * (52 + 32) + tokens["supervised_tokens"] * 780
+    assert whole["teacher_gpu_hours"] > whole["teacher_hours"] > 0
+    sampled = as_json(run, *arguments, "--sample", "12", "--machine", "1xh100")
+    assert (sampled["rows"], sampled["sampled_rows"]) == (24, 12)
+    error = sampled["tokens"]["standard_error"]
+    assert abs(sampled["tokens"]["total"] - tokens["tokens"]) < 4 * error
+    assert not sampled["teacher_fits"]
+    assert "GPU-hours for 2 epochs" in run("data", *arguments).stdout
+    assert "choose one of" in one_line(run("data", *arguments, "--machine", "toaster"))

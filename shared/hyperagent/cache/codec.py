@@ -41,6 +41,11 @@ class CachedRecord:
     """Tokens of the trajectory, context included."""
 
 
+def record_bytes(num_rows: int, top_k: int) -> int:
+    """Size of a record."""
+    return _HEADER.size + sum(_array_bytes(num_rows, top_k)) + _DIGEST_BYTES
+
+
 def encode_record(key: str, rows: TopKRows, *, num_tokens: int) -> bytes:
     """The record of valid `rows` (see `TopKRows.validate`)."""
     header = _HEADER.pack(_MAGIC, FORMAT_VERSION, 0, rows.num_rows, rows.top_k, num_tokens, bytes.fromhex(key))
@@ -73,7 +78,7 @@ def decode_record(content: bytes, *, key: str) -> CachedRecord:
         raise CorruptRecord(f"it is of format {magic!r} version {version}, not {_MAGIC!r} version {FORMAT_VERSION}")
     if found_key.hex() != key:
         raise CorruptRecord(f"it is the record of another key, {found_key.hex()}")
-    sizes = [4 * n, 4 * n * k, 2 * n * k, 4 * n, 4 * n]
+    sizes = _array_bytes(n, k)
     if _HEADER.size + sum(sizes) != len(body):
         raise CorruptRecord(f"it has {len(body)} bytes where {n} rows of {k} ids need {_HEADER.size + sum(sizes)}")
     parts = []
@@ -89,3 +94,8 @@ def decode_record(content: bytes, *, key: str) -> CachedRecord:
         target_logprob=np.frombuffer(parts[4], "<f4").astype(np.float32, copy=False),
     )
     return CachedRecord(rows, num_tokens)
+
+
+def _array_bytes(n: int, k: int) -> list[int]:
+    """Of positions, ids, log-probabilities, tails and targets."""
+    return [4 * n, 4 * n * k, 2 * n * k, 4 * n, 4 * n]

@@ -13,6 +13,7 @@ from hyperagent.cli.display import print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
     from hyperagent.data.inspect import FileReport
+    from hyperagent.data.plan import DataPlan, Estimate
     from hyperagent.data.show import Segment
 
 _STYLES = {"system": "magenta", "user": "green", "tool": "yellow"}
@@ -124,5 +125,88 @@ def _print_segments(segments: list[Segment]) -> None:
     console.print("\nbold and underlined: trained on", style="dim")
 
 
-def plan() -> None:
-    """x"""
+def plan(
+    source: opt.Source,
+    tokenizer: opt.TokenizerFolder,
+    machine: Annotated[str, typer.Option(help="Such as 8xh200 or 1xh100.")] = "8xh200",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of the student over the data.")] = 20,
+    top_k: Annotated[int, typer.Option(min=1, help="Ids the cache keeps per supervised token.")] = 128,
+    sample: Annotated[int, typer.Option(min=2, help="Rows to tokenise; the rest is estimated from them.")] = 200,
+    max_tokens: opt.MaxTokens = 131_072,
+    cut: opt.Cut = False,
+    internalise: opt.Internalise = None,
+    resolved_only: opt.ResolvedOnly = False,
+    exit_status: opt.ExitStatus = None,
+    seed: opt.Seed = 0,
+    workers: opt.Workers = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Say what distilling Qwen3-Coder-480B into Qwen3-Coder-Next with this data costs, before anything runs."""
+    import numpy as np
+
+    from hyperagent.cache.codec import record_bytes
+    from hyperagent.config import parse
+    from hyperagent.data.plan import estimate, machine_named, plan_distillation
+    from hyperagent.data.selection import Selection
+    from hyperagent.data.tokenise import measure_rows
+    from hyperagent.data.tokenizer import ChatTokenizer
+    from hyperagent.data.views import ViewSettings
+
+    chosen = machine_named(machine)
+    views = parse(
+        {"max_tokens": max_tokens, "max_prompt_tokens": 2**31, "cut": cut, "internalised": internalise or ()},
+        ViewSettings,
+        source="the options",
+    )
+    selection = Selection(resolved_only=resolved_only, exit_statuses=tuple(exit_status or ()), sample=sample, seed=seed)
+    with progress_bars() as bars:
+        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenising")}
+        measured = measure_rows(
+            source,
+            ChatTokenizer(tokenizer),
+            views,
+            selection,
+            num_workers=workers,
+            progress=lambda what, done, total: bars.update(tasks[what], completed=done, total=total),
+        )
+    made = plan_distillation(
+        measured.tokens,
+        measured.supervised,
+        measured.student_tokens,
+        rows=measured.num_wanted,
+        machine=chosen,
+        epochs=epochs,
+    )
+    # A row that is refused has no record at all.
+    sizes = [record_bytes(int(n), top_k) if n else 0 for n in measured.supervised]
+    cache = estimate(np.asarray(sizes, dtype=np.float64), measured.num_wanted)
+    print_result(_plan_result(made, cache, machine=machine, epochs=epochs, as_json=as_json), as_json=as_json)
+
+
+def _plan_result(made: DataPlan, cache: Estimate, *, machine: str, epochs: int, as_json: bool) -> dict[str, Any]:
+    from hyperagent.data.plan import STUDENT_UTILISATION, TEACHER_UTILISATION
+
+    facts = {**asdict(made), "cache_bytes": asdict(cache), "teacher_fits": made.teacher_fits}
+    assumed = {"teacher_utilisation": TEACHER_UTILISATION, "student_utilisation": STUDENT_UTILISATION}
+    if as_json:
+        return {"machine": machine, "epochs": epochs, **facts, **assumed}
+
+    def shown(value: Estimate, unit: float = 1.0) -> str:
+        error = f" +- {value.standard_error / unit:,.2f}" if value.standard_error else ""
+        return f"{value.total / unit:,.2f}{error}"
+
+    needed = made.teacher_weight_bytes / made.machine_memory_bytes
+    return {
+        "rows": f"{made.rows:,}, of which {made.sampled_rows:,} were tokenised",
+        "tokens": f"{shown(made.tokens, 1e6)} million",
+        "supervised": f"{shown(made.supervised_tokens, 1e6)} million",
+        "student": f"{shown(made.student_tokens, 1e6)} million tokens an epoch",
+        "cache": f"{shown(cache, 1e9)} GB",
+        "machine": machine,
+        "teacher": f"{made.teacher_gpu_hours:,.1f} GPU-hours, {made.teacher_hours:,.1f} hours on {machine}, at "
+        f"{TEACHER_UTILISATION:.0%} of the peak (an assumption)",
+        "": f"its weights take {made.teacher_weight_bytes / 1e9:,.0f} GB in bfloat16, {needed:.0%} of the memory: "
+        + ("they fit" if made.teacher_fits else "they do not fit; quantise them or take more GPUs"),
+        "training": f"{made.student_gpu_hours:,.1f} GPU-hours for {epochs} epochs, {made.student_hours:,.1f} hours on "
+        f"{machine}, at {STUDENT_UTILISATION:.0%} of the peak (an assumption), recomputation included",
+    }

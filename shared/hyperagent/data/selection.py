@@ -16,6 +16,9 @@ from hyperagent.data.messages import dialogue_of, issue_text, name_of, refused_a
 from hyperagent.data.reader import Row, count_rows, read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
 
+NOT_SAMPLED = "not in the sample"
+"""The reason by which rows that a sample passes over are counted."""
+
 
 class Selection(StrictModel):
     """What a row must be like to be used."""
@@ -143,6 +146,6 @@ def _choose(
             chosen.append(fact)
     if selection.sample is not None and selection.sample < len(chosen):
         drawn = sorted(random.Random(selection.seed).sample(range(len(chosen)), selection.sample))
-        left_out["not in the sample"] = len(chosen) - len(drawn)
+        left_out[NOT_SAMPLED] = len(chosen) - len(drawn)
         chosen = [chosen[place] for place in drawn]
     return chosen, dict(left_out)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hyperagent.config import StrictModel
 from hyperagent.data.joined import read_joined
 from hyperagent.data.messages import dialogue_of, refused_as
 from hyperagent.data.reader import Row, read_rows_or_refusals
-from hyperagent.data.selection import RowFacts, Selected, Selection, select_rows
+from hyperagent.data.selection import NOT_SAMPLED, RowFacts, Selected, Selection, select_rows
 from hyperagent.data.split import SplitSettings, split_rows
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, TokenisedTrajectory, write_tokens
@@ -139,6 +142,48 @@ def tokenise_file(
         refused=tuple(refused),
         fingerprint=identity.fingerprint,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRows:
+    """Lengths of a sample of a file's rows; a row that cannot be used has 0 of everything."""
+
+    num_wanted: int
+    """Rows that the sample stands for."""
+    tokens: NDArray[np.int64]
+    """[n], in the teacher's view."""
+    supervised: NDArray[np.int64]
+    """[n]."""
+    student_tokens: NDArray[np.int64]
+    """[n]."""
+
+
+def measure_rows(
+    source: Path,
+    tokenizer: ChatTokenizer,
+    views: ViewSettings,
+    selection: Selection,
+    *,
+    num_workers: int | None = None,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> MeasuredRows:
+    """Tokenise the rows that `selection` chooses and keep their lengths only.
+
+    Raises:
+        DataError: the file is unusable.
+        ConfigError: the chat template cannot be used.
+    """
+    function = RowTokeniser(ViewMaker(tokenizer), views)
+    selected = select_rows(source, selection, progress=lambda done, total: progress("reading", done, total))
+    tasks = _tasks(source, selected.rows, dict.fromkeys((row.number for row in selected.rows), TRAIN), {})
+    lengths = np.zeros((len(selected.rows), 3), dtype=np.int64)
+    results = map_rows(function, tasks, num_items=len(selected.rows), num_workers=num_workers)
+    for number, result in enumerate(results):
+        progress("tokenising", number + 1, len(selected.rows))
+        if isinstance(result, TokenisedTrajectory):
+            lengths[number] = len(result.token_ids), len(result.positions), len(result.student_ids)
+    wanted = len(selected.rows) + selected.left_out.get(NOT_SAMPLED, 0)
+    return MeasuredRows(wanted, *lengths.T)
 
 
 class RowTask(NamedTuple):
