@@ -49,11 +49,9 @@ def download_dataset(
         StorageError: the file system refused.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import (
-        HTTPError,  # type: ignore[attr-defined]  # of the HTTP library it is built on, imported there and not re-exported
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+
+    # HTTPError is that of the HTTP library the client is built on, whichever that is; it is not re-exported.
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
         url = hf_hub_url(DATASET, DATASET_FILE, repo_type="dataset", revision=DATASET_REVISION)
