@@ -47,6 +47,7 @@ proto: $(DEV_INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/data.py
 
 clean:
 	rm -rf .venv runs

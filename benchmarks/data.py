@@ -42,8 +42,8 @@ from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.views import ViewMaker, ViewSettings
 from hyperagent.data.workers import map_rows
 
-_PEAK_OF_READER = """
-import resource, sys, time
+_PEAK_OF_READER = r"""
+import re, sys, time
 from pathlib import Path
 from hyperagent.data.reader import read_rows
 started = time.perf_counter()
@@ -51,7 +51,8 @@ rows = characters = 0
 for row in read_rows(Path(sys.argv[1])):
     rows += 1
     characters += sum(len(message["content"] or "") for message in row["trajectory"])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which starts at what the parent had when it forked.
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 print(rows, characters, peak, time.perf_counter() - started)
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from hyperagent.auth import ensure_token, read_token
+from hyperagent.auth import ensure_token, is_authorised, read_token
 from hyperagent.errors import ConfigError
 
 
@@ -56,3 +57,26 @@ def test_the_environment_wins_over_the_file(token_file: Path, monkeypatch: pytes
     assert read_token() == "from-the-file"
     monkeypatch.setenv("HYPERAGENT_TOKEN", " from-the-environment ")
     assert read_token() == "from-the-environment"
+
+
+def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "home" / "token"
+    monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(path))
+    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="there is no access token"):
+        read_token()
+    token = ensure_token()
+    assert len(token) >= 32
+    assert ensure_token() == read_token() == token
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["token"]
+    monkeypatch.setenv("HYPERAGENT_TOKEN", "given")
+    assert ensure_token() == "given"
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "secret", "Basic secret", "bearer secret", "Bearer secret ", "Bearer sécret"]
+)
+def test_other_headers_are_not_authorised(header: str | None) -> None:
+    assert not is_authorised(header, "secret")
+    assert is_authorised("Bearer secret", "secret")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import structlog
 from cache_rows import IDENTITY, random_rows
+from data_identity import data_identity
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import (
@@ -23,6 +24,7 @@ from hyperagent.errors import (
     NotFound,
     StorageError,
 )
+from hyperagent.identity import DataIdentity, TokenizerIdentity
 
 TOKENS = np.arange(30, dtype=np.uint32)
 
@@ -189,3 +191,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = TopKCache.open(tmp_path)
     assert cache.verify().records == 1
     assert cache.verify().leftovers == ()
+
+
+def test_a_cache_knows_what_data_it_was_populated_from(tmp_path: Path) -> None:
+    cache, _ = filled(tmp_path)
+    one, other = (data_identity(TokenizerIdentity("1", "2"), source=digit * 64) for digit in "34")
+    with pytest.raises(IdentityMismatch, match=f"not populated from data {one.fingerprint} but from none"):
+        cache.require_data(one)
+    cache.record_data(one)
+    cache.record_data(one)
+    again = TopKCache.open(tmp_path)
+    again.require_data(one)
+    assert again.data_fingerprints() == [one.fingerprint]
+    assert DataIdentity.from_json((tmp_path / "data" / f"{one.fingerprint}.json").read_bytes()) == one
+    with pytest.raises(IdentityMismatch, match=f"but from {one.fingerprint}; run `hyperagent cache populate`"):
+        again.require_data(other)

@@ -68,3 +68,25 @@ def test_what_is_not_plain_yaml_is_refused(content: bytes, tmp_path: Path) -> No
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"cannot read {tmp_path}: Is a directory; give a YAML file"):
         load_yaml(tmp_path, Outer)
+
+
+class Settings(StrictModel):
+    size: int = Field(ge=1)
+    name: str = "x"
+
+
+def test_configuration_names_every_bad_field(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("size: 2\n")
+    assert load_yaml(path, Settings) == Settings(size=2)
+    for text, message in (
+        ("size: 0\nnaem: y\n", r"size: .*greater than or equal to 1; naem: Extra inputs"),
+        ("size: [", "is not YAML"),
+        ("", "size: Field required"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message) as refused:
+            load_yaml(path, Settings)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_yaml(tmp_path / "none", Settings)

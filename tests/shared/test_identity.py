@@ -1,20 +1,23 @@
-"""Fingerprints cover what decides the numbers and nothing else; tokens and configuration are strict."""
+"""Fingerprints cover what decides the numbers and nothing else."""
 
 from __future__ import annotations
 
 import json
-import stat
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from cache_rows import IDENTITY
-from pydantic import Field
 
-from hyperagent.auth import ensure_token, is_authorised, read_token
-from hyperagent.config import StrictModel, load_yaml
-from hyperagent.errors import ConfigError, IdentityMismatch
-from hyperagent.identity import require_same, tokenizer_sha256, weights_fingerprint
+from hyperagent.errors import ConfigError, DataError, IdentityMismatch
+from hyperagent.identity import (
+    DataIdentity,
+    TokenizerIdentity,
+    file_fingerprint,
+    require_same,
+    tokenizer_sha256,
+    weights_fingerprint,
+)
 
 
 def test_every_field_but_the_name_changes_the_fingerprint() -> None:
@@ -65,46 +68,27 @@ def test_weights_are_their_bytes(tmp_path: Path) -> None:
         weights_fingerprint(tmp_path)
 
 
-def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "home" / "token"
-    monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(path))
-    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match="there is no access token"):
-        read_token()
-    token = ensure_token()
-    assert len(token) >= 32
-    assert ensure_token() == read_token() == token
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [p.name for p in path.parent.iterdir()] == ["token"]
-    monkeypatch.setenv("HYPERAGENT_TOKEN", "given")
-    assert ensure_token() == "given"
+def test_data_are_their_tokenizer_source_and_settings() -> None:
+    identity = DataIdentity(TokenizerIdentity("1", "2"), "3", {"views": {"cut": True}, "seed": 0})
+    assert DataIdentity.from_json(identity.to_json()) == identity
+    reordered = DataIdentity(TokenizerIdentity("1", "2"), "3", {"seed": 0, "views": {"cut": True}})
+    assert reordered.fingerprint == identity.fingerprint
+    others = [
+        replace(identity, tokenizer=TokenizerIdentity("1", "x")),
+        replace(identity, source="x"),
+        replace(identity, settings={"views": {"cut": False}, "seed": 0}),
+    ]
+    assert len({identity.fingerprint, *(other.fingerprint for other in others)}) == 4
+    for broken in (b"[]", b"{", b'{"tokenizer": {}, "source": "", "settings": {}}'):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            DataIdentity.from_json(broken)
 
 
-@pytest.mark.parametrize(
-    "header", [None, "", "secret", "Basic secret", "bearer secret", "Bearer secret ", "Bearer sécret"]
-)
-def test_other_headers_are_not_authorised(header: str | None) -> None:
-    assert not is_authorised(header, "secret")
-    assert is_authorised("Bearer secret", "secret")
-
-
-class Settings(StrictModel):
-    size: int = Field(ge=1)
-    name: str = "x"
-
-
-def test_configuration_names_every_bad_field(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("size: 2\n")
-    assert load_yaml(path, Settings) == Settings(size=2)
-    for text, message in (
-        ("size: 0\nnaem: y\n", r"size: .*greater than or equal to 1; naem: Extra inputs"),
-        ("size: [", "is not YAML"),
-        ("", "size: Field required"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=message) as refused:
-            load_yaml(path, Settings)
-        assert "\n" not in str(refused.value)
-    with pytest.raises(ConfigError, match="there is no file"):
-        load_yaml(tmp_path / "none", Settings)
+def test_a_file_is_its_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"the same")
+    assert file_fingerprint(tmp_path / "a") == file_fingerprint(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"the sane")
+    assert file_fingerprint(tmp_path / "a") != file_fingerprint(tmp_path / "b")
+    with pytest.raises(DataError, match="there is no file"):
+        file_fingerprint(tmp_path / "c")

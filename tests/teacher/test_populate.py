@@ -55,6 +55,7 @@ async def test_populating_twice_computes_once(
     ]
     assert [outcome.outcome for outcome in second] == [Outcome.PRESENT, Outcome.PRESENT]
     assert [outcome.cache_key for outcome in second] == keys
+    cache.require_data(data_identity(tokenizer))
     record = cache.get(keys[0])
     assert record.num_tokens == 60
     direct = concatenate(await drained(engine.score(token_ids, positions, top_k=16)))
@@ -174,6 +175,31 @@ async def test_a_file_of_the_data_folder_is_populated(
     async with serve() as client:
         outcomes = await drained(client.populate_file("sub/tokens.parquet", data=data_identity(tokenizer)))
     assert [(o.trajectory_id, o.outcome) for o in outcomes] == [("one", Outcome.WRITTEN), ("two", Outcome.WRITTEN)]
+
+
+async def test_a_file_of_other_data_is_refused(
+    serve: Serve, settings: TeacherSettings, sequence: Sequence, tokenizer: TokenizerIdentity
+) -> None:
+    assert settings.data_dir
+    write_file(settings.data_dir / "tokens.parquet", sequence, tokenizer)
+    async with serve() as client:
+        with pytest.raises(IdentityMismatch, match=r"the data of 'tokens\.parquet' does not match: .*source=ffff"):
+            await drained(client.populate_file("tokens.parquet", data=data_identity(tokenizer, source="f" * 64)))
+
+
+async def test_an_identity_whose_fingerprint_is_not_its_own_is_refused(
+    serve: Serve, tokenizer: TokenizerIdentity
+) -> None:
+    for change in ({"fingerprint": "0" * 64}, {"settings": "[1"}, {"settings": "{}"}):
+        data = codec.data_to_proto(data_identity(tokenizer))
+        for name, value in change.items():
+            setattr(data, name, value)
+        requests = [pb.PopulateCacheRequest(options=pb.PopulateOptions(data=data))]
+        async with serve() as client, grpc.aio.insecure_channel(client.address) as channel:
+            call = teacher_pb2_grpc.TeacherServiceStub(channel).PopulateCache(iter(requests), metadata=METADATA)
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await call.read()
+        assert refusal.value.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 @pytest.mark.parametrize(

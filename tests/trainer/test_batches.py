@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_identity import data_identity
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, TRAIN, read_tokens
+from hyperagent.data.tokens import HELD_OUT, TRAIN, read_tokens, write_tokens
 from hyperagent.errors import DataError, IdentityMismatch, LimitExceeded
 from hyperagent.identity import TokenizerIdentity
 from hyperagent_trainer.batches import batch_order, batches_from, load_split
@@ -61,7 +62,7 @@ def test_a_batch_points_at_the_output_before_each_position(
             assert batch.ids_NK[place, 0] == trajectory.token_ids[position]
             place += 1
     assert batch.num_rows == place
-    assert batch.num_tokens == sum(len(data.trajectories[i].token_ids) for i in (2, 0))
+    assert batch.num_tokens == sum(len(data.trajectories[i].student_ids) for i in (2, 0))
     mass = batch.logprobs_NK.double().exp().sum(1) + batch.tail_logmass_N.double().exp()
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
 
@@ -75,6 +76,13 @@ def test_what_does_not_belong_together_is_refused(
         load_split(tokens_file, cache, TRAIN, tokenizer=TokenizerIdentity("a", "b"), max_prompt_tokens=64)
     with pytest.raises(LimitExceeded, match="max_prompt_tokens is 5"):
         load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=5)
+
+    other = tmp_path / "other.parquet"
+    with write_tokens(other, data_identity(identity, source="f" * 64)) as writer:
+        for trajectory in read_tokens(tokens_file):
+            writer.write(trajectory)
+    with pytest.raises(IdentityMismatch, match=r"was not populated from data .*; run `hyperagent cache populate`"):
+        load_split(other, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
 
     copy = tmp_path / "cache"
     shutil.copytree(cache_folder, copy)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save
 
-from hyperagent.errors import ConfigError, CorruptRecord
+from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
@@ -106,6 +106,13 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     folder = run(recipe, tmp_path / "run", StopAfter(2))
     with pytest.raises(ConfigError, match="another recipe"):
         run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
+    manifest = folder.checkpoint / "checkpoint.json"
+    whole = manifest.read_text()
+    data = json.loads(whole)["data"]
+    manifest.write_text(whole.replace(data, "0" * 64))
+    with pytest.raises(IdentityMismatch, match=f"the data of the checkpoint .* found {data}; restore the tokens file"):
+        run(recipe, tmp_path / "run")
+    manifest.write_text(whole)
     path = folder.checkpoint / "hypernetwork.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -83,7 +83,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
+        # pre_buffer would read whole column chunks, and keep those of every row group until the last is read.
+        file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

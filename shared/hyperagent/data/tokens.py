@@ -178,7 +178,7 @@ def _array(batch: pa.RecordBatch, name: str, row: int) -> NDArray[np.uint32]:
 
 def _open(path: Path) -> tuple[pq.ParquetFile, DataIdentity]:
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False)
     except FileNotFoundError:
         raise DataError(f"there is no tokens file {path}; make one with `hyperagent data tokenize`") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
