@@ -79,7 +79,7 @@ def tokenise_file(
     tokenizer: ChatTokenizer,
     settings: TokeniseSettings,
     *,
-    joined: JoinedFiles = JoinedFiles(),  # frozen
+    joined: JoinedFiles = JoinedFiles(),
     strict: bool = False,
     num_workers: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,

@@ -137,20 +137,24 @@ class Conversation:
             chosen, tools if with_tools else [], add_generation_prompt=add_generation_prompt
         )
 
-    def stock(self, indices: Iterable[int] | None = None) -> str:
-        """What the template makes of the untouched messages, as any other user of the template would have it.
+    def stock_text(self, rendered: str, indices: Iterable[int]) -> str:
+        """A text from `render` without its markers, proved to be what the template makes of the untouched messages.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template made something else of a text because a literal in it was broken.
         """
+        if self._marker is None:
+            return rendered
         messages, tools = self._untouched
-        chosen = messages if indices is None else [messages[index] for index in indices]
-        return self._tokenizer.apply_template(chosen, tools, add_generation_prompt=False)
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether a text had to be broken."""
-        return self._marker is not None
+        stock = self._tokenizer.apply_template(
+            [messages[index] for index in indices], tools, add_generation_prompt=False
+        )
+        if self.plain(rendered) != stock:
+            raise DataError(
+                "the chat template treats a literal of a control token in its texts in a way of its own, so that it "
+                "cannot be kept as text; remove the literal"
+            )
+        return stock
 
     def plain(self, rendered: str) -> str:
         """A text from `render` without its markers."""

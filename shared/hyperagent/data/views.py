@@ -147,8 +147,8 @@ class ViewMaker:
 
         Raises:
             DataError: the template refuses it, nothing is supervised, or an end of a turn is not.
-        TooLong: it has more tokens than asked for.
-        MaskDisagreement: the two masks differ.
+            TooLong: it has more tokens than asked for.
+            MaskDisagreement: the two masks differ.
         """
         conversation = self.tokenizer.conversation(dialogue.messages, dialogue.tools)
         rendered = conversation.render()
@@ -160,12 +160,7 @@ class ViewMaker:
             dialogue = dialogue.first(fitting)
             rendered = conversation.render(range(fitting))
             encoded = conversation.encode(rendered)
-        text = conversation.plain(rendered)
-        if conversation.is_guarded and text != conversation.stock(range(len(dialogue.messages))):
-            raise DataError(
-                "the chat template treats a literal of a control token in its texts in a way of its own, so that it "
-                "cannot be kept as text; remove the literal"
-            )
+        text = conversation.stock_text(rendered, range(len(dialogue.messages)))
         spans = assistant_spans(dialogue.messages, conversation, rendered, end=self._shape.end)
         positions = supervised_by_spans(encoded, spans)
         self._require_agreement(encoded.ids, positions)
@@ -208,7 +203,9 @@ def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iter
         messages.insert(0, {"role": "system", "content": condition.system})
     tools = list(condition.tools) if "tools" in parts else []
     conversation = tokenizer.conversation(messages, tools)
-    return conversation.encode(conversation.render()).ids
+    rendered = conversation.render()
+    conversation.stock_text(rendered, range(len(messages)))
+    return conversation.encode(rendered).ids
 
 
 def without(dialogue: Dialogue, parts: Iterable[str]) -> Dialogue:
