@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
@@ -40,7 +39,7 @@ from hyperagent.data.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.tokenise import RowTask, RowTokeniser
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.views import ViewMaker, ViewSettings
-from hyperagent.data.workers import map_rows
+from hyperagent.data.workers import available_cores, map_rows
 
 _PEAK_OF_READER = r"""
 import re, sys, time
@@ -95,7 +94,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
     stock = AutoTokenizer.from_pretrained(tokenizer.folder)
     clean = [(d.messages, d.tools or None) for d in map(dialogue_of, rows)]
     tasks = [RowTask(row, str(row["trajectory_id"]), "train", None) for row in rows]
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     limits = {"max_tokens": 2**31, "max_prompt_tokens": 2**31}
     full = ViewSettings(**limits)
     hidden = ViewSettings(internalised=("system", "tools", "task"), **limits)
@@ -182,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
     }
     if options.reader_gib:
         report["reader"] = reader_memory(options.reader_gib)

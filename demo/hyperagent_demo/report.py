@@ -39,6 +39,7 @@ def build_report(
         "data": {
             "path": str(result.source),
             "rows": sum(tokenised.splits.values()),
+            "fingerprint": tokenised.fingerprint,
             "tokens": tokenised.tokens,
             "supervised_tokens": tokenised.supervised_tokens,
             "rows_in_file": tokenised.rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +22,13 @@ _ROWS_PER_TASK = 4
 _TASKS_PER_WORKER = 4
 
 _function: Callable[[Any], Any]
+
+
+def available_cores() -> int:
+    """Cores that this process may use, where the system can say so, and otherwise those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def map_rows(
@@ -42,7 +50,7 @@ def map_rows(
         ServiceError: a process was killed.
     """
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if num_items >= _ROWS_WORTH_A_POOL else 1
+        num_workers = available_cores() if num_items >= _ROWS_WORTH_A_POOL else 1
     if num_workers == 1:
         yield from map(function, items)
         return
@@ -79,6 +87,8 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
+    # Ctrl-C reaches every process of the terminal; the one that started these ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are the parallelism; threads of the tokenizers in each would only fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = function
