@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save
 
+from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.lora import HookBasedLoRAInjector
@@ -196,3 +198,16 @@ def test_a_recipe_file_resolves_its_paths_and_names_every_bad_field(tmp_path: Pa
     path.write_text("student: a\ntokens: b\ncache: c\nlearning_rate: -1\nlearnin_rate: 1\n")
     with pytest.raises(ConfigError, match=r"learning_rate: .*; learnin_rate: "):
         load_recipe(path)
+
+
+def test_tasks_that_are_held_out_are_evaluated_by_themselves(recipe: TrainRecipe, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.parquet"
+    with write_tokens(tokens, read_data_identity(recipe.tokens)) as writer:
+        for one in read_tokens(recipe.tokens):
+            writer.write(replace(one, split=HELD_OUT_TASKS) if one.trajectory_id == "t3" else one)
+    folder = run(recipe.model_copy(update={"tokens": tokens, "num_steps": 1}), tmp_path / "run")
+    kl = folder.read_status().held_out_kl
+    arms = ["frozen", "adapter", "adapter_shuffled_prompt"]
+    assert list(kl) == [*arms, *(f"{arm}_tasks" for arm in arms)]
+    assert all(value > 0 for value in kl.values())
+    assert kl["frozen_tasks"] != kl["frozen"]

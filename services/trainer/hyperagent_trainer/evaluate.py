@@ -1,8 +1,10 @@
-"""Held-out KL of three arms, on trajectories of repositories that training never saw.
+"""Held-out KL of three arms, on what training never saw: other repositories, and other tasks of its own repositories.
 
     frozen                   the student as it is
     adapter                  with the adapter of the trajectory's own prompt
     adapter_shuffled_prompt  with the adapter of a prompt from another repository
+
+Where tasks of training's own repositories are held out as well, their arms end in `_tasks`.
 
 The gap between the last two is what conditioning on the prompt is worth; what they share would be learned by a
 single static adapter too.
@@ -10,11 +12,13 @@ single static adapter too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hyperagent.data.tokens import TokenisedTrajectory
+from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
 from hyperagent.model.hypernetwork import AdapterWeights
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
@@ -23,9 +27,27 @@ FROZEN = "frozen"
 ADAPTER = "adapter"
 SHUFFLED = "adapter_shuffled_prompt"
 
+_ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
+
 
 class Evaluation:
-    """The held-out split with everything about it that does not change during training."""
+    """Every held-out split, with everything about it that does not change during training."""
+
+    def __init__(
+        self, held_out: Mapping[str, DistillationData], train: DistillationData, *, batch_size: int, seed: int
+    ) -> None:
+        self._parts = {
+            _ENDINGS[split]: SplitEvaluation(data, train, batch_size=batch_size, seed=seed)
+            for split, data in held_out.items()
+        }
+
+    def run(self, adapted: AdaptedStudent) -> dict[str, float]:
+        """Nats per supervised token of every arm of every split."""
+        return {f"{arm}{ending}": kl for ending, part in self._parts.items() for arm, kl in part.run(adapted).items()}
+
+
+class SplitEvaluation:
+    """One held-out split."""
 
     def __init__(self, held_out: DistillationData, train: DistillationData, *, batch_size: int, seed: int) -> None:
         by_length = sorted(range(len(held_out.trajectories)), key=lambda i: len(held_out.trajectories[i].student_ids))

@@ -12,7 +12,7 @@ from torch import nn
 
 from hyperagent.cache.hot import HotTier
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import HELD_OUT, TRAIN
+from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent.model.bundle import BundleManifest, save_bundle
@@ -47,17 +47,19 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = Student(recipe.student, device=device)
     cache = TopKCache.open(recipe.cache, hot=HotTier.connect(redis_url) if redis_url else None)
-    splits = [
-        load_split(
+    splits = {
+        split: load_split(
             recipe.tokens,
             cache,
             split,
             tokenizer=student.tokenizer.identity,
             max_prompt_tokens=recipe.max_prompt_tokens,
         )
-        for split in (TRAIN, HELD_OUT)
-    ]
-    identity = splits[0].identity
+        for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)
+        if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
+    }
+    training = splits.pop(TRAIN)
+    identity = training.identity
     layers = discover_target_layers(student.model, recipe.targets)
     hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1]).to(device)
     optimizer = make_optimizer(hypernetwork, recipe)
@@ -68,13 +70,13 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
         )
         log.info("resumed", step=step)
     adapted = AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows)
-    evaluation = Evaluation(splits[1], splits[0], batch_size=recipe.batch_size, seed=recipe.seed)
+    evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
         report.state("running")
         if step == 0:
             report.evaluation(0, evaluation.run(adapted))
-        step = _run_steps(recipe, folder, stop, adapted, optimizer, splits[0], evaluation, report, step)
+        step = _run_steps(recipe, folder, stop, adapted, optimizer, training, evaluation, report, step)
         report.state("saving")
         save_checkpoint(
             folder.checkpoint,
@@ -105,7 +107,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
             embeddings=student.embeddings,
             tokenizer_folder=student.folder,
         )
-        _save_probe(folder, adapted, splits[1])
+        _save_probe(folder, adapted, splits[HELD_OUT])
         report.state("done")
 
 

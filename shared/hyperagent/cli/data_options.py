@@ -30,12 +30,12 @@ By = Annotated[
 Condition = Annotated[
     list[str] | None,
     typer.Option(
-        help="What the hypernetwork reads: system, tools, task, extra; repeatable.  [default: the first three]"
+        help="What the hypernetwork reads: system, tools, task, extra; repeatable. By default the first three."
     ),
 ]
 Internalise = Annotated[
     list[str] | None,
-    typer.Option(help="What the student does not see: system, tools, task; repeatable.  [default: it sees all]"),
+    typer.Option(help="What the student does not see: system, tools, task; repeatable. By default nothing."),
 ]
 Extra = Annotated[Path | None, typer.Option(help="Parquet or JSON Lines with instance_id and text.")]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Longest trajectory, in tokens.")]

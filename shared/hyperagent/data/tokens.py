@@ -148,6 +148,15 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
         )
 
 
+def has_split(path: Path, split: str) -> bool:
+    """Whether a tokens file holds a trajectory of a split.
+
+    Raises:
+        DataError: as `read_tokens`.
+    """
+    return any(split in batch.column("split").to_pylist() for batch in _open(path)[0].iter_batches(columns=["split"]))
+
+
 def count_tokens_rows(path: Path) -> int:
     """Number of trajectories in a tokens file."""
     return int(_open(path)[0].metadata.num_rows)
