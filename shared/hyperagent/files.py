@@ -37,6 +37,29 @@ def write_atomically(path: Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
+def write_once(path: Path, content: bytes) -> bool:
+    """Write `content` to `path` unless something is there; of several writers at once exactly one succeeds.
+
+    Returns:
+        Whether it was this call that wrote it.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    aside = _aside(path)
+    with _no_trace(path, aside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content)
+        _fsync(aside)
+        try:
+            # link(2) refuses a name that is taken, where rename(2) replaces it.
+            os.link(aside, path)
+        except FileExistsError:
+            return False
+        fsync_directory(path.parent)
+        return True
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write; on a clean exit it becomes `path`, whole, replacing what stood there.

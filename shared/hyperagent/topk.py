@@ -71,9 +71,25 @@ class TopKRows:
             or np.isnan(self.tail_logmass).any()
         ):
             raise InvalidRequest("a log-probability is not finite")
+        if self.target_logprob.max() > 0 or self.logprobs.max() > 0:
+            raise InvalidRequest("a log-probability is above 0")
+        self._require_order()
         mass = np.exp(self.logprobs.astype(np.float64)).sum(axis=1) + np.exp(self.tail_logmass.astype(np.float64))
         if np.abs(mass - 1).max() > MASS_TOLERANCE:
             raise InvalidRequest(f"a row's probabilities sum to {mass[np.abs(mass - 1).argmax()]:.4f}, not 1")
+
+    def _require_order(self) -> None:
+        """Ids stand by descending log-probability, ties by id, and each stands once.
+
+        Raises:
+            InvalidRequest: they do not.
+        """
+        rises = np.diff(self.logprobs, axis=1) > 0
+        ties_out_of_order = (np.diff(self.logprobs, axis=1) == 0) & (np.diff(self.ids.astype(np.int64), axis=1) <= 0)
+        if rises.any() or ties_out_of_order.any():
+            raise InvalidRequest("a row's ids are not in the order of their log-probabilities, ties by id")
+        if (np.diff(np.sort(self.ids, axis=1), axis=1) == 0).any():
+            raise InvalidRequest("a row holds an id twice")
 
     def normalised(self) -> TopKRows:
         """The same rows with kept and tail mass scaled to sum to exactly 1, undoing rounding in storage."""

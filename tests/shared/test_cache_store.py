@@ -24,7 +24,7 @@ from hyperagent.errors import (
     NotFound,
     StorageError,
 )
-from hyperagent.identity import DataIdentity, TokenizerIdentity
+from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity
 
 TOKENS = np.arange(30, dtype=np.uint32)
 
@@ -191,6 +191,23 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = TopKCache.open(tmp_path)
     assert cache.verify().records == 1
     assert cache.verify().leftovers == ()
+
+
+def test_of_two_teachers_that_make_one_cache_at_once_one_is_refused(tmp_path: Path) -> None:
+    identities = [replace(IDENTITY, weights=str(number) * 64) for number in range(2)]
+
+    def make(attempt: int) -> list[bool]:
+        def outcome(identity: TeacherIdentity) -> bool:
+            try:
+                return TopKCache.create_or_open(tmp_path / str(attempt), identity).identity == identity
+            except IdentityMismatch:
+                return False
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(outcome, identities))
+
+    for attempt in range(30):
+        assert sorted(make(attempt)) == [False, True]
 
 
 def test_a_cache_knows_what_data_it_was_populated_from(tmp_path: Path) -> None:

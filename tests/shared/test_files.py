@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hyperagent.errors import StorageError
-from hyperagent.files import is_aside, new_directory, write_atomically
+from hyperagent.files import is_aside, new_directory, write_atomically, write_once
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -19,6 +20,17 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomically(path, b"two")
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_of_several_writers_of_one_name_one_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda number: write_once(path, bytes([number])), range(40)))
+    assert wrote.count(True) == 1
+    assert path.read_bytes() == bytes([wrote.index(True)])
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    with pytest.raises(StorageError, match="could not write"):
+        write_once(path / "below", b"x")
 
 
 def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:

@@ -69,7 +69,17 @@ def changed(name: str, index: Any, value: Any) -> TopKRows:
         (changed("target_logprob", 0, np.nan), "not finite"),
         (changed("tail_logmass", 0, np.nan), "not finite"),
         (changed("tail_logmass", 1, 0.0), r"sum to [12]\.\d+, not 1"),
-        (changed("logprobs", (2, 0), -30.0), r"sum to 0\.\d+, not 1"),
+        (changed("logprobs", (2, 3), -30.0), r"sum to 0\.\d+, not 1"),
+        (changed("logprobs", (2, 0), -30.0), "not in the order of their log-probabilities"),
+        (changed("logprobs", (2, 0), 0.1), "above 0"),
+        (changed("target_logprob", 1, 1e-3), "above 0"),
+        (replace(rows(), ids=rows().ids[:, [0, 0, 2, 3]]), "holds an id twice"),
+        (
+            replace(
+                rows(), ids=np.tile(np.array([5, 3, 1, 0], np.uint32), (3, 1)), logprobs=np.full((3, 4), -2, np.float32)
+            ),
+            "not in the order",
+        ),
     ],
 )
 def test_what_is_no_distribution_is_named(bad: TopKRows, message: str) -> None:
@@ -85,7 +95,8 @@ def test_rounding_to_float16_is_undone(seed: int, top_k: int) -> None:
         logprobs=exact.logprobs.astype(np.float16).astype(np.float32),
         tail_logmass=exact.tail_logmass.astype(np.float16).astype(np.float32),
     )
-    rounded.validate(num_tokens=4, vocab_size=VOCAB)
+    stored = np.exp(rounded.logprobs.astype(np.float64)).sum(axis=1) + np.exp(rounded.tail_logmass.astype(np.float64))
+    assert np.abs(stored - 1).max() < MASS_TOLERANCE
     whole = rounded.normalised()
     mass = np.exp(whole.logprobs.astype(np.float64)).sum(axis=1) + np.exp(whole.tail_logmass.astype(np.float64))
     np.testing.assert_allclose(mass, 1, rtol=0, atol=1e-6)

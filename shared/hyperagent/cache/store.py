@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hyperagent.cache.codec import FORMAT_VERSION, CachedRecord, decode_record, encode_record
 from hyperagent.cache.hot import HotTier
 from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, NotFound, StorageError
-from hyperagent.files import is_aside, write_atomically
+from hyperagent.files import is_aside, write_atomically, write_once
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
 from hyperagent.topk import TopKRows
 
@@ -85,7 +85,8 @@ class TopKCache:
                 "identity": asdict(identity),
                 "fingerprint": identity.fingerprint,
             }
-            write_atomically(_manifest_path(root), json.dumps(manifest, indent=2).encode() + b"\n")
+            # Of two teachers that start at once one makes the cache, and the other is told below whose it is.
+            write_once(_manifest_path(root), json.dumps(manifest, indent=2).encode() + b"\n")
         cache = cls.open(root, hot=hot)
         # The display name is not part of a fingerprint: a model folder may be renamed.
         if cache.identity.fingerprint != identity.fingerprint:
