@@ -29,7 +29,8 @@ VOCABULARY = 151_669
 
 def random_rows(rows: int, top_k: int, generator: np.random.Generator) -> TopKRows:
     """Rows with the shape of a language model's: a few likely ids and a long tail."""
-    logits = -generator.exponential(0.2, size=(rows, top_k)).cumsum(axis=1)
+    # No two alike, so that their order needs no ids.
+    logits = -(1e-3 + generator.exponential(0.2, size=(rows, top_k))).cumsum(axis=1)
     total = np.logaddexp.reduce(logits, axis=1, keepdims=True) + 0.01
     logprobs = logits - total
     ids = np.argsort(generator.random((rows, 4 * top_k)), axis=1)[:, :top_k] * (VOCABULARY // (4 * top_k))
