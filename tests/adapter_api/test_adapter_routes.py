@@ -139,7 +139,7 @@ def test_an_id_that_is_none_is_not_found(client: TestClient, store_folder: Path,
     assert secret.exists()
 
 
-@pytest.mark.parametrize("prompt", ["", " \n\t", "\ud800", "\ufdd0"])
+@pytest.mark.parametrize("prompt", ["", " \n\t", "\ud800"])
 def test_a_prompt_without_text_is_refused(client: TestClient, store_folder: Path, prompt: str) -> None:
     content = json.dumps({"prompt": prompt})
     answer = client.post("/v1/adapters", content=content, headers={"Content-Type": "application/json"})
