@@ -43,6 +43,7 @@ lint: $(DEV_INSTALLED)
 proto: $(DEV_INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -Ihyperagent/wire=proto/hyperagent/teacher/v1 \
 		--python_out=shared --pyi_out=shared --grpc_python_out=shared proto/hyperagent/teacher/v1/teacher.proto
+	$(BIN)/python proto/record_contract.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py

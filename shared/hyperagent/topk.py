@@ -44,6 +44,12 @@ class TopKRows:
     def top_k(self) -> int:
         return int(self.ids.shape[1])
 
+    def part(self, cut: slice) -> TopKRows:
+        """Some consecutive rows; views, not copies."""
+        return TopKRows(
+            self.positions[cut], self.ids[cut], self.logprobs[cut], self.tail_logmass[cut], self.target_logprob[cut]
+        )
+
     def validate(self, *, num_tokens: int, vocab_size: int) -> None:
         """Check shapes, ranges and that each row is a distribution.
 

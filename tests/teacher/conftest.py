@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from teacher_service import (
     CANARY_ROWS,
@@ -18,14 +17,7 @@ from teacher_service import (
     GatedEngine,
     Serve,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-)
+from tiny_models import write_models
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.identity import TokenizerIdentity
@@ -38,65 +30,11 @@ from hyperagent_teacher.transformers_engine import TransformersEngine
 TOP_K = 16
 MAX_TOKENS = 2048
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-# 512 rows of the head for about 300 real tokens: the rest pads the vocabulary, as in the published models.
-COMMON = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "intermediate_size": 128,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, num_hidden_layers=2, head_dim=16, num_experts=4, norm_topk_prob=True),
-    "qwen3_next": Qwen3NextConfig(
-        **COMMON,
-        num_hidden_layers=4,
-        head_dim=32,
-        num_experts=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        shared_expert_intermediate_size=64,
-    ),
-}
-
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with model and tokenizer per architecture."""
-    root = tmp_path_factory.mktemp("models")
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    inner.train_from_iterator(["def score(rows): return sorted(rows, key=score)"] * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-    folders = {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        folders[name] = root / name
-        model = AutoModelForCausalLM.from_config(config)
-        # A head of the default scale makes every row nearly uniform; real ones are peaked.
-        model.get_output_embeddings().weight.data.mul_(20)
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,8 @@ class GatedEngine:
         self.started = asyncio.Event()
         self.stopped = asyncio.Event()
         self.defect = defect
+        self.progress = 0
+        self.restarts = 0
 
     async def score(
         self, _token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
@@ -51,6 +53,7 @@ class GatedEngine:
                 await self.permits.acquire()
                 if self.defect:
                     raise self.defect
+                self.progress += 1
                 yield TopKRows(
                     positions[place : place + 1],
                     np.arange(top_k, dtype=np.uint32)[None],
@@ -60,6 +63,10 @@ class GatedEngine:
                 )
         finally:
             self.stopped.set()
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self.permits = asyncio.Semaphore(10_000)
 
     def close(self) -> None:
         pass

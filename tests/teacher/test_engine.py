@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, CohereConfig
 from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded, ServiceError
 from hyperagent.identity import weights_fingerprint
 from hyperagent.topk import TopKRows, concatenate
+from hyperagent_teacher import transformers_engine
 from hyperagent_teacher.engine import require_scorable
 from hyperagent_teacher.topk_head import top_k_rows
 from hyperagent_teacher.transformers_engine import MAX_ROWS_PER_CHUNK, TransformersEngine
@@ -42,15 +43,18 @@ def oracle_logprobs(folder: Path, token_ids: NDArray[np.uint32], vocab_size: int
     return real - np.log(np.exp(real - real.max(1, keepdims=True)).sum(1, keepdims=True)) - real.max(1, keepdims=True)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
-@pytest.mark.parametrize("top_k", [1, 16])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(("top_k", "prefill_tokens"), [(1, 2048), (16, 2048), (16, 1), (16, 7), (16, 59)])
 async def test_rows_equal_a_sort_of_the_whole_distribution(
     name: str,
     top_k: int,
+    prefill_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
     engines: dict[str, TransformersEngine],
     model_folders: dict[str, Path],
     sequence: Sequence,
 ) -> None:
+    monkeypatch.setattr(transformers_engine, "PREFILL_TOKENS", prefill_tokens)
     engine, (token_ids, positions) = engines[name], sequence
     rows = concatenate(await score_all(engine, token_ids, positions, top_k))
 
@@ -142,15 +146,15 @@ TOKENS = np.arange(60, dtype=np.uint32)
     ("token_ids", "positions", "top_k", "error", "words"),
     [
         (np.zeros(2049, np.uint32), [5, 6], 4, LimitExceeded, "2,049 tokens"),
-        (TOKENS, [5, 6], 17, LimitExceeded, "top_k"),
-        (TOKENS, [5, 6], 0, LimitExceeded, "top_k"),
+        (TOKENS, [5, 6], 17, InvalidRequest, "top_k"),
+        (TOKENS, [5, 6], 0, InvalidRequest, "top_k"),
         (np.append(TOKENS, np.uint32(511)), [5, 6], 4, InvalidRequest, "token id 511"),
         (TOKENS, [], 4, InvalidRequest, "no position"),
         (TOKENS, [6, 5], 4, InvalidRequest, "increase strictly"),
         (TOKENS, [5, 5], 4, InvalidRequest, "increase strictly"),
         (TOKENS, [0, 1], 4, InvalidRequest, "increase strictly"),
         (TOKENS, [5, 60], 4, InvalidRequest, "increase strictly"),
-        (TOKENS[:0], [5], 4, InvalidRequest, "increase strictly"),
+        (TOKENS[:0], [5], 4, InvalidRequest, "no token"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

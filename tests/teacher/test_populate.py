@@ -22,6 +22,7 @@ from teacher_service import (
     drained,
 )
 
+from hyperagent.cache.codec import cache_digest
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import TRAIN, TokenisedTrajectory, write_tokens
 from hyperagent.errors import (
@@ -49,12 +50,14 @@ async def test_populating_twice_computes_once(
         first = await drained(client.populate(trajectories, data=data_identity(tokenizer)))
         second = await drained(client.populate(trajectories, data=data_identity(tokenizer)))
     keys = [cache.key(token_ids, positions), cache.key(token_ids, positions[:5])]
+    digests = [cache.stored_digest(key) for key in keys]
     assert first == [
-        PopulateOutcome("one", Outcome.WRITTEN, num_rows=20, num_tokens=60, cache_key=keys[0]),
-        PopulateOutcome("two", Outcome.WRITTEN, num_rows=5, num_tokens=60, cache_key=keys[1]),
+        PopulateOutcome("one", Outcome.WRITTEN, 20, 60, cache_key=keys[0], record_digest=digests[0]),
+        PopulateOutcome("two", Outcome.WRITTEN, 5, 60, cache_key=keys[1], record_digest=digests[1]),
     ]
     assert [outcome.outcome for outcome in second] == [Outcome.PRESENT, Outcome.PRESENT]
-    assert [outcome.cache_key for outcome in second] == keys
+    assert [(outcome.cache_key, outcome.record_digest) for outcome in second] == list(zip(keys, digests, strict=True))
+    assert cache.verify().digest == cache_digest(dict(zip(keys, digests, strict=True)))
     cache.require_data(data_identity(tokenizer))
     record = cache.get(keys[0])
     assert record.num_tokens == 60

@@ -9,6 +9,8 @@ from subprocess import run
 import grpc
 import numpy as np
 import pytest
+from blake3 import blake3
+from google.rpc import error_details_pb2, status_pb2
 
 from hyperagent import errors
 from hyperagent.errors import CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
@@ -17,7 +19,7 @@ from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire import codec
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
-from hyperagent.wire.status import Busy, NotServing, status_code, to_domain_error
+from hyperagent.wire.status import BeyondEnd, Busy, NotServing, reason_of, refusal, to_domain_error
 
 ROOT = Path(__file__).parents[2]
 ARRAYS = ("positions", "ids", "logprobs", "tail_logmass", "target_logprob")
@@ -48,11 +50,25 @@ def make_teacher(**changes: object) -> TeacherIdentity:
     return TeacherIdentity(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("max_bytes", [1, 100, 1 << 20])
-def test_rows_come_out_of_chunks_as_they_went_in(max_bytes: int) -> None:
+def encoded(rows: TopKRows, *, parts: int = 1, **options: int) -> list[pb.ScoreTokensResponse]:
+    """The messages of `rows`, given to the encoder in some parts."""
+    encoder = codec.ChunkEncoder(top_k=rows.top_k, **options)
+    size = -(-rows.num_rows // parts)
+    starts = range(0, rows.num_rows, size)
+    sent = [chunk for start in starts for chunk in encoder.add(rows.part(slice(start, start + size)))]
+    return [*sent, encoder.finish()]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize("max_bytes", [1, 100, 36 * 7, 1 << 20])
+def test_rows_come_out_of_chunks_as_they_went_in(max_bytes: int, parts: int) -> None:
     rows = make_rows()
-    sent = [chunk.SerializeToString() for chunk in codec.rows_to_chunks(rows, first_row=40, max_bytes=max_bytes)]
+    sent = [chunk.SerializeToString() for chunk in encoded(rows, parts=parts, first_row=40, max_bytes=max_bytes)]
     chunks = [pb.ScoreTokensResponse.FromString(packed) for packed in sent]
+    most = max(1, max_bytes // 36)
+    assert [chunk.num_rows for chunk in chunks] == [most] * ((7 - 1) // most) + [(7 - 1) % most + 1]
+    digest = blake3(b"".join(getattr(chunk, name) for chunk in chunks for name in ARRAYS)).digest()
+    assert [chunk.digest for chunk in chunks] == [b""] * (len(chunks) - 1) + [digest]
     assert [chunk.first_row for chunk in chunks] == [
         40 + sum(c.num_rows for c in chunks[:i]) for i in range(len(chunks))
     ]
@@ -70,7 +86,7 @@ def test_the_packed_bytes_are_little_endian_in_row_major_order() -> None:
         tail_logmass=np.array([-0.5], np.float32),
         target_logprob=np.array([-2.0], np.float32),
     )
-    (chunk,) = codec.rows_to_chunks(rows)
+    (chunk,) = encoded(rows)
     assert chunk.positions == bytes([2, 1, 0, 0])
     assert chunk.ids == bytes([1, 0, 0, 0, 2, 0, 0, 0])
     assert chunk.logprobs == bytes([0, 0, 0x80, 0xBF, 0, 0, 0, 0xC0])
@@ -78,7 +94,7 @@ def test_the_packed_bytes_are_little_endian_in_row_major_order() -> None:
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_every_changed_byte_is_noticed(name: str) -> None:
-    (chunk,) = codec.rows_to_chunks(make_rows())
+    (chunk,) = encoded(make_rows())
     packed = getattr(chunk, name)
     for place in range(len(packed)):
         setattr(chunk, name, packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :])
@@ -88,9 +104,16 @@ def test_every_changed_byte_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "by"), [("num_rows", 1), ("num_rows", -1), ("top_k", 1), ("top_k", -1)])
 def test_a_shape_that_does_not_fit_its_bytes_is_noticed(name: str, by: int) -> None:
-    (chunk,) = codec.rows_to_chunks(make_rows())
+    (chunk,) = encoded(make_rows())
     setattr(chunk, name, getattr(chunk, name) + by)
     with pytest.raises(CorruptRecord, match="damaged"):
+        codec.chunk_to_rows(chunk)
+
+
+def test_a_dtype_that_this_side_does_not_know_is_refused() -> None:
+    (chunk,) = encoded(make_rows())
+    chunk.logprob_dtype = 77
+    with pytest.raises(CorruptRecord, match="dtypes 1 and 77"):
         codec.chunk_to_rows(chunk)
 
 
@@ -136,24 +159,42 @@ def test_an_outcome_that_this_side_does_not_know_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "received"),
+    ("sent", "code", "reason", "retry_after_s", "received"),
     [
-        (Busy("m"), errors.LimitExceeded),
-        (NotServing("m"), errors.ServiceError),
-        (errors.LimitExceeded("m"), errors.LimitExceeded),
-        (errors.InvalidRequest("m"), errors.InvalidRequest),
-        (errors.DataError("m"), errors.InvalidRequest),
-        (errors.RowRefused("t", "m"), errors.InvalidRequest),
-        (errors.IdentityMismatch("m"), errors.IdentityMismatch),
-        (errors.NotFound("m"), errors.NotFound),
-        (errors.CorruptRecord("m"), errors.CorruptRecord),
-        (errors.StorageError("m"), errors.StorageError),
-        (errors.ServiceError("m"), errors.ServiceError),
-        (errors.ConfigError("m"), errors.ServiceError),
+        (Busy("m"), "RESOURCE_EXHAUSTED", "BUSY", 1, Busy),
+        (NotServing("m"), "UNAVAILABLE", "NOT_SERVING", 2, NotServing),
+        (errors.LimitExceeded("m"), "RESOURCE_EXHAUSTED", "TOO_LARGE", None, errors.LimitExceeded),
+        (BeyondEnd("m"), "OUT_OF_RANGE", "BEYOND_END", None, BeyondEnd),
+        (errors.InvalidRequest("m"), "INVALID_ARGUMENT", "INVALID_REQUEST", None, errors.InvalidRequest),
+        (errors.DataError("m"), "INVALID_ARGUMENT", "INVALID_DATA", None, errors.InvalidRequest),
+        (errors.RowRefused("t", "m"), "INVALID_ARGUMENT", "INVALID_DATA", None, errors.InvalidRequest),
+        (errors.IdentityMismatch("m"), "FAILED_PRECONDITION", "IDENTITY_MISMATCH", None, errors.IdentityMismatch),
+        (errors.NotFound("m"), "NOT_FOUND", "NOT_FOUND", None, errors.NotFound),
+        (errors.CorruptRecord("m"), "DATA_LOSS", "DAMAGED", None, errors.CorruptRecord),
+        (errors.StorageError("m"), "ABORTED", "STORAGE_REFUSED", None, errors.StorageError),
+        (errors.ServiceError("m"), "INTERNAL", "FAILED", None, errors.ServiceError),
+        (errors.ConfigError("m"), "INTERNAL", "FAILED", None, errors.ServiceError),
     ],
 )
-def test_an_error_crosses_the_wire(sent: errors.HyperagentError, received: type[errors.HyperagentError]) -> None:
-    error = _rpc_error(status_code(sent), f"{sent}\n  more")
+def test_an_error_crosses_the_wire(
+    sent: errors.HyperagentError,
+    code: str,
+    reason: str,
+    retry_after_s: int | None,
+    received: type[errors.HyperagentError],
+) -> None:
+    status, details, trailers = refusal(sent)
+    assert (status.name, details) == (code, str(sent))
+    rich = status_pb2.Status.FromString(dict(trailers)["grpc-status-details-bin"])
+    assert (rich.code, rich.message) == (status.value[0], details)
+    kinds = [detail.TypeName() for detail in rich.details]
+    assert kinds == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"][: 1 if retry_after_s is None else 2]
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        assert rich.details[1].Unpack(retry)
+        assert retry.retry_delay.ToSeconds() == retry_after_s
+    error = _rpc_error(status, f"{details}\n  more", trailers)
+    assert reason_of(error) == reason
     back = to_domain_error(error, "here:1")
     assert type(back) is received
     assert "\n" not in str(back)
@@ -183,8 +224,10 @@ def test_a_connection_that_breaks_while_sending_is_no_answer() -> None:
     assert "no teacher answers at here:1 (the connection broke off)" in str(back)
 
 
-def _rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+def _rpc_error(
+    code: grpc.StatusCode, details: str, trailers: tuple[tuple[str, bytes], ...] = ()
+) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details=details)
 
 
 def test_the_stubs_are_those_of_the_contract(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ class Admission:
         """Let requests in."""
         self._closed_because = ""
 
-    def close(self) -> None:
+    def close(self, because: str) -> None:
         """Turn new requests away; those inside go on."""
-        self._closed_because = "it is shutting down"
+        self._closed_because = because
 
     def require_open(self) -> None:
         """Raises:

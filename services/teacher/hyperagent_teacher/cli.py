@@ -17,6 +17,10 @@ def serve(
             help="Folder of the model: config.json and safetensors weights.", envvar="HYPERAGENT_TEACHER_MODEL"
         ),
     ],
+    backend: Annotated[
+        str,
+        typer.Option(help="What runs the model: transformers or vllm.", envvar="HYPERAGENT_TEACHER_BACKEND"),
+    ] = "transformers",
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -58,6 +62,13 @@ def serve(
             envvar="HYPERAGENT_TEACHER_MAX_PENDING_REQUESTS",
         ),
     ] = 8,
+    row_memory_mib: Annotated[
+        int,
+        typer.Option(
+            help="Most memory for rows of requests in progress, in MiB; more requests wait.",
+            envvar="HYPERAGENT_TEACHER_ROW_MEMORY_MIB",
+        ),
+    ] = 256,
     redis_url: Annotated[
         str | None,
         typer.Option(help="The cache's hot tier, such as redis://127.0.0.1:6379/0.", envvar="HYPERAGENT_REDIS_URL"),
@@ -70,15 +81,61 @@ def serve(
         str,
         typer.Option(help="auto (the weights' own), float32, bfloat16 or float16.", envvar="HYPERAGENT_TEACHER_DTYPE"),
     ] = "auto",
+    head_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the head's product: auto (the model's), or float32, which has hardly any ties.",
+            envvar="HYPERAGENT_TEACHER_HEAD_DTYPE",
+        ),
+    ] = "auto",
     device: Annotated[
         str,
-        typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.", envvar="HYPERAGENT_TEACHER_DEVICE"),
+        typer.Option(
+            help="Transformers: auto (a GPU if there is one), cpu, cuda or cuda:N.", envvar="HYPERAGENT_TEACHER_DEVICE"
+        ),
     ] = "auto",
+    capture: Annotated[
+        str,
+        typer.Option(
+            help="vLLM: tensors (exact, fast, known releases only) or flat (vLLM's public interface).",
+            envvar="HYPERAGENT_TEACHER_CAPTURE",
+        ),
+    ] = "tensors",
+    engine_args: Annotated[
+        str,
+        typer.Option(
+            help='vLLM: JSON of further engine arguments, such as {"tensor_parallel_size": 8}.',
+            envvar="HYPERAGENT_TEACHER_ENGINE_ARGS",
+        ),
+    ] = "{}",
+    engine_timeout_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds an engine with work may get nothing done before the teacher stops serving.",
+            envvar="HYPERAGENT_TEACHER_ENGINE_TIMEOUT_S",
+        ),
+    ] = 10.0,
+    engine_restart_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds it may hang before it is started afresh.", envvar="HYPERAGENT_TEACHER_ENGINE_RESTART_S"
+        ),
+    ] = 60.0,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file with the certificate chain to serve TLS.", envvar="HYPERAGENT_TEACHER_TLS_CERTIFICATE"
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="PEM file with its private key.", envvar="HYPERAGENT_TEACHER_TLS_KEY"),
+    ] = None,
     allow_remote: Annotated[
         bool,
         typer.Option(
             "--allow-remote",
-            help="Permit an address that other machines can reach; traffic is not encrypted.",
+            help="Permit an address that other machines can reach although traffic is not encrypted.",
             envvar="HYPERAGENT_TEACHER_ALLOW_REMOTE",
         ),
     ] = False,

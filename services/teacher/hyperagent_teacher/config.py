@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, Json, model_validator
 
 from hyperagent.config import StrictModel
 
@@ -13,6 +13,8 @@ from hyperagent.config import StrictModel
 class TeacherSettings(StrictModel):
     """What `hyperagent serve teacher` is told."""
 
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model: Transformers in this process, or vLLM."""
     model: Path
     """Folder of the model: config.json and safetensors weights."""
     tokenizer: Path | None = None
@@ -30,17 +32,39 @@ class TeacherSettings(StrictModel):
     """Longest sequence accepted; the model's own limit holds where it is lower."""
     max_pending_requests: int = Field(8, ge=1)
     """Most requests scored or waiting at once; each may hold one sequence's hidden states in memory."""
+    row_memory_mib: int = Field(256, ge=1)
+    """Most memory for rows of requests in progress; more requests wait, a larger one is refused."""
     redis_url: str | None = None
     """The cache's hot tier, such as redis://127.0.0.1:6379/0; the cache works without."""
     redis_ttl_s: int = Field(86_400, ge=1)
     """Seconds a record stays in the hot tier."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The weights' own dtype for "auto"."""
+    head_dtype: Literal["auto", "float32"] = "auto"
+    """Of the head's product: the model's own for "auto"; float32 has hardly any ties, at the price of a larger head."""
     device: str = "auto"
-    """One of "auto", "cpu", "cuda" and "cuda:N"; "auto" is a GPU if there is one."""
+    """Transformers: one of "auto", "cpu", "cuda" and "cuda:N"; "auto" is a GPU if there is one."""
+    capture: Literal["tensors", "flat"] = "tensors"
+    """vLLM: how rows leave it, by the tap or by its public interface."""
+    engine_args: Json[dict[str, Any]] | dict[str, Any] = Field(default_factory=dict)
+    """vLLM: further arguments of its engine, such as {"tensor_parallel_size": 8}."""
+    engine_timeout_s: float = Field(10.0, gt=0, le=3600)
+    """How long an engine with work may get nothing done before the teacher stops serving."""
+    engine_restart_s: float = Field(60.0, ge=0)
+    """How long it may hang before it is started afresh."""
+    tls_certificate: Path | None = None
+    """PEM file with the server's certificate chain; traffic is encrypted then."""
+    tls_key: Path | None = None
+    """PEM file with the certificate's private key."""
     allow_remote: bool = False
-    """Listen on an address that other machines can reach; traffic is not encrypted."""
+    """Listen on an address that other machines can reach although traffic is not encrypted."""
     reflection: bool = False
     """Let clients such as grpcurl ask for the service's description."""
     stop_grace_s: float = Field(30.0, ge=0, le=3600)
     """Seconds that requests in progress have to end before they are cancelled."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both --tls-certificate and --tls-key")
+        return self

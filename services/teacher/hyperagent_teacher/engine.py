@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.errors import InvalidRequest, LimitExceeded
+from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 
@@ -23,6 +24,10 @@ class ScoringEngine(Protocol):
     @property
     def max_tokens(self) -> int:
         """Longest sequence accepted, in tokens."""
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever the engine has got something done; one that is busy and stands still hangs."""
 
     def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
@@ -39,6 +44,14 @@ class ScoringEngine(Protocol):
         Raises:
             LimitExceeded: the sequence does not fit in the device's memory.
             ServiceError: the model's output is not finite.
+            NotServing: the engine has stopped.
+        """
+
+    async def restart(self) -> None:
+        """Give up what is being computed and start the engine afresh; who waits for it gets `NotServing`.
+
+        Raises:
+            ServiceError: it cannot be started again within this process.
         """
 
     def close(self) -> None:
@@ -51,8 +64,9 @@ def require_scorable(
     """Check a request before any work is done for it.
 
     Raises:
-        LimitExceeded: more tokens, or more ids per row, than the teacher accepts.
-        InvalidRequest: an id is outside the vocabulary, or positions do not increase strictly within [1, T).
+        LimitExceeded: more tokens than the teacher accepts.
+        InvalidRequest: no token, an id outside the vocabulary, a top_k out of range, or positions that do not increase
+            strictly within [1, T).
     """
     num_tokens, vocab_size = len(token_ids), engine.identity.vocab_size
     if num_tokens > engine.max_tokens:
@@ -61,8 +75,12 @@ def require_scorable(
             "leave the trajectory out, or raise the teacher's --max-tokens if its model allows more"
         )
     if not 1 <= top_k <= engine.identity.top_k:
-        raise LimitExceeded(f"top_k must lie in [1, {engine.identity.top_k}], not {top_k}; ask for fewer ids per row")
-    if num_tokens and int(token_ids.max()) >= vocab_size:
+        raise InvalidRequest(
+            f"top_k must lie in [1, {engine.identity.top_k}], not {top_k}; ask for that many ids per row"
+        )
+    if not num_tokens:
+        raise InvalidRequest("there is no token to score; send at least two")
+    if int(token_ids.max()) >= vocab_size:
         raise InvalidRequest(
             f"token id {int(token_ids.max())} is outside the vocabulary of {vocab_size}; "
             "tokenise with the teacher's tokenizer"
@@ -71,3 +89,24 @@ def require_scorable(
         raise InvalidRequest("there is no position to score; ask for at least one")
     if positions[0] < 1 or positions[-1] >= num_tokens or not (np.diff(positions.astype(np.int64)) > 0).all():
         raise InvalidRequest(f"positions must increase strictly within [1, {num_tokens}); sort them and drop repeats")
+
+
+def require_vocabulary(folder: Path, *, model_vocab_size: int, vocab_size: int, top_k: int) -> None:
+    """Refuse a tokenizer that is not the model's, and rows wider than the vocabulary.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} entries, the model in {folder} only {model_vocab_size}; "
+            "give the model's own tokenizer (--tokenizer)"
+        )
+    if not 1 <= top_k <= vocab_size:
+        raise ConfigError(f"--top-k must lie in [1, {vocab_size}], the size of the vocabulary, not {top_k}")
+
+
+def dtype_name(model: object, head: object) -> str:
+    """How an identity names the dtypes (of torch) of a model and of its head's product."""
+    names = [str(dtype).removeprefix("torch.") for dtype in (model, head)]
+    return names[0] if names[0] == names[1] else f"{names[0]}, head {names[1]}"

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 
 from hyperagent.auth import is_authorised
+from hyperagent.wire.status import rich_details
 
 _HEALTH = "/grpc.health.v1.Health/"
 
@@ -32,6 +33,5 @@ class RequireToken(grpc.aio.ServerInterceptor):
 async def _refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
     # A client that is still sending its first message might never learn the status (grpc/grpc#36066).
     await anext(requests, None)
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
-    )
+    code, message = grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
+    await context.abort(code, message, rich_details(code, message, "UNAUTHENTICATED"))

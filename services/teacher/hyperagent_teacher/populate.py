@@ -16,8 +16,10 @@ from hyperagent.data.tokens import read_data_identity, read_tokens
 from hyperagent.errors import InvalidRequest, NotFound
 from hyperagent.identity import DataIdentity, require_same
 from hyperagent.topk import concatenate
+from hyperagent.wire.codec import row_bytes
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 from hyperagent_teacher.engine import ScoringEngine, require_scorable
+from hyperagent_teacher.row_memory import RowMemory
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,9 @@ class Trajectory:
 class Populator:
     """Fills a cache with an engine's rows."""
 
-    def __init__(self, engine: ScoringEngine, cache: TopKCache, *, data_dir: Path | None) -> None:
+    def __init__(
+        self, engine: ScoringEngine, cache: TopKCache, row_memory: RowMemory, *, data_dir: Path | None
+    ) -> None:
         """Name the parts.
 
         Args:
@@ -43,6 +47,7 @@ class Populator:
         """
         self._engine = engine
         self._cache = cache
+        self._row_memory = row_memory
         self._data_dir = data_dir.resolve() if data_dir else None
 
     async def begin(self, data: DataIdentity) -> None:
@@ -60,29 +65,31 @@ class Populator:
             StorageError: the cache cannot be written.
         """
         try:
-            outcome, key = await self._ensure_cached(trajectory)
+            outcome, key, digest = await self._ensure_cached(trajectory)
             reason = ""
         except InvalidRequest as refusal:
-            outcome, key, reason = Outcome.REFUSED, "", str(refusal)
+            outcome, key, digest, reason = Outcome.REFUSED, "", "", str(refusal)
         return PopulateOutcome(
             trajectory_id=trajectory.trajectory_id,
             outcome=outcome,
             num_rows=len(trajectory.positions),
             num_tokens=len(trajectory.token_ids),
             cache_key=key,
+            record_digest=digest,
             reason=reason,
         )
 
-    async def _ensure_cached(self, trajectory: Trajectory) -> tuple[Outcome, str]:
+    async def _ensure_cached(self, trajectory: Trajectory) -> tuple[Outcome, str, str]:
         token_ids, positions, top_k = trajectory.token_ids, trajectory.positions, self._engine.identity.top_k
         require_scorable(self._engine, token_ids, positions, top_k=top_k)
         key = self._cache.key(token_ids, positions)
-        if await asyncio.to_thread(self._cache.contains, key):
-            return Outcome.PRESENT, key
-        async with aclosing(self._engine.score(token_ids, positions, top_k=top_k)) as parts:
-            rows = concatenate([part async for part in parts])
-        await asyncio.to_thread(self._cache.put, key, rows, num_tokens=len(token_ids))
-        return Outcome.WRITTEN, key
+        if (digest := await asyncio.to_thread(self._cache.stored_digest, key)) is not None:
+            return Outcome.PRESENT, key, digest
+        async with self._row_memory.held(len(positions) * row_bytes(top_k)):
+            async with aclosing(self._engine.score(token_ids, positions, top_k=top_k)) as parts:
+                rows = concatenate([part async for part in parts])
+            digest = await asyncio.to_thread(self._cache.put, key, rows, num_tokens=len(token_ids))
+        return Outcome.WRITTEN, key, digest
 
     async def read_file(self, name: str, data: DataIdentity) -> AsyncIterator[Trajectory]:
         """Stream the trajectories of a tokens file inside the data folder.

@@ -1,7 +1,8 @@
 """The teacher's process: bind, load, prove that scoring works, answer, drain.
 
 The port is bound before the model is loaded, so that a busy one is known at once; until the model is loaded a
-client's connection waits. Health is SERVING only once a canary has been scored.
+client's connection waits. Health is SERVING once a canary has been scored and as long as the engine moves
+(`watchdog.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import asyncio
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 
 import grpc
-import numpy as np
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -23,14 +23,18 @@ from hyperagent.cache.hot import HotTier
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ServiceError
 from hyperagent.listen import listening_ip
-from hyperagent.topk import concatenate
 from hyperagent.wire import teacher_pb2, teacher_pb2_grpc
+from hyperagent.wire.pem import read_pem
 from hyperagent_teacher.admission import Admission
+from hyperagent_teacher.canary import score_canary
 from hyperagent_teacher.config import TeacherSettings
 from hyperagent_teacher.engine import ScoringEngine
 from hyperagent_teacher.interceptors import RequireToken
+from hyperagent_teacher.load import load_engine
 from hyperagent_teacher.populate import Populator
+from hyperagent_teacher.row_memory import RowMemory
 from hyperagent_teacher.servicer import TeacherServicer
+from hyperagent_teacher.watchdog import Watchdog
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 
@@ -39,13 +43,11 @@ MAX_MESSAGE_BYTES = 16 << 20
 FLUSH_S = 1.0
 """What the last answers have to leave the machine; open health watches are cut off after it."""
 
-_CANARY_TOKENS = 8
-
 _log = structlog.get_logger()
 
 
 def serve(settings: TeacherSettings, *, token: str) -> None:
-    """Serve a Transformers model until SIGTERM or SIGINT; requests in progress then get to end.
+    """Serve a model until SIGTERM or SIGINT; requests in progress then get to end.
 
     Raises:
         ConfigError: a setting, the model or the tokenizer cannot be used.
@@ -55,7 +57,10 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
     with _leaving_on_signals(), asyncio.Runner() as runner:
         server, address = runner.run(bind(settings, token=token))
         try:
-            engine, cache = _load(settings)
+            _log.info("loading", model=str(settings.model), backend=settings.backend)
+            hot = HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s) if settings.redis_url else None
+            engine = runner.run(load_engine(settings))
+            cache = TopKCache.create_or_open(settings.cache, engine.identity, hot=hot)
         except BaseException:
             runner.run(server.stop(None))
             raise
@@ -69,19 +74,25 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
         ConfigError: there is no such address, or other machines could reach it and `allow_remote` is not set.
         ServiceError: the address cannot be had.
     """
-    ip = listening_ip(settings.host, allow_remote=settings.allow_remote)
+    is_encrypted = settings.tls_certificate is not None
+    ip = listening_ip(settings.host, allow_remote=settings.allow_remote or is_encrypted)
+    credentials = _credentials(settings)
     server = grpc.aio.server(
         interceptors=[RequireToken(token)],
         options=[
             # gRPC's default lets two processes share a port, each getting some of the calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # The clients' keepalive (hyperagent.wire.client) is welcome; gRPC's default hangs up on it.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
     # gRPC would listen on all addresses of a name, and be content if it gets one of them: so it is given a number.
     host = f"[{ip}]" if ip.version == 6 else str(ip)
     try:
-        port = server.add_insecure_port(f"{host}:{settings.port}")
+        place = f"{host}:{settings.port}"
+        port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
     except RuntimeError as error:
         await server.stop(None)
         raise ServiceError(
@@ -102,11 +113,13 @@ async def answer(
     """Start a bound server, answer until `stop` is set, drain.
 
     Raises:
-        ServiceError: the engine cannot score a canary.
+        ServiceError: the engine cannot score a canary, or hangs and cannot be started again.
     """
     admission = Admission(max_pending_requests=settings.max_pending_requests)
-    populator = Populator(engine, cache, data_dir=settings.data_dir)
-    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(engine, populator, admission), server)
+    row_memory = RowMemory(settings.row_memory_mib << 20)
+    populator = Populator(engine, cache, row_memory, data_dir=settings.data_dir)
+    servicer = TeacherServicer(engine, populator, admission, row_memory, spool_folder=cache.root)
+    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -114,17 +127,45 @@ async def answer(
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         await server.start()
-        await _score_canary(engine)
+        await score_canary(engine)
         admission.open()
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", model=engine.identity.model, fingerprint=engine.identity.fingerprint)
-        await stop.wait()
-        admission.close()
+        await _until_stopped(stop, engine, admission, health_servicer, settings)
+        admission.close("it is shutting down")
         await health_servicer.enter_graceful_shutdown()
         _log.info("draining", pending=admission.pending, grace_s=settings.stop_grace_s)
         await admission.wait_until_empty(settings.stop_grace_s)
     finally:
         await server.stop(FLUSH_S)
+
+
+async def _until_stopped(
+    stop: asyncio.Event,
+    engine: ScoringEngine,
+    admission: Admission,
+    health_servicer: health.aio.HealthServicer,
+    settings: TeacherSettings,
+) -> None:
+    async def tell(is_alive: bool) -> None:
+        if is_alive:
+            admission.open()
+            await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+        else:
+            admission.close("its engine does not answer")
+            await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    watchdog = Watchdog(engine, timeout_s=settings.engine_timeout_s, restart_after_s=settings.engine_restart_s)
+    watching = asyncio.create_task(watchdog.watch(tell))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+    finally:
+        for task in (watching, stopping):
+            task.cancel()
+        await asyncio.wait({watching, stopping})
 
 
 async def _serve_until_signal(
@@ -141,36 +182,11 @@ async def _serve_until_signal(
     _log.info("stopped")
 
 
-def _load(settings: TeacherSettings) -> tuple[ScoringEngine, TopKCache]:
-    _log.info("loading", model=str(settings.model))
-    hot = _hot_tier(settings)
-    # Importing torch takes seconds; here, a busy port is known before.
-    from hyperagent_teacher.transformers_engine import TransformersEngine
-
-    engine = TransformersEngine(
-        settings.model,
-        tokenizer_folder=settings.tokenizer or settings.model,
-        top_k=settings.top_k,
-        max_tokens=settings.max_tokens,
-        dtype=settings.dtype,
-        device=settings.device,
-    )
-    return engine, TopKCache.create_or_open(settings.cache, engine.identity, hot=hot)
-
-
-def _hot_tier(settings: TeacherSettings) -> HotTier | None:
-    if settings.redis_url is None:
+def _credentials(settings: TeacherSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
         return None
-    return HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s)
-
-
-async def _score_canary(engine: ScoringEngine) -> None:
-    identity = engine.identity
-    token_ids = np.arange(_CANARY_TOKENS, dtype=np.uint32) % identity.vocab_size
-    positions = np.arange(1, _CANARY_TOKENS, dtype=np.uint32)
-    async with aclosing(engine.score(token_ids, positions, top_k=identity.top_k)) as parts:
-        rows = concatenate([part async for part in parts])
-    rows.validate(num_tokens=_CANARY_TOKENS, vocab_size=identity.vocab_size)
+    pair = (read_pem(settings.tls_key), read_pem(settings.tls_certificate))
+    return grpc.ssl_server_credentials([pair])
 
 
 async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:

@@ -2,24 +2,32 @@
 
 Answers are written rather than yielded: a cancelled call then always raises inside the method, so the engine is
 closed at once; a generator would be left suspended at its yield until it is collected.
+
+Rows do not wait in memory for their reader: the engine's are put into a spool, and written from there.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from hyperagent.errors import HyperagentError, InvalidRequest
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.wire import codec, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
-from hyperagent.wire.status import status_code
+from hyperagent.wire.status import BeyondEnd, refusal, rich_details
 from hyperagent_teacher.admission import Admission
 from hyperagent_teacher.engine import ScoringEngine, require_scorable
 from hyperagent_teacher.populate import Populator, Trajectory
+from hyperagent_teacher.row_memory import RowMemory
+from hyperagent_teacher.spool import Spool
 
 _log = structlog.get_logger()
 
@@ -27,10 +35,20 @@ _log = structlog.get_logger()
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """TeacherService of proto/hyperagent/teacher/v1/teacher.proto."""
 
-    def __init__(self, engine: ScoringEngine, populator: Populator, admission: Admission) -> None:
+    def __init__(
+        self,
+        engine: ScoringEngine,
+        populator: Populator,
+        admission: Admission,
+        row_memory: RowMemory,
+        *,
+        spool_folder: Path,
+    ) -> None:
         self._engine = engine
         self._populator = populator
         self._admission = admission
+        self._row_memory = row_memory
+        self._spool_folder = spool_folder
         self._tokenizer = TokenizerIdentity(engine.identity.tokenizer_sha256, engine.identity.template_sha256)
 
     async def GetTeacher(  # noqa: N802  # the contract's name, like the two below
@@ -48,17 +66,47 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> None:
         """Score one sequence."""
         async with _errors_as_status(context):
-            with self._admission.slot():
+            _require_deadline(context)
+            with self._admission.slot(), Spool(self._spool_folder) as spool:
                 self._require_tokenizer(codec.tokenizer_from_proto(request.tokenizer))
                 token_ids = codec.unpack_u32(request.token_ids, what="token ids")
                 positions = codec.unpack_u32(request.positions, what="positions")
                 require_scorable(self._engine, token_ids, positions, top_k=request.top_k)
-                first_row = 0
-                async with aclosing(self._engine.score(token_ids, positions, top_k=request.top_k)) as parts:
-                    async for rows in parts:
-                        for chunk in codec.rows_to_chunks(rows, first_row=first_row):
-                            await context.write(chunk)
-                        first_row += rows.num_rows
+                if request.first_row >= len(positions):
+                    raise BeyondEnd(
+                        f"there is no row {request.first_row:,} among {len(positions):,} positions; "
+                        "take the stream up at a row that is missing"
+                    )
+                filling = asyncio.create_task(self._fill(spool, token_ids, positions, request))
+                try:
+                    async for message in spool.messages():
+                        await context.write(pb.ScoreTokensResponse.FromString(message))
+                finally:
+                    filling.cancel()
+                    await asyncio.wait({filling})
+
+    async def _fill(
+        self,
+        spool: Spool,
+        token_ids: NDArray[np.uint32],
+        positions: NDArray[np.uint32],
+        request: pb.ScoreTokensRequest,
+    ) -> None:
+        """Put a request's messages into its spool."""
+        top_k, wanted = request.top_k, positions[request.first_row :]
+        encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row)
+        try:
+            async with (
+                self._row_memory.held(len(wanted) * codec.row_bytes(top_k)),
+                aclosing(self._engine.score(token_ids, wanted, top_k=top_k)) as parts,
+            ):
+                async for rows in parts:
+                    for chunk in encoder.add(rows):
+                        await spool.put(chunk.SerializeToString())
+                await spool.put(encoder.finish().SerializeToString())
+            spool.finish()
+        except Exception as error:
+            spool.finish(error)
 
     async def PopulateCache(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.PopulateCacheRequest], context: grpc.aio.ServicerContext
@@ -67,6 +115,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         async with _errors_as_status(context):
             # Nothing is judged before the options are read: their sender might not learn the status (grpc/grpc#36066).
             first = await anext(request_iterator, None)
+            _require_deadline(context)
             with self._admission.slot():
                 if first is None or first.WhichOneof("item") != "options":
                     raise InvalidRequest("the first message of PopulateCache must be its options")
@@ -111,12 +160,19 @@ def _trajectory_from_proto(message: pb.TokenisedTrajectory) -> Trajectory:
     )
 
 
+def _require_deadline(context: grpc.aio.ServicerContext) -> None:
+    # A call without one would hold its place for ever if its client hung.
+    if context.time_remaining() is None:
+        raise InvalidRequest("the call has no deadline; set one, such as the timeout of a Python stub's method")
+
+
 @asynccontextmanager
 async def _errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     try:
         yield
     except HyperagentError as error:
-        await context.abort(status_code(error), str(error))
+        await context.abort(*refusal(error))
     except Exception as defect:
         _log.exception("a call failed", error=type(defect).__name__)
-        await context.abort(grpc.StatusCode.INTERNAL, "the teacher met an unexpected error")
+        code, message = grpc.StatusCode.INTERNAL, "the teacher met an unexpected error"
+        await context.abort(code, message, rich_details(code, message, "DEFECT"))

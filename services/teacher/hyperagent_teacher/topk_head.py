@@ -5,6 +5,8 @@ Shapes: N rows, V real vocabulary entries, K kept ids.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,39 +16,67 @@ from hyperagent.errors import ServiceError
 from hyperagent.topk import TopKRows
 
 
+class TopKTensors(NamedTuple):
+    """What is kept of N rows, on the device of the logits; not finite where the logits are not."""
+
+    ids_NK: Tensor
+    """int64, by descending log-probability, ties by id."""
+    logprobs_NK: Tensor
+    """float32."""
+    tail_N: Tensor
+    """float32, log of the probability outside the kept ids; -inf if there is none."""
+    target_N: Tensor
+    """float32, log-probability of the token that really stands there."""
+
+
 @torch.inference_mode()
-def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint32], *, top_k: int) -> TopKRows:
+def top_k_tensors(logits_NV: Tensor, targets_N: Tensor, *, top_k: int) -> TopKTensors:
     """Cut each row's distribution to its `top_k` likeliest ids; computed in float32.
 
     Args:
         logits_NV: [N, V], any floating dtype, without the rows that only pad the vocabulary.
         targets_N: [N], int64, the tokens that really stand at the positions.
-        positions: [N].
-
-    Raises:
-        ServiceError: a logit is not finite.
     """
     logprobs_NV = logits_NV.float().log_softmax(dim=1)
     values_NK, ids_NK, next_N = _largest(logprobs_NV, top_k)
     target_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1)
-    # One NaN or +inf in a row makes the whole row NaN; a -inf logit stays -inf.
-    if not bool(values_NK.isfinite().all() and target_N.isfinite().all()):
-        raise ServiceError(
-            f"the model's logits are not finite within positions {positions[0]} to {positions[-1]}; "
-            "check its weights, or serve it with --dtype float32"
-        )
     # 1 - sum(kept) loses all its digits when the kept ids hold nearly everything; this sum has none to lose. It is
     # taken in place and relative to its largest term, which is known: every pass over the vocabulary counts.
     shift_N = torch.where(next_N.isfinite(), next_N, 0.0)
     rest_NV = logprobs_NV.scatter_(1, ids_NK, -torch.inf).sub_(shift_N[:, None]).exp_()
     tail_N = shift_N + rest_NV.sum(dim=1).log()
-    return TopKRows(
+    return TopKTensors(ids_NK, values_NK, tail_N, target_N)
+
+
+def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint32], *, top_k: int) -> TopKRows:
+    """`top_k_tensors` of the rows of `positions` [N], in the computer's own memory.
+
+    Raises:
+        ServiceError: a logit is not finite.
+    """
+    kept = top_k_tensors(logits_NV, targets_N, top_k=top_k)
+    rows = TopKRows(
         positions=positions,
-        ids=ids_NK.cpu().numpy().astype(np.uint32),
-        logprobs=values_NK.cpu().numpy(),
-        tail_logmass=tail_N.cpu().numpy(),
-        target_logprob=target_N.cpu().numpy(),
+        ids=kept.ids_NK.cpu().numpy().astype(np.uint32),
+        logprobs=kept.logprobs_NK.cpu().numpy(),
+        tail_logmass=kept.tail_N.cpu().numpy(),
+        target_logprob=kept.target_N.cpu().numpy(),
     )
+    require_finite(rows)
+    return rows
+
+
+def require_finite(rows: TopKRows) -> None:
+    """Refuse rows of logits that were not finite: one NaN or +inf makes its whole row NaN, a -inf stays -inf.
+
+    Raises:
+        ServiceError: naming the positions.
+    """
+    if not (np.isfinite(rows.logprobs).all() and np.isfinite(rows.target_logprob).all()):
+        raise ServiceError(
+            f"the model's logits are not finite within positions {rows.positions[0]} to {rows.positions[-1]}; "
+            "check its weights, or serve it with --dtype float32"
+        )
 
 
 def _largest(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

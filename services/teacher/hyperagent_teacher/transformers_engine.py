@@ -1,13 +1,14 @@
 """The engine that runs a Transformers model in this process, on a CPU or one GPU.
 
-All of a model's work happens on one thread of the engine's own, so requests take turns: one request's body
-(all layers over all tokens), then its head (vocabulary over some rows at a time), with other requests' turns
-in between. Only hidden states of the wanted positions are kept, and never [T, V] logits.
+All of a model's work happens on one thread of the engine's own, one request after the other: its body over some
+thousand tokens at a time (chunked prefill), then its head over some rows at a time. Of a request only the model's own
+cache and the hidden states of the wanted positions are kept, and never [T, V] logits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, LimitExceeded
+from hyperagent.errors import ConfigError, LimitExceeded, ServiceError
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
+from hyperagent_teacher.engine import dtype_name, require_vocabulary
 from hyperagent_teacher.topk_head import top_k_rows
 
+PREFILL_TOKENS = 2048
+"""Tokens that go through the body at once, so that its activations do not grow with the sequence."""
 MAX_LOGITS_PER_CHUNK = 1 << 25
 """Numbers in one chunk of logits: 128 MiB in float32."""
 MAX_ROWS_PER_CHUNK = 1024
@@ -45,6 +49,7 @@ class TransformersEngine:
         top_k: int,
         max_tokens: int,
         dtype: str = "auto",
+        head_dtype: str = "auto",
         device: str = "auto",
     ) -> None:
         """Load from a folder of safetensors weights.
@@ -53,6 +58,7 @@ class TransformersEngine:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
+            head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
         Raises:
@@ -64,15 +70,20 @@ class TransformersEngine:
         self._device = _device(device)
         self._model = _load(folder, dtype).to(device=self._device)  # type: ignore[call-arg]  # an untyped decorator
         self._model.eval().requires_grad_(False)
-        self._head = self._model.get_output_embeddings()
-        _require_fitting(self._model, folder, vocab_size=self._vocab_size, top_k=top_k)
+        head = self._model.get_output_embeddings()
+        require_vocabulary(folder, model_vocab_size=head.weight.shape[0], vocab_size=self._vocab_size, top_k=top_k)
+        _require_plain_head(self._model, folder)
+        # A copy, since the head may be the embedding as well.
+        self._head = copy.deepcopy(head).float() if head_dtype == "float32" else head
         self._rows_per_chunk = min(MAX_ROWS_PER_CHUNK, max(1, MAX_LOGITS_PER_CHUNK // self._head.weight.shape[0]))
+        self._turn = asyncio.Lock()
+        self.progress = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self.max_tokens = min(max_tokens, self._model.config.max_position_embeddings)
         self.identity = TeacherIdentity(
             model=folder.resolve().name,
             weights=weights,
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=dtype_name(self._model.dtype, self._head.weight.dtype),
             backend=f"transformers-{transformers.__version__}",
             tokenizer_sha256=tokenizer.identity.tokenizer_sha256,
             template_sha256=tokenizer.identity.template_sha256,
@@ -87,11 +98,21 @@ class TransformersEngine:
         stop = threading.Event()
         steps = self._steps(token_ids, positions, top_k, stop)
         loop = asyncio.get_running_loop()
-        try:
-            while (rows := await loop.run_in_executor(self._thread, next, steps, None)) is not None:
-                yield rows
-        finally:
-            stop.set()
+        async with self._turn:
+            try:
+                while (rows := await loop.run_in_executor(self._thread, next, steps, None)) is not None:
+                    self.progress += 1
+                    yield rows
+            finally:
+                stop.set()
+
+    async def restart(self) -> None:
+        """See `ScoringEngine.restart`: a thread cannot be killed, so this engine cannot.
+
+        Raises:
+            ServiceError: always.
+        """
+        raise ServiceError("the model hangs, and only a new process helps; start the teacher again")
 
     def close(self) -> None:
         """Wait for the step in progress and end the thread."""
@@ -103,10 +124,10 @@ class TransformersEngine:
         hidden_ND = self._hidden_states(token_ids, positions, stop)
         targets_N = torch.from_numpy(token_ids[positions].astype(np.int64)).to(self._device)
         for start in range(0, len(positions), self._rows_per_chunk):
-            _leave_if(stop)
+            self._go_on(stop)
             cut = slice(start, start + self._rows_per_chunk)
             with torch.inference_mode():
-                logits_NV = self._head(hidden_ND[cut])[:, : self._vocab_size]
+                logits_NV = self._head(hidden_ND[cut].to(self._head.weight.dtype))[:, : self._vocab_size]
             yield top_k_rows(logits_NV, targets_N[cut], positions[cut], top_k=top_k)
 
     @torch.inference_mode()
@@ -115,13 +136,20 @@ class TransformersEngine:
     ) -> Tensor:
         """[N, D]: what the head makes the rows of `positions` from, so the output one token before each."""
         body = self._model.get_decoder()
-        ids_1T = torch.from_numpy(token_ids.astype(np.int64)[None]).to(self._device)
         before_N = torch.from_numpy(positions.astype(np.int64) - 1).to(self._device)
-        hooks = [layer.register_forward_pre_hook(lambda *_: _leave_if(stop)) for layer in body.layers]
+        # What comes after the last wanted output is not computed.
+        ids_1T = torch.from_numpy(token_ids[None, : int(positions[-1])].astype(np.int64)).to(self._device)
+        hooks = [layer.register_forward_pre_hook(lambda *_: self._go_on(stop)) for layer in body.layers]
+        parts, cache = [], None
         try:
-            _leave_if(stop)
-            hidden_1TD: Tensor = body(input_ids=ids_1T, use_cache=False).last_hidden_state
-            return hidden_1TD[0, before_N]
+            for start in range(0, ids_1T.shape[1], PREFILL_TOKENS):
+                output = body(
+                    input_ids=ids_1T[:, start : start + PREFILL_TOKENS], past_key_values=cache, use_cache=True
+                )
+                cache = output.past_key_values
+                wanted_N = before_N[(before_N >= start) & (before_N < start + PREFILL_TOKENS)]
+                parts.append(output.last_hidden_state[0, wanted_N - start])
+            return torch.cat(parts)
         except torch.OutOfMemoryError as error:
             raise LimitExceeded(
                 f"{len(token_ids):,} tokens do not fit in the memory of {self._device}; lower the teacher's --max-tokens"
@@ -130,14 +158,14 @@ class TransformersEngine:
             for hook in hooks:
                 hook.remove()
 
+    def _go_on(self, stop: threading.Event) -> None:
+        if stop.is_set():
+            raise _Stopped
+        self.progress += 1
+
 
 class _Stopped(Exception):
     """Nobody waits for the rows any more. Raised on the engine's thread, where it ends the step and goes no further."""
-
-
-def _leave_if(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise _Stopped
 
 
 def _device(name: str) -> torch.device:
@@ -175,17 +203,10 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _require_fitting(model: PreTrainedModel, folder: Path, *, vocab_size: int, top_k: int) -> None:
+def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     head = model.get_output_embeddings()
-    if vocab_size > head.weight.shape[0]:
-        raise ConfigError(
-            f"the tokenizer has {vocab_size} entries, the model in {folder} only {head.weight.shape[0]}; "
-            "give the model's own tokenizer (--tokenizer)"
-        )
-    if not 1 <= top_k <= vocab_size:
-        raise ConfigError(f"--top-k must lie in [1, {vocab_size}], the size of the vocabulary, not {top_k}")
     # Some architectures scale or cap the head's output in `forward`, which scoring goes around.
-    ids_1T = torch.arange(min(4, vocab_size), device=model.device)[None]
+    ids_1T = torch.arange(min(4, head.weight.shape[0]), device=model.device)[None]
     whole = model(input_ids=ids_1T, use_cache=False).logits
     parts = head(model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state)
     if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):

@@ -16,6 +16,7 @@ float16 keeps 11 significant bits: a log-probability of -10 is off by at most 0.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,19 @@ class CachedRecord:
 def record_bytes(num_rows: int, top_k: int) -> int:
     """Size of a record."""
     return _HEADER.size + sum(_array_bytes(num_rows, top_k)) + _DIGEST_BYTES
+
+
+def record_digest(content: bytes) -> str:
+    """The digest (hex) that a record ends with."""
+    return content[-_DIGEST_BYTES:].hex()
+
+
+def cache_digest(digests: Mapping[str, str]) -> str:
+    """One digest (hex) of many records, given by key: two caches with the same one hold the same bytes."""
+    digest = blake3()
+    for key in sorted(digests):
+        digest.update(bytes.fromhex(key + digests[key]))
+    return digest.hexdigest()
 
 
 def encode_record(key: str, rows: TopKRows, *, num_tokens: int) -> bytes:

@@ -20,7 +20,14 @@ import structlog
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from hyperagent.cache.codec import FORMAT_VERSION, CachedRecord, decode_record, encode_record
+from hyperagent.cache.codec import (
+    FORMAT_VERSION,
+    CachedRecord,
+    cache_digest,
+    decode_record,
+    encode_record,
+    record_digest,
+)
 from hyperagent.cache.hot import HotTier
 from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, NotFound, StorageError
 from hyperagent.files import is_aside, write_atomically, write_once
@@ -41,6 +48,8 @@ class VerifyReport:
     """Path and reason of each that is not; populating again mends it."""
     leftovers: tuple[Path, ...]
     """What killed writers left behind; harmless, and safe to delete while nobody writes."""
+    digest: str
+    """`cache_digest` of the whole records."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +177,24 @@ class TopKCache:
 
     def contains(self, key: str) -> bool:
         """Whether a whole record is on disk; a damaged one does not count, so populating again mends it."""
+        return self.stored_digest(key) is not None
+
+    def stored_digest(self, key: str) -> str | None:
+        """Digest (hex) of the whole record on disk; None where there is none, or a damaged one."""
         try:
-            self._read_disk(key)
+            content, _ = self._read_disk(key)
         except NotFound:
-            return False
+            return None
         except CorruptRecord as error:
             log.warning("damaged record will be written again", key=key, reason=str(error))
-            return False
-        return True
+            return None
+        return record_digest(content)
 
-    def put(self, key: str, rows: TopKRows, *, num_tokens: int) -> None:
+    def put(self, key: str, rows: TopKRows, *, num_tokens: int) -> str:
         """Write one record, replacing what is there.
+
+        Returns:
+            The record's digest (hex).
 
         Args:
             key: from `key`.
@@ -197,6 +213,7 @@ class TopKCache:
         write_atomically(self._path(key), content)
         if self._hot:
             self._hot.put(key, content)
+        return record_digest(content)
 
     def get(self, key: str) -> CachedRecord:
         """Read one record, from the hot tier if it has it.
@@ -234,14 +251,17 @@ class TopKCache:
         """Check every byte on disk; `progress` is called with (records done, records to do)."""
         paths = list(self._paths())
         damaged: list[tuple[Path, str]] = []
+        digests: dict[str, str] = {}
         for done, path in enumerate(paths, start=1):
             try:
-                decode_record(_read(path), key=path.stem)
+                content = _read(path)
+                decode_record(content, key=path.stem)
+                digests[path.stem] = record_digest(content)
             except CorruptRecord as error:
                 damaged.append((path, str(error)))
             progress(done, len(paths))
         leftovers = sorted(path for path in self.root.rglob("*") if is_aside(path))
-        return VerifyReport(len(paths) - len(damaged), tuple(damaged), tuple(leftovers))
+        return VerifyReport(len(digests), tuple(damaged), tuple(leftovers), cache_digest(digests))
 
     def stats(self) -> CacheStats:
         """Count what is there, reading every record."""

@@ -1,6 +1,6 @@
 """The teacher's client: everybody who asks a teacher asks through this class.
 
-It opens an unencrypted channel, on which the bearer token travels in the clear: it is for the loopback
+Without `tls_ca` its channel is not encrypted, and the bearer token travels in the clear: that is for the loopback
 interface and private networks.
 """
 
@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
 import numpy as np
+from blake3 import blake3
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 from hyperagent.auth import BEARER
-from hyperagent.errors import CorruptRecord
+from hyperagent.errors import CorruptRecord, ServiceError
 from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity
 from hyperagent.topk import TopKRows
 from hyperagent.wire import codec, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.outcome import PopulateOutcome
+from hyperagent.wire.pem import read_pem
 from hyperagent.wire.status import no_answer, to_domain_error
 
 HEALTH_POLL_S = 0.2
+RESUMES = 3
+"""How often a stream that broke off is taken up again."""
+RESUME_WAIT_S = 120.0
+"""How long a teacher has to come back meanwhile."""
 POPULATE_TIMEOUT_S = 7 * 24 * 3600.0
 
 Trajectory = tuple[str, NDArray[np.uint32], NDArray[np.uint32]]
@@ -39,6 +46,9 @@ _CHANNEL_OPTIONS = (
     # A teacher that restarts is found again within a second; the default backs off to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A teacher whose machine is gone, or frozen as a whole, is noticed within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
@@ -60,18 +70,27 @@ class TeacherClient:
     teacher's, and otherwise the error that the teacher met.
     """
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, *, tls_ca: Path | None = None) -> None:
         """Name the teacher; nothing is sent yet.
 
         Args:
             address: `host:port`.
             token: see `hyperagent.auth.read_token`.
+            tls_ca: PEM file with the certificates to trust; the channel is encrypted then.
+
+        Raises:
+            ConfigError: `tls_ca` cannot be read.
         """
         self.address = address
+        self._trusted = None if tls_ca is None else read_pem(tls_ca)
         self._metadata = (("authorization", BEARER + token),)
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        if self._trusted is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        else:
+            credentials = grpc.ssl_channel_credentials(root_certificates=self._trusted)
+            self._channel = grpc.aio.secure_channel(self.address, credentials, options=_CHANNEL_OPTIONS)
         self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
         return self
@@ -119,34 +138,60 @@ class TeacherClient:
     ) -> AsyncGenerator[TopKRows, None]:
         """Score one sequence; yields its rows in order of position, some at a time.
 
-        Leaving the loop early and closing the generator (`contextlib.aclosing`) stops the teacher.
+        A stream that breaks off after it has begun is taken up again at the first row that is missing, up to
+        `RESUMES` times. Leaving the loop early and closing the generator (`contextlib.aclosing`) stops the teacher.
 
         Args:
             token_ids: [T].
             positions: [N], strictly increasing in [1, T).
             top_k: ids wanted per row, at most the teacher's.
+            timeout_s: for each attempt.
 
         Raises:
             InvalidRequest, LimitExceeded, IdentityMismatch: the teacher refuses the request.
             CorruptRecord: the rows are damaged, or not the ones asked for.
         """
-        request = pb.ScoreTokensRequest(
-            tokenizer=codec.tokenizer_to_proto(tokenizer),
-            token_ids=codec.pack_u32(token_ids, what="token ids"),
-            positions=codec.pack_u32(positions, what="positions"),
-            top_k=top_k,
-        )
+        received = resumes = 0
+        while received < len(positions) or not len(positions):
+            begun_at = received
+            request = pb.ScoreTokensRequest(
+                tokenizer=codec.tokenizer_to_proto(tokenizer),
+                token_ids=codec.pack_u32(token_ids, what="token ids"),
+                positions=codec.pack_u32(positions, what="positions"),
+                top_k=top_k,
+                first_row=received,
+            )
+            try:
+                async with aclosing(self._score(request, positions, timeout_s)) as parts:
+                    async for rows in parts:
+                        received += rows.num_rows
+                        yield rows
+            except (ServiceError, CorruptRecord):
+                resumes += 1
+                if received == begun_at or resumes > RESUMES:
+                    raise
+                await self.wait_until_serving(RESUME_WAIT_S)
+
+    async def _score(
+        self, request: pb.ScoreTokensRequest, positions: NDArray[np.uint32], timeout_s: float
+    ) -> AsyncGenerator[TopKRows, None]:
+        """One attempt: the rows from `request.first_row` on."""
         call = self._stub.ScoreTokens(request, timeout=timeout_s, metadata=self._metadata)
-        received = 0
+        received = request.first_row
+        digest, stated = blake3(), b""
         try:
             with self._domain_errors():
                 async for chunk in call:
                     rows = codec.chunk_to_rows(chunk)
-                    _require_in_order(chunk, rows, positions, received, top_k)
+                    _require_in_order(chunk, rows, positions, received, request.top_k)
+                    codec.update_digest(digest, chunk)
+                    stated = chunk.digest
                     received += rows.num_rows
                     yield rows
             if received != len(positions):
                 raise CorruptRecord(f"the teacher answered {received} of {len(positions)} rows; ask for them again")
+            if stated != digest.digest():
+                raise CorruptRecord("the rows do not have the digest that the teacher states; ask for them again")
         finally:
             call.cancel()
 

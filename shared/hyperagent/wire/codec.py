@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from hyperagent.errors import CorruptRecord, InvalidRequest, ServiceError
 from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity, canonical_json, require_same
-from hyperagent.topk import TopKRows
+from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 
 _U4 = np.dtype("<u4")
 _F4 = np.dtype("<f4")
+
+CHUNK_BYTES = 1 << 20
+"""Rows in one message; benchmarks/teacher_capture.py sweeps it."""
 
 OPTIONS_ACCEPTED = ("options", "accepted")
 """The initial metadata by which PopulateCache accepts its options."""
@@ -58,30 +62,72 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
     return np.frombuffer(packed, _U4).astype(np.uint32, copy=False)
 
 
-def rows_to_chunks(rows: TopKRows, *, first_row: int = 0, max_bytes: int = 1 << 20) -> Iterator[pb.ScoreTokensResponse]:
-    """Cut rows into messages of about `max_bytes` each, at least one row per message.
+class ChunkEncoder:
+    """Cuts the rows of one answer into messages of about `max_bytes` each; the last one carries the digest of all."""
 
-    Args:
-        rows: consecutive rows of one request.
-        first_row: index of their first row among the request's positions.
-    """
-    row_bytes = 8 * rows.top_k + 12
-    rows_per_chunk = max(1, max_bytes // row_bytes)
-    for start in range(0, rows.num_rows, rows_per_chunk):
-        cut = slice(start, start + rows_per_chunk)
-        positions = rows.positions[cut]
+    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = CHUNK_BYTES) -> None:
+        """Begin an answer.
+
+        Args:
+            first_row: index of its first row among the request's positions.
+        """
+        self._rows_per_chunk = max(1, max_bytes // row_bytes(top_k))
+        self._next_row = first_row
+        self._pending: list[TopKRows] = []
+        self._num_pending = 0
+        self._digest = blake3()
+
+    def add(self, rows: TopKRows) -> Iterator[pb.ScoreTokensResponse]:
+        """Take the next rows; yields the messages that are full, of which none can be the last."""
+        self._pending.append(rows)
+        self._num_pending += rows.num_rows
+        if self._num_pending <= self._rows_per_chunk:
+            return
+        joined = concatenate(self._pending)
+        full = (self._num_pending - 1) // self._rows_per_chunk * self._rows_per_chunk
+        for start in range(0, full, self._rows_per_chunk):
+            yield self._chunk(joined.part(slice(start, start + self._rows_per_chunk)))
+        self._pending = [joined.part(slice(full, None))]
+        self._num_pending -= full
+
+    def finish(self) -> pb.ScoreTokensResponse:
+        """The last message, with the rows that are left and the digest.
+
+        Raises:
+            InvalidRequest: no row was added.
+        """
+        chunk = self._chunk(concatenate(self._pending))
+        chunk.digest = self._digest.digest()
+        return chunk
+
+    def _chunk(self, rows: TopKRows) -> pb.ScoreTokensResponse:
         chunk = pb.ScoreTokensResponse(
-            first_row=first_row + start,
-            num_rows=len(positions),
+            first_row=self._next_row,
+            num_rows=rows.num_rows,
             top_k=rows.top_k,
-            positions=positions.astype(_U4, copy=False).tobytes(),
-            ids=rows.ids[cut].astype(_U4, copy=False).tobytes(),
-            logprobs=rows.logprobs[cut].astype(_F4, copy=False).tobytes(),
-            tail_logmass=rows.tail_logmass[cut].astype(_F4, copy=False).tobytes(),
-            target_logprob=rows.target_logprob[cut].astype(_F4, copy=False).tobytes(),
+            positions=rows.positions.astype(_U4, copy=False).tobytes(),
+            ids=rows.ids.astype(_U4, copy=False).tobytes(),
+            logprobs=rows.logprobs.astype(_F4, copy=False).tobytes(),
+            tail_logmass=rows.tail_logmass.astype(_F4, copy=False).tobytes(),
+            target_logprob=rows.target_logprob.astype(_F4, copy=False).tobytes(),
+            id_dtype=pb.DTYPE_UINT32,
+            logprob_dtype=pb.DTYPE_FLOAT32,
         )
         chunk.checksum = _checksum(chunk)
-        yield chunk
+        update_digest(self._digest, chunk)
+        self._next_row += rows.num_rows
+        return chunk
+
+
+def row_bytes(top_k: int) -> int:
+    """Bytes of one row, on the wire and in memory."""
+    return 8 * top_k + 12
+
+
+def update_digest(digest: blake3, chunk: pb.ScoreTokensResponse) -> None:
+    """Add one message's rows to an answer's digest."""
+    for packed in _arrays(chunk):
+        digest.update(packed)
 
 
 def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
@@ -96,6 +142,11 @@ def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
             f"top-k rows from row {chunk.first_row} were damaged on the way: checksum {checksum:016x}, "
             f"expected {chunk.checksum:016x}; ask for them again"
         )
+    if (chunk.id_dtype, chunk.logprob_dtype) != (pb.DTYPE_UINT32, pb.DTYPE_FLOAT32):
+        raise CorruptRecord(
+            f"top-k rows are of dtypes {chunk.id_dtype} and {chunk.logprob_dtype}, which are unknown here; "
+            "run the same version of hyperagent on both sides"
+        )
     n, k = chunk.num_rows, chunk.top_k
     return TopKRows(
         positions=_array(chunk.positions, _U4, (n,), "positions").astype(np.uint32, copy=False),
@@ -108,9 +159,13 @@ def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
 
 def _checksum(chunk: pb.ScoreTokensResponse) -> int:
     digest = xxhash.xxh3_64()
-    for packed in (chunk.positions, chunk.ids, chunk.logprobs, chunk.tail_logmass, chunk.target_logprob):
+    for packed in _arrays(chunk):
         digest.update(packed)
     return digest.intdigest()
+
+
+def _arrays(chunk: pb.ScoreTokensResponse) -> tuple[bytes, ...]:
+    return chunk.positions, chunk.ids, chunk.logprobs, chunk.tail_logmass, chunk.target_logprob
 
 
 def _array(packed: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
@@ -209,6 +264,7 @@ def outcome_to_proto(outcome: PopulateOutcome) -> pb.PopulateCacheResponse:
         num_rows=outcome.num_rows,
         num_tokens=outcome.num_tokens,
         cache_key=outcome.cache_key,
+        record_digest=bytes.fromhex(outcome.record_digest),
     )
 
 
@@ -230,5 +286,6 @@ def outcome_from_proto(message: pb.PopulateCacheResponse) -> PopulateOutcome:
         num_rows=message.num_rows,
         num_tokens=message.num_tokens,
         cache_key=message.cache_key,
+        record_digest=message.record_digest.hex(),
         reason=message.reason,
     )

@@ -29,5 +29,7 @@ class PopulateOutcome:
     """Tokens, context included."""
     cache_key: str = ""
     """Key of the cache record; empty when refused."""
+    record_digest: str = ""
+    """Digest (hex) that the record ends with; empty when refused."""
     reason: str = ""
     """Why, when refused."""

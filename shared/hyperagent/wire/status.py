@@ -1,12 +1,17 @@
 """The one table between the project's errors and gRPC's status codes.
 
-Codes follow https://grpc.io/docs/guides/status-codes/: what a caller may simply try again later is
-UNAVAILABLE or RESOURCE_EXHAUSTED, and nothing else is.
+Codes follow https://grpc.io/docs/guides/status-codes/. A refusal also carries google.rpc.ErrorInfo, whose reason a
+program can act on, and google.rpc.RetryInfo if, and only if, asking again later helps
+(https://google.aip.dev/193; the `grpc-status-details-bin` trailer).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import grpc
+from google.protobuf.any_pb2 import Any as PackedMessage
+from google.rpc import error_details_pb2, status_pb2
 
 from hyperagent.errors import (
     ConfigError,
@@ -26,31 +31,47 @@ class Busy(LimitExceeded):
     """The service holds as many requests as it accepts at once."""
 
 
+class BeyondEnd(InvalidRequest):
+    """A stream is to be taken up behind its end."""
+
+
 class NotServing(ServiceError):
-    """The service is starting or shutting down."""
+    """The service is starting or shutting down, or its engine has stopped; what was asked has not been done."""
+
+
+class _Answer(NamedTuple):
+    error: type[HyperagentError]
+    code: grpc.StatusCode
+    reason: str
+    retry_after_s: float | None = None
 
 
 # The first class that fits decides, so a class stands before its base.
-_CODE_OF_ERROR: tuple[tuple[type[HyperagentError], grpc.StatusCode], ...] = (
-    (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (NotServing, grpc.StatusCode.UNAVAILABLE),
-    (LimitExceeded, grpc.StatusCode.OUT_OF_RANGE),
-    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
-    (DataError, grpc.StatusCode.INVALID_ARGUMENT),
-    (IdentityMismatch, grpc.StatusCode.FAILED_PRECONDITION),
-    (NotFound, grpc.StatusCode.NOT_FOUND),
-    (CorruptRecord, grpc.StatusCode.DATA_LOSS),
-    (StorageError, grpc.StatusCode.ABORTED),
-    (HyperagentError, grpc.StatusCode.INTERNAL),
+_ANSWERS = (
+    _Answer(Busy, grpc.StatusCode.RESOURCE_EXHAUSTED, "BUSY", 1.0),
+    _Answer(NotServing, grpc.StatusCode.UNAVAILABLE, "NOT_SERVING", 2.0),
+    # gRPC itself answers RESOURCE_EXHAUSTED for a message that is too large.
+    _Answer(LimitExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_LARGE"),
+    _Answer(BeyondEnd, grpc.StatusCode.OUT_OF_RANGE, "BEYOND_END"),
+    _Answer(InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    _Answer(DataError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DATA"),
+    _Answer(IdentityMismatch, grpc.StatusCode.FAILED_PRECONDITION, "IDENTITY_MISMATCH"),
+    _Answer(NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    _Answer(CorruptRecord, grpc.StatusCode.DATA_LOSS, "DAMAGED"),
+    _Answer(StorageError, grpc.StatusCode.ABORTED, "STORAGE_REFUSED"),
+    _Answer(ServiceError, grpc.StatusCode.INTERNAL, "FAILED"),
+    _Answer(HyperagentError, grpc.StatusCode.INTERNAL, "FAILED"),
 )
+
+DOMAIN = "hyperagent"
+_DETAILS = "grpc-status-details-bin"
 
 # What grpc.aio says, in place of the real status, when a call ends while a message is being sent (grpc/grpc#36066).
 _BROKEN_OFF = "Internal error from Core"
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[HyperagentError]] = {
-    # gRPC itself answers RESOURCE_EXHAUSTED too, for a message that is too large.
     grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceeded,
-    grpc.StatusCode.OUT_OF_RANGE: LimitExceeded,
+    grpc.StatusCode.OUT_OF_RANGE: BeyondEnd,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.FAILED_PRECONDITION: IdentityMismatch,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -60,14 +81,48 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[HyperagentError]] = {
 }
 
 
-def status_code(error: HyperagentError) -> grpc.StatusCode:
-    """The code that tells a caller of `error`."""
-    return next(code for kind, code in _CODE_OF_ERROR if isinstance(error, kind))
+def refusal(error: HyperagentError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """Code, one sentence and trailing metadata that tell a caller of `error`."""
+    answer = next(answer for answer in _ANSWERS if isinstance(error, answer.error))
+    return answer.code, str(error), rich_details(answer.code, str(error), answer.reason, answer.retry_after_s)
+
+
+def rich_details(
+    code: grpc.StatusCode, message: str, reason: str, retry_after_s: float | None = None
+) -> tuple[tuple[str, bytes], ...]:
+    """Trailing metadata with google.rpc.Status, as grpcio-status writes it."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    _pack(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(retry_after_s * 1000))
+        _pack(status, retry)
+    return ((_DETAILS, status.SerializeToString()),)
+
+
+def _pack(status: status_pb2.Status, detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> None:
+    packed = PackedMessage()
+    packed.Pack(detail)
+    status.details.append(packed)
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason that a refusal carries; empty if it carries none of ours."""
+    trailers = dict(list(error.trailing_metadata() or ()))
+    info = error_details_pb2.ErrorInfo()
+    for detail in status_pb2.Status.FromString(trailers.get(_DETAILS, b"")).details:
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return str(info.reason)
+    return ""
 
 
 def to_domain_error(error: grpc.aio.AioRpcError, address: str) -> HyperagentError:
     """The error that a teacher's answer, or its silence, stands for."""
-    code, details = error.code(), " ".join((error.details() or "").split())
+    code, details, reason = error.code(), " ".join((error.details() or "").split()), reason_of(error)
+    if reason == "NOT_SERVING":
+        return NotServing(details)
+    if reason == "BUSY":
+        return Busy(details)
     if code is grpc.StatusCode.UNAVAILABLE:
         return no_answer(address, details)
     if details == _BROKEN_OFF:

@@ -6,6 +6,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_UINT32: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_UINT32: Dtype
+DTYPE_FLOAT32: Dtype
+
 class TokenizerIdentity(_message.Message):
     __slots__ = ("tokenizer_sha256", "template_sha256")
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -61,19 +70,21 @@ class GetTeacherResponse(_message.Message):
     def __init__(self, identity: _Optional[_Union[TeacherIdentity, _Mapping]] = ..., max_tokens: _Optional[int] = ..., max_pending_requests: _Optional[int] = ...) -> None: ...
 
 class ScoreTokensRequest(_message.Message):
-    __slots__ = ("tokenizer", "token_ids", "positions", "top_k")
+    __slots__ = ("tokenizer", "token_ids", "positions", "top_k", "first_row")
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     tokenizer: TokenizerIdentity
     token_ids: bytes
     positions: bytes
     top_k: int
-    def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., top_k: _Optional[int] = ...) -> None: ...
+    first_row: int
+    def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., top_k: _Optional[int] = ..., first_row: _Optional[int] = ...) -> None: ...
 
 class ScoreTokensResponse(_message.Message):
-    __slots__ = ("first_row", "num_rows", "top_k", "positions", "ids", "logprobs", "tail_logmass", "target_logprob", "checksum")
+    __slots__ = ("first_row", "num_rows", "top_k", "positions", "ids", "logprobs", "tail_logmass", "target_logprob", "checksum", "id_dtype", "logprob_dtype", "digest")
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +94,9 @@ class ScoreTokensResponse(_message.Message):
     TAIL_LOGMASS_FIELD_NUMBER: _ClassVar[int]
     TARGET_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ID_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     first_row: int
     num_rows: int
     top_k: int
@@ -92,7 +106,10 @@ class ScoreTokensResponse(_message.Message):
     tail_logmass: bytes
     target_logprob: bytes
     checksum: int
-    def __init__(self, first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., top_k: _Optional[int] = ..., positions: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., tail_logmass: _Optional[bytes] = ..., target_logprob: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    id_dtype: Dtype
+    logprob_dtype: Dtype
+    digest: bytes
+    def __init__(self, first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., top_k: _Optional[int] = ..., positions: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., tail_logmass: _Optional[bytes] = ..., target_logprob: _Optional[bytes] = ..., checksum: _Optional[int] = ..., id_dtype: _Optional[_Union[Dtype, str]] = ..., logprob_dtype: _Optional[_Union[Dtype, str]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PopulateCacheRequest(_message.Message):
     __slots__ = ("options", "trajectory", "file")
@@ -127,7 +144,7 @@ class TokensFile(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class PopulateCacheResponse(_message.Message):
-    __slots__ = ("trajectory_id", "outcome", "reason", "num_rows", "num_tokens", "cache_key")
+    __slots__ = ("trajectory_id", "outcome", "reason", "num_rows", "num_tokens", "cache_key", "record_digest")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[PopulateCacheResponse.Outcome]
@@ -144,10 +161,12 @@ class PopulateCacheResponse(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_KEY_FIELD_NUMBER: _ClassVar[int]
+    RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     trajectory_id: str
     outcome: PopulateCacheResponse.Outcome
     reason: str
     num_rows: int
     num_tokens: int
     cache_key: str
-    def __init__(self, trajectory_id: _Optional[str] = ..., outcome: _Optional[_Union[PopulateCacheResponse.Outcome, str]] = ..., reason: _Optional[str] = ..., num_rows: _Optional[int] = ..., num_tokens: _Optional[int] = ..., cache_key: _Optional[str] = ...) -> None: ...
+    record_digest: bytes
+    def __init__(self, trajectory_id: _Optional[str] = ..., outcome: _Optional[_Union[PopulateCacheResponse.Outcome, str]] = ..., reason: _Optional[str] = ..., num_rows: _Optional[int] = ..., num_tokens: _Optional[int] = ..., cache_key: _Optional[str] = ..., record_digest: _Optional[bytes] = ...) -> None: ...

@@ -62,7 +62,8 @@ class TeacherServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ScoreTokens(self, request, context):
-        """Scores one token sequence; rows stream back in order of position.
+        """Scores one token sequence; rows stream back in order of position. A stream that breaks off is taken up again
+        by asking for the same sequence with `first_row`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,46 @@
+"""The engine that the settings ask for."""
+
+from __future__ import annotations
+
+from hyperagent.errors import ConfigError
+from hyperagent_teacher.config import TeacherSettings
+from hyperagent_teacher.engine import ScoringEngine
+
+
+async def load_engine(settings: TeacherSettings) -> ScoringEngine:
+    """Load the model.
+
+    Raises:
+        ConfigError: a setting, the model or the tokenizer cannot be used, or vLLM is not installed.
+        ServiceError: vLLM does not start.
+    """
+    folders = {"tokenizer_folder": settings.tokenizer or settings.model}
+    # Importing either takes seconds, and only one of them need be installed.
+    if settings.backend == "transformers":
+        from hyperagent_teacher.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            settings.model,
+            **folders,
+            top_k=settings.top_k,
+            max_tokens=settings.max_tokens,
+            dtype=settings.dtype,
+            head_dtype=settings.head_dtype,
+            device=settings.device,
+        )
+    try:
+        from hyperagent_teacher.vllm_engine import VllmEngine
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--backend vllm needs vLLM in this environment ({error}); install hyperagent-teacher[vllm] in one of its own"
+        ) from error
+    return await VllmEngine.load(
+        settings.model,
+        **folders,
+        top_k=settings.top_k,
+        max_tokens=settings.max_tokens,
+        dtype=settings.dtype,
+        head_dtype=settings.head_dtype,
+        capture=settings.capture,
+        engine_args=settings.engine_args,
+    )

@@ -1,0 +1,244 @@
+"""The engine that runs a model in vLLM: many requests at once, on as many GPUs and nodes as vLLM is told to use.
+
+vLLM's engine is a process of its own; this one only asks. How the rows leave it is a matter of the capture:
+
+- `tensors` (`vllm_tap.py`): only the positions asked for, exact, no Python object per token;
+- `flat`: vLLM's public `flat_logprobs`, for releases that the tap does not know. It scores every position, its
+  log-probabilities are normalised over the model's padded vocabulary, and its tail is what the kept ids leave of 1.
+
+Prefix caching is off: vLLM leaves the rows of cached tokens uninitialised, and rows that depend on what was asked
+before could not be computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import vllm
+from numpy.typing import NDArray
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.identity import TeacherIdentity, weights_fingerprint
+from hyperagent.topk import TopKRows
+from hyperagent.wire.status import NotServing
+from hyperagent_teacher.engine import dtype_name, require_vocabulary
+from hyperagent_teacher.flat_rows import flat_to_rows
+from hyperagent_teacher.topk_head import require_finite
+from hyperagent_teacher.vllm_tap import (
+    POSITIONS,
+    TARGETS,
+    TopKTap,
+    install_processor,
+    require_supported,
+)
+
+Capture = Literal["tensors", "flat"]
+
+_ROWS_PER_PART = 4096
+_V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+class VllmEngine:
+    """A model in vLLM with its tokenizer; a `ScoringEngine`. Made by `load`."""
+
+    def __init__(
+        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: Capture, max_tokens: int
+    ) -> None:
+        self.identity = identity
+        self.max_tokens = max_tokens
+        self.progress = 0
+        self._arguments = arguments
+        self._capture = capture
+        self._engine: AsyncLLM
+
+    @classmethod
+    async def load(
+        cls,
+        folder: Path,
+        *,
+        tokenizer_folder: Path,
+        top_k: int,
+        max_tokens: int,
+        dtype: str = "auto",
+        head_dtype: str = "auto",
+        capture: Capture = "tensors",
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> VllmEngine:
+        """Load from a folder of safetensors weights.
+
+        Args:
+            top_k: ids per row, the most a request may ask for.
+            max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
+            dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
+            head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
+            engine_args: further arguments of vLLM's `AsyncEngineArgs`, such as `tensor_parallel_size`.
+
+        Raises:
+            ConfigError: a folder, a setting or the combination of model and tokenizer cannot be used.
+            ServiceError: vLLM does not start.
+        """
+        if capture == "tensors":
+            require_supported(vllm.__version__)
+        weights = weights_fingerprint(folder)
+        tokenizer = ChatTokenizer(tokenizer_folder)
+        arguments = _arguments(folder, top_k, max_tokens, dtype, head_dtype, capture, engine_args or {})
+        model = _checked(arguments, folder)
+        require_vocabulary(
+            folder, model_vocab_size=model.get_vocab_size(), vocab_size=tokenizer.vocab_size, top_k=top_k
+        )
+        identity = TeacherIdentity(
+            model=folder.resolve().name,
+            weights=weights,
+            dtype=dtype_name(model.dtype, model.head_dtype),
+            backend=f"vllm-{vllm.__version__}" + ("" if capture == "tensors" else f"-{capture}"),
+            tokenizer_sha256=tokenizer.identity.tokenizer_sha256,
+            template_sha256=tokenizer.identity.template_sha256,
+            vocab_size=tokenizer.vocab_size,
+            top_k=top_k,
+        )
+        # vLLM wants room for one token beyond the prompt, and the tap's prompt ends before the last position.
+        room = 0 if capture == "tensors" else 1
+        engine = cls(arguments, identity, capture, min(max_tokens, model.max_model_len - room))
+        await engine._start()
+        return engine
+
+    async def score(
+        self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
+    ) -> AsyncGenerator[TopKRows, None]:
+        """See `ScoringEngine.score`. A request that nobody waits for is aborted in the engine."""
+        last = int(positions[-1])
+        prompt = token_ids[: last if self._capture == "tensors" else last + 1]
+        parameters = self._parameters(token_ids, positions, top_k)
+        output = None
+        try:
+            stream = self._engine.generate(
+                {"prompt_token_ids": prompt.tolist()}, parameters, request_id=uuid.uuid4().hex
+            )
+            async with aclosing(stream):
+                async for part in stream:
+                    output = part
+        except EngineDeadError as error:
+            raise NotServing("the teacher's engine has stopped; it is started again, ask again") from error
+        except (EngineGenerateError, ValueError) as error:
+            raise ServiceError(f"vLLM did not score the request: {' '.join(str(error).split())}") from error
+        self.progress += 1
+        if output is None or output.prompt_logprobs is None:
+            raise ServiceError("vLLM ended the request without its rows; its log says why")
+        if output.num_cached_tokens:
+            raise ServiceError(
+                f"vLLM took {output.num_cached_tokens} tokens from its prefix cache, and their rows are not initialised; "
+                "do not turn on enable_prefix_caching"
+            )
+        rows = self._rows(output.prompt_logprobs, token_ids, positions)
+        for start in range(0, rows.num_rows, _ROWS_PER_PART):
+            yield rows.part(slice(start, start + _ROWS_PER_PART))
+
+    async def restart(self) -> None:
+        """See `ScoringEngine.restart`: the engine's process is killed and another one started."""
+        await asyncio.to_thread(self._engine.shutdown, 0.0)
+        await self._start()
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests that vLLM still holds."""
+        return self._engine.get_num_unfinished_requests()
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self._engine.shutdown()
+
+    async def _start(self) -> None:
+        try:
+            self._engine = AsyncLLM.from_engine_args(self._arguments)
+            if self._capture == "tensors":
+                install_processor()
+                await self._engine.collective_rpc("install_top_k_tap", args=(self.identity.vocab_size,))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ServiceError(f"vLLM does not start: {' '.join(str(error).split())}; its log says why") from error
+
+    def _parameters(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], top_k: int) -> SamplingParams:
+        common: dict[str, Any] = {
+            "prompt_logprobs": top_k,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        if self._capture == "flat":
+            return SamplingParams(**common, flat_logprobs=True)
+        wanted = {
+            POSITIONS: positions.astype("<u4", copy=False).tobytes(),
+            TARGETS: token_ids[positions].astype("<u4", copy=False).tobytes(),
+        }
+        return SamplingParams(**common, extra_args=wanted)
+
+    def _rows(self, captured: Any, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> TopKRows:
+        if self._capture == "flat":
+            return flat_to_rows(captured, token_ids, positions, vocab_size=self.identity.vocab_size)
+        rows = TopKRows(
+            positions=positions,
+            ids=captured.ids.astype(np.uint32),
+            logprobs=np.ascontiguousarray(captured.logprobs),
+            tail_logmass=captured.tail_logmass,
+            target_logprob=captured.target_logprob,
+        )
+        require_finite(rows)
+        return rows
+
+
+def _arguments(
+    folder: Path,
+    top_k: int,
+    max_tokens: int,
+    dtype: str,
+    head_dtype: str,
+    capture: Capture,
+    given: Mapping[str, Any],
+) -> AsyncEngineArgs:
+    ours: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "max_logprobs": top_k,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "max_model_len": _max_model_len(folder, max_tokens),
+    }
+    if head_dtype != "auto":
+        ours["hf_overrides"] = {"head_dtype": head_dtype}
+    if capture == "tensors":
+        # The tap stands in vLLM's first model runner, which serves CPUs and GPUs alike.
+        if os.environ.setdefault(_V2_RUNNER, "0") != "0":
+            raise ConfigError(f"the tap needs vLLM's first model runner; unset {_V2_RUNNER}, or give --capture flat")
+        ours["worker_extension_cls"] = f"{TopKTap.__module__}.{TopKTap.__qualname__}"
+    if both := sorted(ours.keys() & given.keys()):
+        raise ConfigError(f"--engine-args may not set {', '.join(both)}, which the teacher sets itself; leave it out")
+    try:
+        return AsyncEngineArgs(**ours, **given)
+    except TypeError as error:
+        raise ConfigError(f"vLLM does not know what --engine-args gives it: {error}") from error
+
+
+def _max_model_len(folder: Path, max_tokens: int) -> int:
+    from transformers import AutoConfig
+
+    return min(max_tokens, int(AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings))
+
+
+def _checked(arguments: AsyncEngineArgs, folder: Path) -> Any:
+    try:
+        return arguments.create_model_config()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"vLLM cannot load a model from {folder}: {' '.join(str(error).split())}") from error
