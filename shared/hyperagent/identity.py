@@ -79,6 +79,11 @@ class TeacherIdentity:
     """Ids kept per row."""
 
     @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """Whose ids it takes."""
+        return TokenizerIdentity(self.tokenizer_sha256, self.template_sha256)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of every field except the display name."""
         content = asdict(self)

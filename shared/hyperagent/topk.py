@@ -44,6 +44,16 @@ class TopKRows:
     def top_k(self) -> int:
         return int(self.ids.shape[1])
 
+    def at(self, rows: NDArray[np.integer]) -> TopKRows:
+        """The rows of some indices [n]; copies."""
+        return TopKRows(
+            self.positions[rows],
+            self.ids[rows],
+            self.logprobs[rows],
+            self.tail_logmass[rows],
+            self.target_logprob[rows],
+        )
+
     def part(self, cut: slice) -> TopKRows:
         """Some consecutive rows; views, not copies."""
         return TopKRows(

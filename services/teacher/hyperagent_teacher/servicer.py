@@ -49,7 +49,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self._admission = admission
         self._row_memory = row_memory
         self._spool_folder = spool_folder
-        self._tokenizer = TokenizerIdentity(engine.identity.tokenizer_sha256, engine.identity.template_sha256)
+        self._tokenizer = engine.identity.tokenizer
 
     async def GetTeacher(  # noqa: N802  # the contract's name, like the two below
         self, _request: pb.GetTeacherRequest, _context: grpc.aio.ServicerContext

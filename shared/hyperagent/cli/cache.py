@@ -1,10 +1,10 @@
-"""`hyperagent cache`: fill the teacher's cache, check it, count it."""
+"""`hyperagent cache`: fill the teacher's cache, check it against itself and the teacher, count it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from dataclasses import asdict
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from rich.progress import Progress
 
 from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.identity import require_same
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it.", no_args_is_help=True)
 
@@ -19,17 +20,64 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Root = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
 
+Teachers = Annotated[list[str], typer.Option("--teacher", help="A teacher's host:port; may be given several times.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="PEM file with the certificates to trust; traffic is encrypted.", envvar="HYPERAGENT_TLS_CA"),
+]
+
+
 @app.command()
 def populate(
     tokens: Annotated[Path, typer.Argument(help="Tokens file, made by `hyperagent data tokenize`.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's host:port.")] = "127.0.0.1:8701",
+    teacher: Teachers = ["127.0.0.1:8701"],  # noqa: B006  # typer copies it
+    queue: Annotated[
+        str | None,
+        typer.Option(
+            help="Work queue: a file, by default beside the tokens, or a redis:// address.", envvar="HYPERAGENT_QUEUE"
+        ),
+    ] = None,
+    calls: Annotated[int, typer.Option(min=1, help="Trajectories that each teacher holds at once.")] = 1,
+    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is set aside.")] = 5,
+    lease_s: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a worker that vanished loses its trajectory.")
+    ] = 60.0,
+    teacher_wait_s: Annotated[
+        float, typer.Option(min=0, help="Seconds that a teacher has to start, or to come back.")
+    ] = 600.0,
+    tls_ca: TlsCa = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Have a teacher score trajectories into its cache; what is there already is not computed again."""
+    """Have teachers score trajectories into their cache; what is there already is not computed again.
+
+    Run it on several machines with one redis:// queue, and they share the work. Run again after an interruption, it goes
+    on; run again after the end, it checks everything.
+    """
+    settings = _PopulateSettings(queue or f"{tokens}.queue.sqlite", calls, max_tries, lease_s, teacher_wait_s)
     with progress_bars() as bars:
-        result = asyncio.run(_populate(tokens, teacher, bars))
+        result = asyncio.run(_populate(tokens, teacher, tls_ca, settings, bars, dry_run=dry_run))
     print_result(result, as_json=as_json)
-    if result["refused"]:
+    if result.get("refused") or result.get("set_aside"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    root: Root,
+    tokens: Annotated[Path, typer.Argument(help="Tokens file that the cache was populated from.")],
+    teacher: Annotated[str, typer.Option(help="The teacher's host:port.")] = "127.0.0.1:8701",
+    positions: Annotated[int, typer.Option("--positions", "-n", min=1, help="Positions to score again.")] = 64,
+    seed: Annotated[int, typer.Option(help="Decides which positions.")] = 0,
+    max_kl: Annotated[float, typer.Option(min=0, help="Exit with 1 if the mean KL is above this, in nats.")] = 1e-3,
+    tls_ca: TlsCa = None,
+    as_json: Json = False,
+) -> None:
+    """Score random cached positions again with the live teacher and report the drift."""
+    with progress_bars() as bars:
+        result = asyncio.run(_audit(root, tokens, teacher, tls_ca, positions, seed, bars))
+    print_result(result, as_json=as_json)
+    if result["kl_nats"]["mean"] > max_kl:
         raise typer.Exit(1)
 
 
@@ -45,7 +93,10 @@ def verify(root: Root, as_json: Json = False) -> None:
         )
     damaged = [f"{path}: {reason}" for path, reason in report.damaged]
     leftovers = [str(path) for path in report.leftovers]
-    print_result({"records": report.records, "damaged": damaged, "leftovers": leftovers}, as_json=as_json)
+    print_result(
+        {"records": report.records, "damaged": damaged, "leftovers": leftovers, "digest": report.digest},
+        as_json=as_json,
+    )
     if damaged:
         raise typer.Exit(1)
 
@@ -68,28 +119,95 @@ def stats(root: Root, as_json: Json = False) -> None:
     )
 
 
-async def _populate(tokens: Path, address: str, bars: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _PopulateSettings:
+    queue: str
+    calls: int
+    max_tries: int
+    lease_s: float
+    teacher_wait_s: float
+
+
+async def _populate(
+    tokens: Path,
+    addresses: list[str],
+    tls_ca: Path | None,
+    settings: _PopulateSettings,
+    bars: Progress,
+    *,
+    dry_run: bool,
+) -> dict[str, Any]:
     from hyperagent.auth import read_token
-    from hyperagent.data.tokens import count_tokens_rows, read_data_identity, read_tokens
+    from hyperagent.data.tokens import read_data_identity
+    from hyperagent.fill.run import find_teachers, open_queue, plan, populate
     from hyperagent.wire.client import TeacherClient
-    from hyperagent.wire.outcome import Outcome
 
     data = read_data_identity(tokens)
-    task = bars.add_task("populating", total=count_tokens_rows(tokens), note="")
-    outcomes: Counter[Outcome] = Counter()
-    refused: list[str] = []
-    rows = 0
-    async with TeacherClient(address, read_token()) as teacher:
-        trajectories = ((t.trajectory_id, t.token_ids, t.positions) for t in read_tokens(tokens))
-        async for item in teacher.populate(trajectories, data=data):
-            outcomes[item.outcome] += 1
-            rows += item.num_rows
-            if item.outcome is Outcome.REFUSED:
-                refused.append(f"{item.trajectory_id}: {item.reason}")
-            bars.update(task, advance=1, note=f"{rows:,} supervised tokens")
-    return {
-        "written": outcomes[Outcome.WRITTEN],
-        "present": outcomes[Outcome.PRESENT],
-        "refused": refused,
-        "supervised_tokens": rows,
-    }
+    task = bars.add_task("waiting for the teacher", total=None, note="")
+    async with AsyncExitStack() as connections:
+        clients = [
+            await connections.enter_async_context(TeacherClient(address, read_token(), tls_ca=tls_ca))
+            for address in addresses
+        ]
+        facts = await find_teachers(clients, wait_s=settings.teacher_wait_s)
+        require_same(
+            "the tokenizer of the tokens file",
+            expected=facts.identity.tokenizer,
+            found=data.tokenizer,
+            remedy="tokenise with the teacher's tokenizer folder",
+        )
+        if dry_run:
+            return {
+                **asdict(plan(tokens, facts)),
+                "teachers": addresses,
+                "teacher": asdict(facts.identity),
+                "queue": settings.queue,
+            }
+        queue = open_queue(
+            settings.queue,
+            data=data,
+            teacher=facts.identity,
+            max_tries=settings.max_tries,
+            lease_s=settings.lease_s,
+        )
+        try:
+            report = await populate(
+                tokens,
+                clients,
+                queue,
+                calls_per_teacher=settings.calls,
+                lease_s=settings.lease_s,
+                teacher_wait_s=settings.teacher_wait_s,
+                progress=lambda counts: bars.update(
+                    task,
+                    description="populating",
+                    completed=counts.tokens_over,
+                    total=counts.tokens_total,
+                    note=f"tokens; {counts.finished:,} trajectories done, {counts.pending + counts.claimed:,} left",
+                ),
+            )
+        finally:
+            queue.close()
+    return {**asdict(report), "refused": list(report.refused), "set_aside": list(report.set_aside)}
+
+
+async def _audit(
+    root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Progress
+) -> dict[str, Any]:
+    from hyperagent.auth import read_token
+    from hyperagent.cache.store import TopKCache
+    from hyperagent.fill.audit import audit
+    from hyperagent.wire.client import TeacherClient
+
+    cache = TopKCache.open(root)
+    task = bars.add_task("auditing", total=None, note="")
+    async with TeacherClient(address, read_token(), tls_ca=tls_ca) as teacher:
+        report = await audit(
+            cache,
+            tokens,
+            teacher,
+            num_positions=positions,
+            seed=seed,
+            progress=lambda done, total: bars.update(task, completed=done, total=total, note="trajectories"),
+        )
+    return asdict(report)

@@ -6,6 +6,7 @@ what a trajectory is. The file is Parquet; its schema metadata carry the data's 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_GROUP = 64
+_GROUPS_KEPT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,53 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
         raise DataError(
             f"{path} is damaged: {num_rows} of its {file.metadata.num_rows} rows are left; tokenise the data again"
         )
+
+
+class TokensFile:
+    """Single trajectories of a tokens file, by row; safe to use from several threads.
+
+    The last row groups are kept, since neighbours are asked for together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            DataError: it is missing or is not a tokens file.
+        """
+        self._path = path
+        self._file, _ = _open(path)
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        self._lock = threading.Lock()
+        self._groups: dict[int, pa.RecordBatch] = {}
+
+    def row(self, row: int) -> TokenisedTrajectory:
+        """The trajectory of one row.
+
+        Raises:
+            DataError: the file is damaged, or has no such row.
+        """
+        if not 0 <= row < self._file.metadata.num_rows:
+            raise DataError(f"{self._path} has {self._file.metadata.num_rows} rows, so no row {row}; tokenise again")
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        try:
+            with self._lock:
+                batch = self._group(group)
+            trajectory = _from_row(batch, row - int(self._ends[group]) + batch.num_rows)
+            trajectory.require_aligned()
+        except (pa.ArrowException, OSError, UnicodeDecodeError, DataError, IndexError) as error:
+            raise DataError(
+                f"{self._path} is damaged: {' '.join(str(error).split())}; tokenise the data again"
+            ) from error
+        return trajectory
+
+    def _group(self, group: int) -> pa.RecordBatch:
+        if group not in self._groups:
+            while len(self._groups) >= _GROUPS_KEPT:
+                del self._groups[next(iter(self._groups))]
+            (self._groups[group],) = self._file.read_row_group(group).combine_chunks().to_batches()
+        return self._groups[group]
 
 
 def has_split(path: Path, split: str) -> bool:
