@@ -168,7 +168,7 @@ def _teacher(model: Path, cache: Path) -> Iterator[_Teacher]:
 
 def _serve(model: str, cache: str, port: int) -> None:
     os.environ["GRPC_VERBOSITY"] = "NONE"
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # for the life of the process
     from hyperagent_teacher.config import TeacherSettings
     from hyperagent_teacher.server import serve
 
@@ -241,7 +241,7 @@ def main() -> None:
             num_tokens=options.tokens,
             seed=options.seed,
         )
-    print(json.dumps(asdict(verdict), indent=2))
+    sys.stdout.write(json.dumps(asdict(verdict), indent=2) + "\n")
     sys.exit(not verdict.is_clean)
 
 

@@ -41,6 +41,7 @@ class GatedEngine:
         self.stopped = asyncio.Event()
         self.defect = defect
         self.progress = 0
+        self.rows_per_step = 1
         self.restarts = 0
 
     async def score(

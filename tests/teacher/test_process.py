@@ -25,6 +25,11 @@ TOKEN = "a-token"
 START_TIMEOUT_S = 120.0
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def teacher(model: Path, cache: Path, port: int, **environment: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "hyperagent", "serve", "teacher", "--port", str(port), "--cache", str(cache)]
@@ -61,8 +66,7 @@ async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
     model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = model_folders["qwen3_next"]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     tokenizer = ChatTokenizer(folder).identity
     token_ids = np.arange(200, dtype=np.uint32)
     trajectories = ((f"t{last}", token_ids, np.arange(1, last, dtype=np.uint32)) for last in range(2, 200))

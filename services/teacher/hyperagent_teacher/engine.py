@@ -26,6 +26,11 @@ class ScoringEngine(Protocol):
         """Longest sequence accepted, in tokens."""
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows that are computed together. Asked for from a multiple of it on, rows come out with the same bits, since
+        nothing else that goes into a product of matrices has changed."""
+
+    @property
     def progress(self) -> int:
         """A number that changes whenever the engine has got something done; one that is busy and stands still hangs."""
 

@@ -93,7 +93,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         request: pb.ScoreTokensRequest,
     ) -> None:
         """Put a request's messages into its spool."""
-        top_k, wanted = request.top_k, positions[request.first_row :]
+        top_k = request.top_k
+        # A stream that is taken up begins with the step that its first row belongs to, whose rows before it are dropped.
+        skipped = request.first_row % self._engine.rows_per_step
+        wanted = positions[request.first_row - skipped :]
         encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row)
         try:
             async with (
@@ -101,7 +104,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 aclosing(self._engine.score(token_ids, wanted, top_k=top_k)) as parts,
             ):
                 async for rows in parts:
-                    for chunk in encoder.add(rows):
+                    kept = rows.part(slice(skipped, None)) if skipped else rows
+                    skipped = max(0, skipped - rows.num_rows)
+                    for chunk in encoder.add(kept):
                         await spool.put(chunk.SerializeToString())
                 await spool.put(encoder.finish().SerializeToString())
             spool.finish()

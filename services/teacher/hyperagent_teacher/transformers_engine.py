@@ -75,7 +75,7 @@ class TransformersEngine:
         _require_plain_head(self._model, folder)
         # A copy, since the head may be the embedding as well.
         self._head = copy.deepcopy(head).float() if head_dtype == "float32" else head
-        self._rows_per_chunk = min(MAX_ROWS_PER_CHUNK, max(1, MAX_LOGITS_PER_CHUNK // self._head.weight.shape[0]))
+        self.rows_per_step = min(MAX_ROWS_PER_CHUNK, max(1, MAX_LOGITS_PER_CHUNK // self._head.weight.shape[0]))
         self._turn = asyncio.Lock()
         self.progress = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
@@ -123,9 +123,9 @@ class TransformersEngine:
     ) -> Iterator[TopKRows]:
         hidden_ND = self._hidden_states(token_ids, positions, stop)
         targets_N = torch.from_numpy(token_ids[positions].astype(np.int64)).to(self._device)
-        for start in range(0, len(positions), self._rows_per_chunk):
+        for start in range(0, len(positions), self.rows_per_step):
             self._go_on(stop)
-            cut = slice(start, start + self._rows_per_chunk)
+            cut = slice(start, start + self.rows_per_step)
             with torch.inference_mode():
                 logits_NV = self._head(hidden_ND[cut].to(self._head.weight.dtype))[:, : self._vocab_size]
             yield top_k_rows(logits_NV, targets_N[cut], positions[cut], top_k=top_k)

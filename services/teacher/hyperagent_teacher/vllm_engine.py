@@ -58,6 +58,8 @@ class VllmEngine:
     ) -> None:
         self.identity = identity
         self.max_tokens = max_tokens
+        # vLLM computes the rows of many requests together, in steps that depend on all of them.
+        self.rows_per_step = 1
         self.progress = 0
         self._arguments = arguments
         self._capture = capture
