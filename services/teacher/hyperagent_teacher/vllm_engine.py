@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import vllm
 from numpy.typing import NDArray
+from transformers import AutoConfig
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -95,7 +96,7 @@ class VllmEngine:
             require_supported(vllm.__version__)
         weights = weights_fingerprint(folder)
         tokenizer = ChatTokenizer(tokenizer_folder)
-        arguments = _arguments(folder, top_k, max_tokens, dtype, head_dtype, capture, engine_args or {})
+        arguments = _arguments(folder, max_tokens, dtype, head_dtype, capture, engine_args or {})
         model = _checked(arguments, folder)
         require_vocabulary(
             folder, model_vocab_size=model.get_vocab_size(), vocab_size=tokenizer.vocab_size, top_k=top_k
@@ -163,7 +164,8 @@ class VllmEngine:
 
     async def _start(self) -> None:
         try:
-            self._engine = AsyncLLM.from_engine_args(self._arguments)
+            # In a thread, since it takes half a minute and the event loop has questions of health to answer.
+            self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, self._arguments)
             if self._capture == "tensors":
                 install_processor()
                 await self._engine.collective_rpc("install_top_k_tap", args=(self.identity.vocab_size,))
@@ -202,21 +204,23 @@ class VllmEngine:
 
 def _arguments(
     folder: Path,
-    top_k: int,
     max_tokens: int,
     dtype: str,
     head_dtype: str,
     capture: Capture,
     given: Mapping[str, Any],
 ) -> AsyncEngineArgs:
+    config = _config(folder)
     ours: dict[str, Any] = {
         "model": str(folder),
         "skip_tokenizer_init": True,
-        "dtype": dtype,
-        "max_logprobs": top_k,
+        # vLLM's own "auto" would halve float32.
+        "dtype": str(config.dtype or "auto").removeprefix("torch.") if dtype == "auto" else dtype,
+        # How many are asked for is checked before vLLM sees a request.
+        "max_logprobs": -1,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "max_model_len": _max_model_len(folder, max_tokens),
+        "max_model_len": min(max_tokens, config.max_position_embeddings),
     }
     if head_dtype != "auto":
         ours["hf_overrides"] = {"head_dtype": head_dtype}
@@ -233,10 +237,11 @@ def _arguments(
         raise ConfigError(f"vLLM does not know what --engine-args gives it: {error}") from error
 
 
-def _max_model_len(folder: Path, max_tokens: int) -> int:
-    from transformers import AutoConfig
-
-    return min(max_tokens, int(AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings))
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a model from {folder}: {' '.join(str(error).split())}") from error
 
 
 def _checked(arguments: AsyncEngineArgs, folder: Path) -> Any:

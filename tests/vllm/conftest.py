@@ -1,0 +1,62 @@
+"""Tiny models for a real vLLM on the CPU. These tests run in an environment of their own: `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# vLLM reads these when it is imported.
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="ERROR",
+    HF_HUB_OFFLINE="1",
+)
+
+import torch
+from tiny_models import configurations, write_model, write_tokenizer
+from vllm_world import ENGINE_ARGS, MAX_TOKENS, TOP_K, Load
+
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent_teacher.vllm_engine import VllmEngine
+
+# vLLM's Gated DeltaNet on a CPU takes bfloat16 only.
+DTYPES = {"qwen3": torch.float32, "qwen3_moe": torch.float32, "qwen3_next": torch.bfloat16}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """vLLM leaves sockets to the garbage collector."""
+    for warning in (
+        "ignore::ResourceWarning",
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", warning)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with model and tokenizer per architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in configurations().items():
+        write_model(root / name, config, dtype=DTYPES[name])
+        write_tokenizer(root / name)
+    write_tokenizer(root / "unpadded")
+    vocab_size = ChatTokenizer(root / "unpadded").vocab_size
+    write_model(root / "unpadded", configurations(vocab_size=vocab_size)["qwen3"])
+    return {name: root / name for name in (*DTYPES, "unpadded")}
+
+
+@pytest.fixture
+def load(model_folders: dict[str, Path]) -> Load:
+    """Loads an engine."""
+
+    async def load_one(name: str, **settings: Any) -> VllmEngine:
+        folder = model_folders[name]
+        defaults: dict[str, Any] = {"top_k": TOP_K, "max_tokens": MAX_TOKENS, "engine_args": ENGINE_ARGS}
+        return await VllmEngine.load(folder, tokenizer_folder=folder, **{**defaults, **settings})
+
+    return load_one
