@@ -18,6 +18,7 @@ from hyperagent.data.tokens import HELD_OUT, read_data_identity, read_tokens
 from hyperagent.data.views import ViewSettings
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent_teacher.populate import Populator, Trajectory
+from hyperagent_teacher.row_memory import RowMemory
 from hyperagent_teacher.transformers_engine import TransformersEngine
 from hyperagent_trainer.batches import Batch, DistillationData, load_split
 from hyperagent_trainer.loss import compute_distillation_loss
@@ -40,7 +41,7 @@ def populated(engine: TransformersEngine, student: Student, tokens: Path, root: 
     cache = TopKCache.create_or_open(root, engine.identity)
 
     async def populate() -> None:
-        populator = Populator(engine, cache, data_dir=None)
+        populator = Populator(engine, cache, RowMemory(1 << 30), data_dir=None)
         await populator.begin(read_data_identity(tokens))
         for one in read_tokens(tokens):
             await populator.populate(Trajectory(one.trajectory_id, one.token_ids, one.positions))

@@ -187,7 +187,13 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(
     tokenizer: TokenizerIdentity,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(codec.ChunkEncoder.__init__, "__kwdefaults__", {"first_row": 0, "max_bytes": 140 * 3})
+    real_encoder = codec.ChunkEncoder
+
+    def small_chunks(*, top_k: int, first_row: int, max_bytes: int) -> codec.ChunkEncoder:
+        assert max_bytes == 1 << 20
+        return real_encoder(top_k=top_k, first_row=first_row, max_bytes=140 * 3)
+
+    monkeypatch.setattr(codec, "ChunkEncoder", small_chunks)
     asked: list[int] = []
     real = codec.chunk_to_rows
 

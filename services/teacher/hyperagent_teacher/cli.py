@@ -62,6 +62,10 @@ def serve(
             envvar="HYPERAGENT_TEACHER_MAX_PENDING_REQUESTS",
         ),
     ] = 8,
+    chunk_kib: Annotated[
+        int,
+        typer.Option(help="Rows in one message of an answer, in KiB.", envvar="HYPERAGENT_TEACHER_CHUNK_KIB"),
+    ] = 1024,
     row_memory_mib: Annotated[
         int,
         typer.Option(

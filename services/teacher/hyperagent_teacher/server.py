@@ -118,7 +118,14 @@ async def answer(
     admission = Admission(max_pending_requests=settings.max_pending_requests)
     row_memory = RowMemory(settings.row_memory_mib << 20)
     populator = Populator(engine, cache, row_memory, data_dir=settings.data_dir)
-    servicer = TeacherServicer(engine, populator, admission, row_memory, spool_folder=cache.root)
+    servicer = TeacherServicer(
+        engine,
+        populator,
+        admission,
+        row_memory,
+        spool_folder=cache.root,
+        chunk_bytes=settings.chunk_kib << 10,
+    )
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -43,12 +43,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         row_memory: RowMemory,
         *,
         spool_folder: Path,
+        chunk_bytes: int,
     ) -> None:
         self._engine = engine
         self._populator = populator
         self._admission = admission
         self._row_memory = row_memory
         self._spool_folder = spool_folder
+        self._chunk_bytes = chunk_bytes
         self._tokenizer = engine.identity.tokenizer
 
     async def GetTeacher(  # noqa: N802  # the contract's name, like the two below
@@ -97,7 +99,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         # A stream that is taken up begins with the step that its first row belongs to, whose rows before it are dropped.
         skipped = request.first_row % self._engine.rows_per_step
         wanted = positions[request.first_row - skipped :]
-        encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row)
+        encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row, max_bytes=self._chunk_bytes)
         try:
             async with (
                 self._row_memory.held(len(wanted) * codec.row_bytes(top_k)),

@@ -16,6 +16,9 @@ from hyperagent.identity import require_same
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it.", no_args_is_help=True)
 
+_FIRST_ANSWER_S = 10.0
+"""How long teachers have to answer at the start, when a wrong address is likelier than a restart."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Root = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
@@ -43,7 +46,7 @@ def populate(
         float, typer.Option(min=1, help="Seconds after which a worker that vanished loses its trajectory.")
     ] = 60.0,
     teacher_wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds that a teacher has to start, or to come back.")
+        float, typer.Option(min=0, help="Seconds that a teacher that has gone has to come back.")
     ] = 600.0,
     tls_ca: TlsCa = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -149,7 +152,7 @@ async def _populate(
             await connections.enter_async_context(TeacherClient(address, read_token(), tls_ca=tls_ca))
             for address in addresses
         ]
-        facts = await find_teachers(clients, wait_s=settings.teacher_wait_s)
+        facts = await find_teachers(clients, wait_s=_FIRST_ANSWER_S)
         require_same(
             "the tokenizer of the tokens file",
             expected=facts.identity.tokenizer,

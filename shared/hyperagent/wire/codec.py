@@ -24,9 +24,6 @@ from hyperagent.wire.outcome import Outcome, PopulateOutcome
 _U4 = np.dtype("<u4")
 _F4 = np.dtype("<f4")
 
-CHUNK_BYTES = 1 << 20
-"""Rows in one message; benchmarks/teacher_capture.py sweeps it."""
-
 OPTIONS_ACCEPTED = ("options", "accepted")
 """The initial metadata by which PopulateCache accepts its options."""
 
@@ -65,7 +62,7 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
 class ChunkEncoder:
     """Cuts the rows of one answer into messages of about `max_bytes` each; the last one carries the digest of all."""
 
-    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = 1 << 20) -> None:
         """Begin an answer.
 
         Args:

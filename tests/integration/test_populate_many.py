@@ -1,0 +1,82 @@
+"""Several teachers, and several populations, over one queue; a teacher that is another; a drift that is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from world import Run, Start, World
+
+from hyperagent.cache.codec import encode_record
+from hyperagent.cache.store import TopKCache
+from hyperagent.data.tokens import count_tokens_rows
+from hyperagent.topk import TopKRows
+
+OPTIONS = ["--top-k", "16", "--max-tokens", "4096"]
+
+
+def serve(start: Start, run: Run, model: Path, cache: Path, port: int) -> str:
+    start("serve", "teacher", "--model", model, "--cache", cache, "--port", port, *OPTIONS)
+    assert run("wait", "teacher", "--address", f"127.0.0.1:{port}").returncode == 0
+    return f"127.0.0.1:{port}"
+
+
+def test_two_teachers_and_two_populations_share_a_queue_in_redis(
+    world: World, run: Run, start: Start, free_port: Callable[[], int], redis_server: Any, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first, second = (serve(start, run, world.teacher, cache, free_port()) for _ in range(2))
+    other = start("cache", "populate", world.tokens, "--teacher", first, "--queue", redis_server.url)
+    done = run(
+        "cache",
+        "populate",
+        world.tokens,
+        "--teacher",
+        second,
+        "--teacher",
+        first,
+        "--queue",
+        redis_server.url,
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert other.wait(120) == 0
+    report = json.loads(done.stdout)
+    total = count_tokens_rows(world.tokens)
+    assert report["written"] + report["present"] == total
+    verified = json.loads(run("cache", "verify", cache, "--json").stdout)
+    assert (verified["records"], verified["digest"]) == (total, report["digest"])
+
+
+def test_teachers_that_differ_are_refused_and_a_drift_is_found(
+    world: World, run: Run, start: Start, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    address = serve(start, run, world.teacher, cache, free_port())
+    stranger = serve(start, run, world.student, tmp_path / "other", free_port())
+    refused = run("cache", "populate", world.tokens, "--teacher", address, "--teacher", stranger)
+    assert refused.returncode == 1
+    assert f"the teacher at {stranger} does not match" in refused.stderr.splitlines()[-1]
+    assert not list(cache.glob("objects/*/*.topk"))
+
+    assert run("cache", "populate", world.tokens, "--teacher", address).returncode == 0
+    opened = TopKCache.open(cache)
+    shutil.copytree(cache, tmp_path / "untouched")
+    for key, record in list(opened):
+        rows = record.rows
+        raised = rows.logprobs + np.array([2.0] + [0.0] * (rows.top_k - 1), np.float32)
+        bent = TopKRows(rows.positions, rows.ids, raised, rows.tail_logmass, rows.target_logprob)
+        path = cache / "objects" / key[:2] / f"{key}.topk"
+        path.write_bytes(encode_record(key, bent, num_tokens=record.num_tokens))
+    drifted = run("cache", "audit", cache, world.tokens, "--teacher", address, "-n", "8", "--json")
+    assert drifted.returncode == 1
+    assert json.loads(drifted.stdout)["kl_nats"]["mean"] > 1e-3
+    sound = run("cache", "audit", tmp_path / "untouched", world.tokens, "--teacher", address, "-n", "8", "--json")
+    assert sound.returncode == 0, sound.stderr
+    wrong = run("cache", "audit", cache, world.tokens, "--teacher", stranger)
+    assert wrong.returncode == 1
+    assert "does not match" in wrong.stderr.splitlines()[-1]
