@@ -192,6 +192,7 @@ def _work(place: str, worker: str, start: Any, results: Any) -> None:
     while not queue.counts().is_over:
         if (claim := queue.claim(worker)) is not None:
             results.put((worker, claim.item.row))
+            time.sleep(0.005)
             queue.finish(claim, finished(claim))
     queue.close()
 

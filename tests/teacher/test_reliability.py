@@ -190,7 +190,7 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(
     real_encoder = codec.ChunkEncoder
 
     def small_chunks(*, top_k: int, first_row: int, max_bytes: int) -> codec.ChunkEncoder:
-        assert max_bytes == 1 << 20
+        assert max_bytes == 1 << 19
         return real_encoder(top_k=top_k, first_row=first_row, max_bytes=140 * 3)
 
     monkeypatch.setattr(codec, "ChunkEncoder", small_chunks)

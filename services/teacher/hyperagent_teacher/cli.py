@@ -65,7 +65,7 @@ def serve(
     chunk_kib: Annotated[
         int,
         typer.Option(help="Rows in one message of an answer, in KiB.", envvar="HYPERAGENT_TEACHER_CHUNK_KIB"),
-    ] = 1024,
+    ] = 512,
     row_memory_mib: Annotated[
         int,
         typer.Option(

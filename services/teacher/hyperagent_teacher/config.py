@@ -32,7 +32,7 @@ class TeacherSettings(StrictModel):
     """Longest sequence accepted; the model's own limit holds where it is lower."""
     max_pending_requests: int = Field(8, ge=1)
     """Most requests scored or waiting at once; each may hold one sequence's hidden states in memory."""
-    chunk_kib: int = Field(1024, ge=64, le=2048)
+    chunk_kib: int = Field(512, ge=64, le=2048)
     """Rows in one message of an answer, in KiB."""
     row_memory_mib: int = Field(256, ge=1)
     """Most memory for rows of requests in progress; more requests wait, a larger one is refused."""

@@ -82,7 +82,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 filling = asyncio.create_task(self._fill(spool, token_ids, positions, request))
                 try:
                     async for message in spool.messages():
-                        await context.write(pb.ScoreTokensResponse.FromString(message))
+                        chunk = pb.ScoreTokensResponse.FromString(message)
+                        del message  # a reader who does not read holds one message up, and need not hold two
+                        await context.write(chunk)
                 finally:
                     filling.cancel()
                     await asyncio.wait({filling})

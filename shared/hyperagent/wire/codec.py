@@ -62,7 +62,7 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
 class ChunkEncoder:
     """Cuts the rows of one answer into messages of about `max_bytes` each; the last one carries the digest of all."""
 
-    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = 1 << 20) -> None:
+    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = 1 << 19) -> None:
         """Begin an answer.
 
         Args:
