@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +63,34 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(
         f"error: cannot listen on 127.0.0.1:{taken_port}: the port is taken or the address is not this machine's; "
         "stop the other process, or give another --port"
     ]
+
+
+def _serve_a_model_that_hangs(model: str, cache: str) -> None:
+    from hyperagent_teacher.config import TeacherSettings
+    from hyperagent_teacher.server import serve
+    from hyperagent_teacher.transformers_engine import TransformersEngine
+
+    real = TransformersEngine._go_on
+
+    def hang(engine: TransformersEngine, stop: threading.Event) -> None:
+        # The canary at the start is scored: two layers, one step of the head, one part handed out. None is later.
+        if engine.progress >= 4:
+            time.sleep(3600)
+        real(engine, stop)
+
+    TransformersEngine._go_on = hang  # type: ignore[method-assign]
+    settings = TeacherSettings(
+        model=Path(model), cache=Path(cache), port=0, top_k=8, engine_timeout_s=2.0, engine_restart_s=0.5
+    )
+    serve(settings, token=TOKEN)
+
+
+def test_a_model_that_hangs_ends_the_process(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    arguments = (str(model_folders["qwen3"]), str(tmp_path / "cache"))
+    process = multiprocessing.get_context("spawn").Process(target=_serve_a_model_that_hangs, args=arguments)
+    process.start()
+    process.join(START_TIMEOUT_S)
+    assert process.exitcode == 1
 
 
 async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(

@@ -9,9 +9,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded
+from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded, ServiceError
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
+
+
+class EngineHangs(ServiceError):
+    """The engine hangs in this very process, which only its end can help."""
 
 
 class ScoringEngine(Protocol):
@@ -56,7 +60,8 @@ class ScoringEngine(Protocol):
         """Give up what is being computed and start the engine afresh; who waits for it gets `NotServing`.
 
         Raises:
-            ServiceError: it cannot be started again within this process.
+            EngineHangs: it cannot be started again within this process.
+            ServiceError: it does not start.
         """
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ client's connection waits. Health is SERVING once a canary has been scored and a
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from hyperagent.wire.pem import read_pem
 from hyperagent_teacher.admission import Admission
 from hyperagent_teacher.canary import score_canary
 from hyperagent_teacher.config import TeacherSettings
-from hyperagent_teacher.engine import ScoringEngine
+from hyperagent_teacher.engine import EngineHangs, ScoringEngine
 from hyperagent_teacher.interceptors import RequireToken
 from hyperagent_teacher.load import load_engine
 from hyperagent_teacher.populate import Populator
@@ -184,6 +185,10 @@ async def _serve_until_signal(
     _log.info("listening", address=address)
     try:
         await answer(server, engine, cache, settings, stop=stop)
+    except EngineHangs as error:
+        # The thread that hangs would keep the interpreter from ending, and nobody from starting another teacher.
+        _log.error("leaving", reason=str(error))
+        os._exit(1)
     finally:
         engine.close()
     _log.info("stopped")

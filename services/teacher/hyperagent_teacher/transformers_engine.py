@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, LimitExceeded, ServiceError
+from hyperagent.errors import ConfigError, LimitExceeded
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
-from hyperagent_teacher.engine import dtype_name, require_vocabulary
+from hyperagent_teacher.engine import EngineHangs, dtype_name, require_vocabulary
 from hyperagent_teacher.topk_head import top_k_rows
 
 PREFILL_TOKENS = 2048
@@ -110,9 +110,9 @@ class TransformersEngine:
         """See `ScoringEngine.restart`: a thread cannot be killed, so this engine cannot.
 
         Raises:
-            ServiceError: always.
+            EngineHangs: always.
         """
-        raise ServiceError("the model hangs, and only a new process helps; start the teacher again")
+        raise EngineHangs("the model hangs, and only a new process helps; start the teacher again")
 
     def close(self) -> None:
         """Wait for the step in progress and end the thread."""
