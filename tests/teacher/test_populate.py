@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,17 @@ async def test_a_full_disk_stops_in_one_line(
 )
 async def test_a_stream_out_of_order_is_refused(items: list[Any], serve: Serve, tokenizer: TokenizerIdentity) -> None:
     options = pb.PopulateCacheRequest(options=pb.PopulateOptions(data=codec.data_to_proto(data_identity(tokenizer))))
-    requests = [options if item == "options" else item for item in items]
+
+    async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
+        # As TeacherClient does: grpc.aio loses the status of a call that ends while a message is being sent.
+        for item in items:
+            yield options if item == "options" else item
+            await call.initial_metadata()
+        if items:
+            await call.code()
+
     async with serve() as client, grpc.aio.insecure_channel(client.address) as channel:
-        call = teacher_pb2_grpc.TeacherServiceStub(channel).PopulateCache(iter(requests), metadata=METADATA)
+        call = teacher_pb2_grpc.TeacherServiceStub(channel).PopulateCache(requests(), metadata=METADATA)
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await call.read()
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT

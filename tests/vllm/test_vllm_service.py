@@ -76,7 +76,7 @@ async def test_a_frozen_engine_is_noticed_and_a_killed_one_is_started_again(
     tokenizer = ChatTokenizer(folder)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    with teacher(folder, tmp_path / "cache", port, **{"--engine-restart-s": "300"}) as process:
+    with teacher(folder, tmp_path / "cache", port, **{"--engine-restart-s": "8"}) as process:
         async with TeacherClient(f"127.0.0.1:{port}", TOKEN) as client:
             await client.wait_until_serving(START_S)
             before = await rows_of(client, tokenizer)
@@ -97,6 +97,15 @@ async def test_a_frozen_engine_is_noticed_and_a_killed_one_is_started_again(
 
             frozen[0].kill()
             assert await until_refused(client) <= 15
+            await client.wait_until_serving(START_S)
+            np.testing.assert_allclose((await rows_of(client, tokenizer)).logprobs, before.logprobs, atol=2e-5)
+
+            for one in engine_processes(process.pid):
+                one.send_signal(signal.SIGSTOP)
+            waiting = asyncio.create_task(rows_of(client, tokenizer))
+            # Frozen for good, it is killed and started again, and whoever waited is told.
+            with pytest.raises(NotServing, match="started again"):
+                await asyncio.wait_for(waiting, 60)
             await client.wait_until_serving(START_S)
             np.testing.assert_allclose((await rows_of(client, tokenizer)).logprobs, before.logprobs, atol=2e-5)
         process.send_signal(signal.SIGTERM)

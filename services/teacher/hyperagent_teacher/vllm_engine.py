@@ -24,7 +24,7 @@ import numpy as np
 import vllm
 from numpy.typing import NDArray
 from transformers import AutoConfig
-from vllm import AsyncEngineArgs, SamplingParams
+from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -65,6 +65,8 @@ class VllmEngine:
         self._arguments = arguments
         self._capture = capture
         self._engine: AsyncLLM
+        self._stopped = asyncio.Event()
+        """Set when the engine that now runs is given up."""
 
     @classmethod
     async def load(
@@ -123,19 +125,7 @@ class VllmEngine:
         """See `ScoringEngine.score`. A request that nobody waits for is aborted in the engine."""
         last = int(positions[-1])
         prompt = token_ids[: last if self._capture == "tensors" else last + 1]
-        parameters = self._parameters(token_ids, positions, top_k)
-        output = None
-        try:
-            stream = self._engine.generate(
-                {"prompt_token_ids": prompt.tolist()}, parameters, request_id=uuid.uuid4().hex
-            )
-            async with aclosing(stream):
-                async for part in stream:
-                    output = part
-        except EngineDeadError as error:
-            raise NotServing("the teacher's engine has stopped; it is started again, ask again") from error
-        except (EngineGenerateError, ValueError) as error:
-            raise ServiceError(f"vLLM did not score the request: {' '.join(str(error).split())}") from error
+        output = await self._answer(prompt, self._parameters(token_ids, positions, top_k))
         self.progress += 1
         if output is None or output.prompt_logprobs is None:
             raise ServiceError("vLLM ended the request without its rows; its log says why")
@@ -148,8 +138,42 @@ class VllmEngine:
         for start in range(0, rows.num_rows, _ROWS_PER_PART):
             yield rows.part(slice(start, start + _ROWS_PER_PART))
 
+    async def _answer(self, prompt: NDArray[np.uint32], parameters: SamplingParams) -> RequestOutput | None:
+        """What vLLM says in the end.
+
+        Raises:
+            NotServing: the engine has stopped, or is stopped meanwhile.
+            ServiceError: it did not score the request.
+        """
+
+        async def collect() -> RequestOutput | None:
+            output = None
+            prompt_ids = {"prompt_token_ids": prompt.tolist()}
+            stream = self._engine.generate(prompt_ids, parameters, request_id=uuid.uuid4().hex)
+            async with aclosing(stream):
+                async for part in stream:
+                    output = part
+            return output
+
+        # vLLM leaves requests waiting when it is shut down.
+        collecting, stopping = asyncio.create_task(collect()), asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({collecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise EngineDeadError
+            return collecting.result()
+        except EngineDeadError as error:
+            raise NotServing("the teacher's engine has stopped; it is started again, ask again") from error
+        except (EngineGenerateError, ValueError) as error:
+            raise ServiceError(f"vLLM did not score the request: {' '.join(str(error).split())}") from error
+        finally:
+            for task in (collecting, stopping):
+                task.cancel()
+            await asyncio.gather(collecting, stopping, return_exceptions=True)
+
     async def restart(self) -> None:
         """See `ScoringEngine.restart`: the engine's process is killed and another one started."""
+        self._stopped.set()
         await asyncio.to_thread(self._engine.shutdown, 0.0)
         await self._start()
 
@@ -163,6 +187,7 @@ class VllmEngine:
         self._engine.shutdown()
 
     async def _start(self) -> None:
+        self._stopped = asyncio.Event()
         try:
             # In a thread, since it takes half a minute and the event loop has questions of health to answer.
             self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, self._arguments)
