@@ -78,7 +78,16 @@ class Capture:
             self._waiting = [waiting.part(slice(block.num_rows, None))]
             self._next_block += 1
         if sum(map(len, self._encoded)) >= _WRITE_BYTES:
-            self._flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Make the blocks that are whole durable.
+
+        Raises:
+            StorageError: the file system refused; they can be flushed again.
+        """
+        self._write(self._encoded)
+        self._encoded = []
 
     def finish(self) -> None:
         """Make all of it durable, and the trajectory be there.
@@ -95,7 +104,7 @@ class Capture:
             )
         blocks = [BlockOfTrajectory(block.index, block.num_rows, block.key) for block in self._blocks]
         self._encoded.append(encode_trajectory(bytes.fromhex(self.key), blocks, num_tokens=self._num_tokens))
-        self._flush()
+        self.flush()
 
     def _encode(self, block: BlockPlan, rows: TopKRows) -> bytes:
         if not np.array_equal(rows.positions, block.positions):
@@ -112,7 +121,3 @@ class Capture:
             codec=self._settings.row_codec,
             vocab_size=self._identity.vocab_size,
         )
-
-    def _flush(self) -> None:
-        self._write(self._encoded)
-        self._encoded = []

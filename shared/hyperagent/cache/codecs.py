@@ -77,8 +77,16 @@ class Exact:
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
         """u32 [n] ids, f16 [n] log-probabilities."""
         del vocab_size
-        logprobs_n = np.maximum(kept.logprobs_n, LOWEST_F16).astype("<f2")
-        return kept.ids_n.astype("<u4").tobytes() + logprobs_n.tobytes(), logprobs_n
+        rounded_n = np.maximum(kept.logprobs_n, LOWEST_F16).astype(np.float16)
+        # Rounding makes ties, and ties are ordered by id. Bits of positive float16 rise with what they stand for.
+        rows_n = _per_id(np.arange(len(kept.counts_N), dtype=np.uint64), kept.counts_N)
+        ordered_n = rows_n << np.uint64(48) | (np.float16(0) - rounded_n).view(np.uint16).astype(
+            np.uint64
+        ) << np.uint64(32)
+        ordered_n |= kept.ids_n
+        ordered_n.sort()
+        logprobs_n = -(ordered_n >> np.uint64(32)).astype(np.uint16).view(np.float16)
+        return ordered_n.astype("<u4").tobytes() + logprobs_n.astype("<f2").tobytes(), rounded_n
 
     def decode(self, content: memoryview, counts_N: NDArray[np.int64], *, vocab_size: int) -> KeptIds:
         """See `Codec.decode`; copies nothing."""

@@ -81,12 +81,13 @@ def read_manifest(root: Path) -> Manifest:
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"the cache in {root} is of format version {version}, this release reads {FORMAT_VERSION}; "
-                f"populate a new one"
+                f"the cache in {root} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
             )
         identity = TeacherIdentity(**content["identity"])
         settings = CacheSettings(**content["settings"])
         is_whole = identity.fingerprint == content["fingerprint"]
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"there is no cache in {root}; fill one with `hyperagent cache populate`") from None
     except OSError as error:
