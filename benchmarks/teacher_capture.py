@@ -106,20 +106,28 @@ async def stock(engine: Any, ids: NDArray[np.uint32], **options: Any) -> float:
     return time.perf_counter() - started
 
 
-async def ours(
-    engine: Any, ids: NDArray[np.uint32], positions: NDArray[np.uint32], top_k: int
-) -> tuple[float, float, list[TopKRows]]:
-    """Seconds of a tapped request, seconds of packing its rows for the wire, and the rows."""
+async def ours(engine: Any, ids: NDArray[np.uint32], positions: NDArray[np.uint32], top_k: int) -> tuple[float, float]:
+    """Seconds of a tapped request whose rows are packed for the wire, and how many of them came after vLLM's answer."""
+    answered = 0.0
+    answer = engine._answer
+
+    async def stamped(*arguments: Any) -> Any:
+        nonlocal answered
+        output = await answer(*arguments)
+        answered = time.perf_counter()
+        return output
+
+    engine._answer = stamped
     started = time.perf_counter()
+    encoder, sent = ChunkEncoder(top_k=top_k), 0
     async with aclosing(engine.score(ids, positions, top_k=top_k)) as parts:
-        rows = [part async for part in parts]
-    seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    encoder = ChunkEncoder(top_k=top_k)
-    sent = sum(len(chunk.SerializeToString()) for part in rows for chunk in encoder.add(part))
+        async for part in parts:
+            sent += sum(len(chunk.SerializeToString()) for chunk in encoder.add(part))
     sent += len(encoder.finish().SerializeToString())
+    ended = time.perf_counter()
+    engine._answer = answer
     assert sent >= len(positions) * row_bytes(top_k)
-    return seconds, time.perf_counter() - started, rows
+    return ended - started, ended - answered
 
 
 def supervised(num_tokens: int) -> NDArray[np.uint32]:
@@ -157,10 +165,7 @@ async def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str,
         result = await call
         return after.seconds, result
 
-    processing, (capture_all, packing, rows) = await after_of(ours(engine, ids, everywhere, options.top_k))
-    started = time.perf_counter()
-    engine._rows(_captured_again(rows), ids, everywhere)
-    converting = time.perf_counter() - started
+    processing, (capture_all, packing) = await after_of(ours(engine, ids, everywhere, options.top_k))
     flat, flat_whole = await after_of(stock(engine, ids, prompt_logprobs=options.top_k, flat_logprobs=True))
     dicts, dict_whole = await after_of(stock(engine, ids, prompt_logprobs=options.top_k))
     engine.close()
@@ -173,24 +178,11 @@ async def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str,
         "capture_all_tokens_per_s": options.tokens / capture_all,
         "stock_flat_tokens_per_s": options.tokens / flat_whole,
         "stock_dict_tokens_per_s": options.tokens / dict_whole,
-        "ours_us_per_token": (processing + converting + packing) * per_token,
+        "ours_us_per_token": (processing + packing) * per_token,
         "stock_flat_us_per_token": flat * per_token,
         "stock_dict_us_per_token": dicts * per_token,
-        "ours_over_flat": (processing + converting + packing) / flat,
+        "ours_over_flat": (processing + packing) / flat,
     }
-
-
-def _captured_again(rows: list[TopKRows]) -> Any:
-    """The captured tensors, as the tap hands them over, to time their conversion by itself."""
-    from hyperagent.topk import concatenate
-    from hyperagent_teacher.vllm_tap import CapturedRows
-
-    whole = concatenate(rows)
-    padded = np.zeros((whole.num_rows, whole.top_k + 1), np.float32)
-    padded[:, 1:] = whole.logprobs
-    ids = np.zeros(padded.shape, np.int32)
-    ids[:, 1:] = whole.ids
-    return CapturedRows(ids[:, 1:], padded[:, 1:], whole.tail_logmass, whole.target_logprob)
 
 
 class ReplayEngine:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,7 @@ from hyperagent_teacher.vllm_tap import (
 
 Capture = Literal["tensors", "flat"]
 
-_ROWS_PER_PART = 4096
+_ROWS_PER_PART = 512
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -134,9 +134,9 @@ class VllmEngine:
                 f"vLLM took {output.num_cached_tokens} tokens from its prefix cache, and their rows are not initialised; "
                 "do not turn on enable_prefix_caching"
             )
-        rows = self._rows(output.prompt_logprobs, token_ids, positions)
-        for start in range(0, rows.num_rows, _ROWS_PER_PART):
-            yield rows.part(slice(start, start + _ROWS_PER_PART))
+        for rows in self._rows(output.prompt_logprobs, token_ids, positions):
+            require_finite(rows)
+            yield rows
 
     async def _answer(self, prompt: NDArray[np.uint32], parameters: SamplingParams) -> RequestOutput | None:
         """What vLLM says in the end.
@@ -213,18 +213,21 @@ class VllmEngine:
         }
         return SamplingParams(**common, extra_args=wanted)
 
-    def _rows(self, captured: Any, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> TopKRows:
+    def _rows(self, captured: Any, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> Iterator[TopKRows]:
+        """What vLLM gave, some rows at a time: a copy of all would cost more in fresh pages than in copying."""
+        cuts = [slice(start, start + _ROWS_PER_PART) for start in range(0, len(positions), _ROWS_PER_PART)]
         if self._capture == "flat":
-            return flat_to_rows(captured, token_ids, positions, vocab_size=self.identity.vocab_size)
-        rows = TopKRows(
-            positions=positions,
-            ids=captured.ids.astype(np.uint32),
-            logprobs=np.ascontiguousarray(captured.logprobs),
-            tail_logmass=captured.tail_logmass,
-            target_logprob=captured.target_logprob,
-        )
-        require_finite(rows)
-        return rows
+            rows = flat_to_rows(captured, token_ids, positions, vocab_size=self.identity.vocab_size)
+            yield from (rows.part(cut) for cut in cuts)
+            return
+        for cut in cuts:
+            yield TopKRows(
+                positions=positions[cut],
+                ids=captured.ids[cut].astype(np.uint32),
+                logprobs=np.ascontiguousarray(captured.logprobs[cut]),
+                tail_logmass=captured.tail_logmass[cut],
+                target_logprob=captured.target_logprob[cut],
+            )
 
 
 def _arguments(
