@@ -50,13 +50,13 @@ class Index:
 
     @classmethod
     def create(cls, path: Path) -> Index:
-        """A new, empty index.
+        """A new, empty index, whole in its one file as long as it is not opened again.
 
         Raises:
             StorageError: the file system refused.
         """
-        with _as_domain_errors(path):
-            connection = _connect(path)
+        # Not with a write-ahead log: what closing it fails to bring into the file, it does so without a word.
+        with _as_domain_errors(path), _closed_on_error(_connect(path, journal="DELETE")) as connection:
             connection.executescript(_SCHEMA)
         return cls(path, connection)
 
@@ -68,10 +68,8 @@ class Index:
             CorruptRecord: it is damaged or of another version; it can be made again from the shards.
             StorageError: the file system refused.
         """
-        with _as_domain_errors(path):
-            connection = _connect(path)
+        with _as_domain_errors(path), _closed_on_error(_connect(path, journal="WAL")) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] != _SCHEMA_VERSION:
-                connection.close()
                 raise CorruptRecord(f"{path} is not an index of version {_SCHEMA_VERSION}")
         return cls(path, connection)
 
@@ -166,13 +164,19 @@ def _as_domain_errors(path: Path) -> Iterator[None]:
         raise CorruptRecord(f"the cache's index {path} is damaged: {error}; run `hyperagent cache repair`") from error
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, journal: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode anything less than FULL may lose the last transactions with the power, and they are acknowledged.
+    with _closed_on_error(connection):
+        connection.execute(f"PRAGMA journal_mode = {journal}")
+        # With a write-ahead log anything less than FULL may lose the last transactions with the power, and they are acknowledged.
         connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+@contextmanager
+def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    try:
+        yield connection
     except BaseException:
         connection.close()
         raise
-    return connection

@@ -11,13 +11,15 @@ from pathlib import Path
 from hyperagent.errors import Conflict, StorageError
 
 
-def hold_shared(path: Path) -> int:
-    """Take the lock at `path` beside other readers, until the descriptor that is returned is closed.
+def hold(path: Path, *, alone: bool) -> int:
+    """Take the lock at `path`, beside other readers or alone, until the descriptor that is returned is closed.
 
     Raises:
-        Conflict: something is being removed from the cache.
+        Conflict: somebody holds it otherwise.
         StorageError: the file system refused.
     """
+    if alone:
+        return _hold(path, fcntl.LOCK_EX, "somebody has it open; stop trainers and teachers that use it first")
     return _hold(path, fcntl.LOCK_SH, "something is being removed from it; wait for that to end")
 
 
@@ -29,7 +31,7 @@ def held_alone(path: Path) -> Iterator[None]:
         Conflict: somebody reads.
         StorageError: the file system refused.
     """
-    descriptor = _hold(path, fcntl.LOCK_EX, "somebody has it open; stop trainers and teachers that use it first")
+    descriptor = hold(path, alone=True)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.record import ALIGNMENT, HEADER_BYTES, MAGIC, Header, check_record
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import fsync_directory
+from hyperagent.files import fsync_directory, is_aside
 
 _MAGIC = b"HATKSHD2"
 _HEADER = struct.Struct("<8s32s16x")
@@ -74,23 +74,28 @@ class ShardWriter:
 
     @classmethod
     def create(cls, folder: Path, fingerprint: str) -> ShardWriter:
-        """A new, empty shard; durable once `sync` has returned.
+        """A new, empty, durable shard.
 
         Raises:
             OSError: the file system refused; nothing is left.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}{OPEN}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        # Written aside first, so that a shard always has its header.
+        aside = folder / f".aside-{path.name}"
+        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         writer = cls(path, descriptor, 0)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fields = _HEADER.pack(_MAGIC, bytes.fromhex(fingerprint))
             writer.append(fields + xxhash.xxh3_64_digest(fields))
+            writer.sync()
+            aside.rename(path)
             fsync_directory(folder)
         except BaseException:
-            with suppress(OSError):
-                path.unlink()
+            for left in (aside, path):
+                with suppress(OSError):
+                    left.unlink()
             writer.close()
             raise
         return writer
@@ -103,7 +108,7 @@ class ShardWriter:
             OSError: the file system refused.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
@@ -204,7 +209,7 @@ def locate(folder: Path, name: str) -> Path:
 
 def shard_paths(folder: Path) -> list[Path]:
     """All shards, sorted by name."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (OPEN, SEALED))
+    return sorted(path for path in folder.glob("*") if path.suffix in (OPEN, SEALED) and not is_aside(path))
 
 
 def fingerprint_of(path: Path) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from hyperagent.cache.capture import Capture
 from hyperagent.cache.hot import HotTier
 from hyperagent.cache.keys import BlockPlan, plan_blocks, trajectory_key
-from hyperagent.cache.locks import hold_shared
+from hyperagent.cache.locks import hold
 from hyperagent.cache.manifest import CacheSettings, Manifest, manifest_path, read_manifest, write_manifest
 from hyperagent.cache.reader import ShardReader
 from hyperagent.cache.rebuild import open_index
@@ -72,19 +72,27 @@ class StoredTrajectory:
 class TopKCache:
     """A teacher's top-k rows by trajectory; safe to use from several threads and processes of one machine."""
 
-    def __init__(self, root: Path, manifest: Manifest, *, hot: HotTier | None, shard_bytes: int) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, *, hot: HotTier | None = None, shard_bytes: int, alone: bool = False
+    ) -> None:
         """Use `create_or_open` or `open`."""
         self.root = root
         self.identity = manifest.identity
         self.settings = manifest.settings
         self._hot = hot
         self._settings_digest = manifest.settings.digest()[:16]
-        self._reading = hold_shared(root / "readers.lock")
-        self.index = open_index(root, manifest.identity.fingerprint)
-        """For the tools that look after a cache."""
-        self.reader = ShardReader(root / "shards")
+        self.shards = root / "shards"
+        self.shard_bytes = shard_bytes
+        self._lock = hold(root / "readers.lock", alone=alone)
+        try:
+            self.index = open_index(root, manifest.identity.fingerprint)
+            """For the tools that look after a cache."""
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.reader = ShardReader(self.shards)
         self._writer = RecordWriter(
-            root / "shards", manifest.identity.fingerprint, self.index, self.reader, shard_bytes=shard_bytes
+            self.shards, manifest.identity.fingerprint, self.index, self.reader, shard_bytes=shard_bytes
         )
 
     @classmethod
@@ -128,15 +136,19 @@ class TopKCache:
         return cls(root, manifest, hot=hot, shard_bytes=shard_bytes)
 
     @classmethod
-    def open(cls, root: Path, *, hot: HotTier | None = None) -> Self:
+    def open(cls, root: Path, *, hot: HotTier | None = None, alone: bool = False) -> Self:
         """An existing cache.
+
+        Args:
+            alone: keep everybody else from opening it, to remove something.
 
         Raises:
             ConfigError: there is none, or it is of an unknown format version.
+            Conflict: somebody has it open alone, or, to be alone, at all.
             CorruptRecord: its manifest is damaged.
             StorageError: the file system refused.
         """
-        return cls(root, read_manifest(root), hot=hot, shard_bytes=SHARD_BYTES)
+        return cls(root, read_manifest(root), hot=hot, shard_bytes=SHARD_BYTES, alone=alone)
 
     def close(self) -> None:
         """Let go of all files, and of the hot tier."""
@@ -145,7 +157,7 @@ class TopKCache:
         self._writer.close()
         self.reader.close()
         self.index.close()
-        os.close(self._reading)
+        os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -273,9 +285,21 @@ class TopKCache:
         """Every trajectory on disk, by its key, sorted."""
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
 
+    def write_again(self, records: Sequence[bytes]) -> None:
+        """Append whole records, and have the index name them in the place of what has their keys.
+
+        Raises:
+            StorageError: the file system refused; the index names what it did.
+        """
+        self._writer.write(records, again=True)
+
     def seal(self) -> None:
         """Seal the shard that this process writes, full or not."""
         self._writer.seal()
+
+    def release_shard(self) -> None:
+        """Give up the shard that this process writes; the next writer goes on with it."""
+        self._writer.close()
 
     def _first_missing(self, blocks: Sequence[BlockPlan]) -> int:
         for number, block in enumerate(blocks):

@@ -12,7 +12,7 @@ import structlog
 from hyperagent.cache.index import Entry, Index
 from hyperagent.cache.reader import ShardReader
 from hyperagent.cache.record import Header
-from hyperagent.cache.shard import OPEN, SHARD_HEADER_BYTES, Location, ShardWriter, fingerprint_of
+from hyperagent.cache.shard import OPEN, SHARD_HEADER_BYTES, Location, ShardWriter, fingerprint_of, shard_paths
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
 from hyperagent.files import remedy_of
 
@@ -35,29 +35,33 @@ class RecordWriter:
         self._lock = threading.Lock()
         self._shard: ShardWriter | None = None
 
-    def write(self, records: Sequence[bytes]) -> None:
+    def write(self, records: Sequence[bytes], *, again: bool = False) -> None:
         """Have all records be there, durably; one whose key is there already, and whole, is not written again.
+
+        Args:
+            again: write those too, and have the index name the new ones.
 
         Raises:
             StorageError: the file system refused; none of them has been added.
         """
         with self._lock, self._storage_errors():
-            begin: int | None = None
+            cut_at: int | None = None
             try:
                 # The index's write lock is held meanwhile, so no other process puts the same record.
                 with self._index.transaction():
-                    missing = [record for record in records if not self._is_there(record)]
+                    missing = [record for record in records if again or not self._is_there(record)]
                     if not missing:
                         return
                     shard = self._open_shard()
-                    begin = shard.end
+                    cut_at = shard.end
                     entries = [_entry(shard, record) for record in missing]
                     shard.sync()
                     self._index.put(entries)
                     self._index.set_end(shard.name, shard.end)
+                    # From here on the index may have them even if its commit reports an error, so they have to stay.
+                    cut_at = None
             except BaseException:
-                if begin is not None:
-                    self._give_up(begin)
+                self._give_up(cut_at)
                 raise
             if shard.end >= self._shard_bytes:
                 self._seal()
@@ -90,7 +94,9 @@ class RecordWriter:
         """The shard to append to: this writer's, or one that its writer has left, or a new one."""
         if self._shard is None:
             ends = self._index.ends()
-            for path in sorted(self._folder.glob(f"*{OPEN}")):
+            for path in shard_paths(self._folder):
+                if path.suffix != OPEN:
+                    continue
                 # One that the index does not know was killed before its first record; only its header counts.
                 end = ends.get(path.stem, SHARD_HEADER_BYTES)
                 with suppress(CorruptRecord):
@@ -101,7 +107,7 @@ class RecordWriter:
                 self._shard = ShardWriter.create(self._folder, self._fingerprint)
         return self._shard
 
-    def _give_up(self, end: int) -> None:
+    def _give_up(self, cut_at: int | None) -> None:
         """Cut off what did not become durable, and never write through this descriptor again.
 
         After a failed fsync the system may have dropped what it could not write, and says so only once.
@@ -109,8 +115,9 @@ class RecordWriter:
         shard, self._shard = self._shard, None
         if shard:
             # Where it cannot be cut now, the next writer does it: the index says where the shard ends.
-            with suppress(OSError):
-                shard.cut(end)
+            if cut_at is not None:
+                with suppress(OSError):
+                    shard.cut(cut_at)
             shard.close()
 
     def _seal(self) -> None:
