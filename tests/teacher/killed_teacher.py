@@ -218,6 +218,9 @@ async def _populate_with_kills(
 
 def _has_claims(queue_path: Path) -> bool:
     with closing(sqlite3.connect(queue_path, timeout=30)) as database:
+        made = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'items'").fetchone()[0] > 0
+        if not made:  # the population has not opened its queue yet
+            return False
         return database.execute("SELECT count(*) FROM items WHERE state = 'claimed'").fetchone()[0] > 0
 
 
