@@ -6,7 +6,8 @@ is deleted last. Others may read meanwhile; who finds a shard gone asks the inde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +55,16 @@ def compact(cache: TopKCache, progress: Progress = lambda _done, _total: None) -
     cache.release_shard()
     before = shard_paths(cache.shards)
     bytes_before = _size(before)
-    wasteful = [path for path in before if _is_wasteful(cache, path)]
-    # A single small shard that is all alive would only be copied.
-    if len(wasteful) > 1 or any(_dead_bytes(cache, path) or path.suffix == OPEN for path in wasteful):
-        for done, path in enumerate(wasteful):
-            progress(done, len(wasteful))
-            _rewrite(cache, path)
-        cache.seal()
+    # Holding the locks keeps everybody, this process too, from appending to what is about to go.
+    with owned_shards(cache, [path for path in before if path.suffix == OPEN]) as owned:
+        wasteful = [path for path in before if path in owned or (path.suffix == SEALED and _is_wasteful(cache, path))]
+        # A single small shard that is all alive would only be copied.
+        if len(wasteful) > 1 or any(path in owned or _dead_bytes(cache, path) for path in wasteful):
+            for done, path in enumerate(wasteful):
+                progress(done, len(wasteful))
+                copy_records(cache, cache.index.entries(path.stem))
+                delete_shard(cache, path)
+            cache.seal()
     after = shard_paths(cache.shards)
     return CompactReport(len(before), len(after), bytes_before, _size(after))
 
@@ -119,23 +123,24 @@ def delete_shard(cache: TopKCache, path: Path) -> None:
         raise StorageError(f"could not delete {path}: {error.strerror}; {remedy_of(error)}") from error
 
 
-def _rewrite(cache: TopKCache, path: Path) -> None:
-    end = cache.index.ends().get(path.stem, SHARD_HEADER_BYTES)
-    # Holding its lock keeps everybody, this process too, from appending to what is about to go.
-    owner = ShardWriter.resume(path, end=end) if path.suffix == OPEN else None
-    if path.suffix == OPEN and owner is None:
-        log.warning("shard left as it is, another process writes it", shard=str(path))
-        return
+@contextmanager
+def owned_shards(cache: TopKCache, paths: Iterable[Path]) -> Iterator[set[Path]]:
+    """Hold the locks of open shards; yields those that nobody else writes."""
+    ends = cache.index.ends()
+    owners = {path: ShardWriter.resume(path, end=ends.get(path.stem, SHARD_HEADER_BYTES)) for path in paths}
+    for path, owner in owners.items():
+        if owner is None:
+            log.warning("shard left as it is, another process writes it", shard=str(path))
     try:
-        copy_records(cache, cache.index.entries(path.stem))
-        delete_shard(cache, path)
+        yield {path for path, owner in owners.items() if owner}
     finally:
-        if owner:
-            owner.close()
+        for owner in owners.values():
+            if owner:
+                owner.close()
 
 
 def _is_wasteful(cache: TopKCache, path: Path) -> bool:
-    return path.suffix != SEALED or _dead_bytes(cache, path) > 0 or path.stat().st_size < cache.shard_bytes // 2
+    return _dead_bytes(cache, path) > 0 or path.stat().st_size < cache.shard_bytes // 2
 
 
 def _dead_bytes(cache: TopKCache, path: Path) -> int:

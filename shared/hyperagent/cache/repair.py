@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyperagent.cache.check import Damage, Progress, verify
-from hyperagent.cache.compact import copy_records
+from hyperagent.cache.compact import copy_records, owned_shards
 from hyperagent.cache.locks import held_alone
 from hyperagent.cache.manifest import read_manifest
 from hyperagent.cache.rebuild import rebuild_index
+from hyperagent.cache.shard import OPEN
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import StorageError
 from hyperagent.files import fsync_directory, is_aside, remedy_of
@@ -53,9 +54,10 @@ def repair(root: Path, progress: Progress = lambda _done, _total: None) -> Repai
         lost = {bytes.fromhex(damage.key) for damage in found.damaged if damage.key}
         with cache.index.transaction():
             cache.index.remove([*lost, *(bytes.fromhex(key) for key in found.incomplete)])
-        set_aside = [
-            _set_aside(cache, path) for path in sorted({damage.path for damage in found.damaged}) if path.exists()
-        ]
+        damaged = [path for path in sorted({damage.path for damage in found.damaged}) if path.exists()]
+        # Owned, so that nothing is copied into what is about to go.
+        with owned_shards(cache, [path for path in damaged if path.suffix == OPEN]):
+            set_aside = [_set_aside(cache, path) for path in damaged]
         for path in root.rglob("*"):
             if is_aside(path):
                 path.unlink()
