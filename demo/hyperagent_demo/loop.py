@@ -25,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from hyperagent.cache.store import CacheStats, TopKCache
+from hyperagent.cache.check import CacheStats, count, verify
+from hyperagent.cache.store import TopKCache
 from hyperagent.data.messages import dialogue_of
 from hyperagent.data.reader import read_rows
 from hyperagent.data.selection import Selection
@@ -151,10 +152,10 @@ def _populate(config: DemoConfig, teacher: Path, tokens: Path, out: Path, token:
     with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as process:
         process.wait_until_ready(lambda timeout_s: asyncio.run(_wait_until_serving(address, token, timeout_s)))
         asyncio.run(_populate_over_grpc(address, tokens, token, bar))
-    opened = TopKCache.open(cache)
-    if damaged := opened.verify().damaged:
-        raise DataError(f"{len(damaged)} records of the cache are damaged, the first is {damaged[0]}")
-    return opened.stats()
+    with TopKCache.open(cache) as opened:
+        if damaged := verify(opened).damaged:
+            raise DataError(f"{len(damaged)} records of the cache are damaged, the first is {damaged[0]}")
+        return count(opened)
 
 
 async def _wait_until_serving(address: str, token: str, timeout_s: float) -> None:

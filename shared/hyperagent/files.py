@@ -21,6 +21,8 @@ _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EFBIG: "the file is larger than the limit set for this process; raise it (ulimit -f) and run again",
+    errno.EIO: "the disk fails; see the system's log, and choose another one",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and run again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.ENOTDIR: "a file is where a folder should be; choose another name",
@@ -108,6 +110,11 @@ def fsync_directory(path: Path) -> None:
     _fsync(path)
 
 
+def remedy_of(error: OSError) -> str:
+    """What a user can do about a write that failed."""
+    return _REMEDIES.get(error.errno or 0, "see the system's message")
+
+
 def is_aside(path: Path) -> bool:
     """Whether `path` is a write in progress, or what a killed process left of one."""
     return path.name.startswith(".aside-")
@@ -132,8 +139,7 @@ def _no_trace(path: Path, aside: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        remedy = _REMEDIES.get(error.errno or 0, "see the system's message")
-        raise StorageError(f"could not write {path}: {error.strerror or error}; {remedy}") from error
+        raise StorageError(f"could not write {path}: {error.strerror or error}; {remedy_of(error)}") from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)

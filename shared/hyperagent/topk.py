@@ -23,6 +23,9 @@ class TopKRows:
 
     All log-probabilities are natural, under the teacher's full softmax over its real vocabulary (never
     renormalised over the kept ids). Ids in a row are ordered by descending log-probability, ties by id.
+
+    A row may keep fewer than K ids, but at least one: it then ends in padding, which repeats the row's first id with a
+    log-probability of -inf.
     """
 
     positions: NDArray[np.uint32]
@@ -43,6 +46,11 @@ class TopKRows:
     @property
     def top_k(self) -> int:
         return int(self.ids.shape[1])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[N], ids that each row keeps, padding not counted."""
+        return np.asarray((self.logprobs > -np.inf).sum(axis=1), dtype=np.int64)
 
     def at(self, rows: NDArray[np.integer]) -> TopKRows:
         """The rows of some indices [n]; copies."""
@@ -82,9 +90,13 @@ class TopKRows:
             raise InvalidRequest(f"positions must increase strictly within [1, {num_tokens})")
         if int(self.ids.max()) >= vocab_size:
             raise InvalidRequest(f"id {int(self.ids.max())} is outside the vocabulary of {vocab_size}")
+        counts = self.counts
         if (
-            not (np.isfinite(self.logprobs).all() and np.isfinite(self.target_logprob).all())
+            (self.logprobs[np.arange(k) < counts[:, None]] == -np.inf).any()
+            or np.isnan(self.logprobs).any()
+            or not np.isfinite(self.target_logprob).all()
             or np.isnan(self.tail_logmass).any()
+            or counts.min() == 0
         ):
             raise InvalidRequest("a log-probability is not finite")
         if self.target_logprob.max() > 0 or self.logprobs.max() > 0:
@@ -100,11 +112,17 @@ class TopKRows:
         Raises:
             InvalidRequest: they do not.
         """
-        rises = np.diff(self.logprobs, axis=1) > 0
-        ties_out_of_order = (np.diff(self.logprobs, axis=1) == 0) & (np.diff(self.ids.astype(np.int64), axis=1) <= 0)
-        if rises.any() or ties_out_of_order.any():
+        is_padding = np.arange(self.top_k) >= self.counts[:, None]
+        higher, lower = self.logprobs[:, :-1], self.logprobs[:, 1:]
+        ties_out_of_order = (higher == lower) & (self.ids[:, :-1] >= self.ids[:, 1:]) & ~is_padding[:, 1:]
+        if (higher < lower).any() or ties_out_of_order.any():
             raise InvalidRequest("a row's ids are not in the order of their log-probabilities, ties by id")
-        if (np.diff(np.sort(self.ids, axis=1), axis=1) == 0).any():
+        ids = self.ids.astype(np.int64)
+        if (ids != np.where(is_padding, ids[:, :1], ids)).any():
+            raise InvalidRequest("a row's padding does not repeat its first id")
+        # Padding is told apart by negative numbers, no two alike.
+        distinct = np.sort(np.where(is_padding, -1 - np.arange(self.top_k), ids), axis=1)
+        if (distinct[:, :-1] == distinct[:, 1:]).any():
             raise InvalidRequest("a row holds an id twice")
 
     def normalised(self) -> TopKRows:
@@ -126,13 +144,15 @@ MASS_TOLERANCE = 5e-3
 
 
 def concatenate(parts: Sequence[TopKRows]) -> TopKRows:
-    """Join consecutive runs of rows of one sequence.
+    """Join consecutive runs of rows of one sequence; a single one is returned as it is.
 
     Raises:
         InvalidRequest: `parts` is empty.
     """
     if not parts:
         raise InvalidRequest("there are no top-k rows to join")
+    if len(parts) == 1:
+        return parts[0]
     return TopKRows(
         positions=np.concatenate([p.positions for p in parts]),
         ids=np.concatenate([p.ids for p in parts]),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from world import World
 
+from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
 from hyperagent.data.tokenizer import ChatTokenizer
@@ -38,7 +39,7 @@ def engine(world: World) -> TransformersEngine:
 
 def populated(engine: TransformersEngine, student: Student, tokens: Path, root: Path) -> DistillationData:
     """The held-out trajectories of a tokens file, with their rows in a cache of the engine's."""
-    cache = TopKCache.create_or_open(root, engine.identity)
+    cache = TopKCache.create_or_open(root, engine.identity, settings=CacheSettings(codec="exact"))
 
     async def populate() -> None:
         populator = Populator(engine, cache, RowMemory(1 << 30), data_dir=None)

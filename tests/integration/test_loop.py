@@ -48,39 +48,45 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
     teacher = start(*serve)
     assert run("wait", "teacher", "--address", address).returncode == 0
     populating = start("cache", "populate", world.tokens, "--teacher", address)
-    while len(list(cache.glob("objects/*/[0-9a-f]*.topk"))) < 3:
-        assert populating.poll() is None
-        time.sleep(0.002)
+    with TopKCache.open(cache) as opened:
+        while len(opened.trajectory_keys()) < 3:
+            assert populating.poll() is None
+            time.sleep(0.002)
     teacher.send_signal(signal.SIGKILL)
     teacher.wait()
-    assert 3 <= len(list(TopKCache.open(cache).keys())) < total
+    with TopKCache.open(cache) as opened:
+        assert 3 <= len(opened.trajectory_keys()) < total
 
     teacher = start(*serve)
     assert populating.wait(120) == 0  # it has waited for the teacher
-    assert len(list(TopKCache.open(cache).keys())) == total
+    with TopKCache.open(cache) as opened:
+        assert len(opened.trajectory_keys()) == total
     planned = result(run("cache", "populate", world.tokens, "--teacher", address, "--dry-run", "--json"))
     assert (planned["trajectories"], planned["too_long"]) == (total, [])
     again = result(run("cache", "populate", world.tokens, "--teacher", address, "--json"))
     assert (again["present"], again["written"], again["refused"], again["set_aside"]) == (total, 0, [], [])
 
     verified = result(run("cache", "verify", cache, "--json"))
-    assert (verified["records"], verified["damaged"]) == (total, [])
+    assert (verified["trajectories"], verified["damaged"]) == (total, [])
     assert verified["digest"] == again["digest"]
     assert planned["supervised_tokens"] == again["supervised_tokens"]
-    assert planned["cache_bytes"] == sum(path.stat().st_size for path in cache.glob("objects/*/*.topk"))
+    stats = result(run("cache", "stats", cache, "--json"))
+    assert (stats["codec"], stats["dead_bytes"]) == ("compact", 0)
+    # The plan counts rows; records have headers, and short trajectories have short records.
+    assert planned["cache_bytes"]["compact"] < stats["bytes"] < 2 * planned["cache_bytes"]["compact"]
+    assert 0 < stats["kl_nats"] < 1e-3
     drift = result(run("cache", "audit", cache, world.tokens, "--teacher", address, "-n", "20", "--json"))
     assert drift["positions"] == 20
     assert drift["top_k_overlap"] > 0.99
-    # The cache holds log-probabilities in float16.
-    assert 0 < drift["logprob_difference"]["max"] < 5e-3
-    assert drift["kl_nats"]["mean"] < 1e-5
+    # The cache holds log-probabilities in 256 steps.
+    assert 0 < drift["logprob_difference"]["max"] < 0.1
+    assert drift["kl_nats"]["mean"] < 1e-3
     opened = TopKCache.open(cache)
-    assert sorted(opened.keys()) == sorted(opened.key(t.token_ids, t.positions) for t in read_tokens(world.tokens))
+    assert opened.trajectory_keys() == sorted(opened.key(t.token_ids, t.positions) for t in read_tokens(world.tokens))
     for trajectory in read_tokens(world.tokens):
         record = opened.get(opened.key(trajectory.token_ids, trajectory.positions))
         assert record.rows.positions.tolist() == trajectory.positions.tolist()
-    stats = result(run("cache", "stats", cache, "--json"))
-    assert stats["supervised_tokens"] == again["supervised_tokens"]
+    assert stats["supervised_tokens"] + stats["shared_tokens"] == again["supervised_tokens"]
 
 
 def _train(world: World, run: Run, start: Start, cache: Path, server: str, tmp_path: Path) -> Path:

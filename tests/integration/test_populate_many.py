@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from world import Run, Start, World
 
-from hyperagent.cache.codec import encode_record
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import count_tokens_rows
+from hyperagent.data.tokens import count_tokens_rows, read_tokens
 from hyperagent.topk import TopKRows
 
 OPTIONS = ["--top-k", "16", "--max-tokens", "4096"]
@@ -49,7 +48,16 @@ def test_two_teachers_and_two_populations_share_a_queue_in_redis(
     total = count_tokens_rows(world.tokens)
     assert report["written"] + report["present"] == total
     verified = json.loads(run("cache", "verify", cache, "--json").stdout)
-    assert (verified["records"], verified["digest"]) == (total, report["digest"])
+    assert (verified["trajectories"], verified["digest"]) == (total, report["digest"])
+
+
+def at_temperature(rows: TopKRows, temperature: float) -> TopKRows:
+    """The rows of a teacher that is less sure."""
+    flat, tail = rows.logprobs / temperature, rows.tail_logmass / temperature
+    total = np.logaddexp(np.logaddexp.reduce(flat, axis=1), tail)
+    return replace(
+        rows, logprobs=(flat - total[:, None]).astype(np.float32), tail_logmass=(tail - total).astype(np.float32)
+    )
 
 
 def test_teachers_that_differ_are_refused_and_a_drift_is_found(
@@ -61,21 +69,17 @@ def test_teachers_that_differ_are_refused_and_a_drift_is_found(
     refused = run("cache", "populate", world.tokens, "--teacher", address, "--teacher", stranger)
     assert refused.returncode == 1
     assert f"the teacher at {stranger} does not match" in refused.stderr.splitlines()[-1]
-    assert not list(cache.glob("objects/*/*.topk"))
+    assert not list(cache.glob("shards/*"))
 
     assert run("cache", "populate", world.tokens, "--teacher", address).returncode == 0
-    opened = TopKCache.open(cache)
-    shutil.copytree(cache, tmp_path / "untouched")
-    for key, record in list(opened):
-        rows = record.rows
-        raised = rows.logprobs + np.array([2.0] + [0.0] * (rows.top_k - 1), np.float32)
-        bent = TopKRows(rows.positions, rows.ids, raised, rows.tail_logmass, rows.target_logprob)
-        path = cache / "objects" / key[:2] / f"{key}.topk"
-        path.write_bytes(encode_record(key, bent, num_tokens=record.num_tokens))
-    drifted = run("cache", "audit", cache, world.tokens, "--teacher", address, "-n", "8", "--json")
+    with TopKCache.open(cache) as opened, TopKCache.create_or_open(tmp_path / "bent", opened.identity) as bent:
+        for trajectory in read_tokens(world.tokens):
+            rows = opened.get(opened.key(trajectory.token_ids, trajectory.positions)).rows
+            bent.put(trajectory.token_ids, at_temperature(rows, 2.0))
+    drifted = run("cache", "audit", tmp_path / "bent", world.tokens, "--teacher", address, "-n", "8", "--json")
     assert drifted.returncode == 1
     assert json.loads(drifted.stdout)["kl_nats"]["mean"] > 1e-3
-    sound = run("cache", "audit", tmp_path / "untouched", world.tokens, "--teacher", address, "-n", "8", "--json")
+    sound = run("cache", "audit", cache, world.tokens, "--teacher", address, "-n", "8", "--json")
     assert sound.returncode == 0, sound.stderr
     wrong = run("cache", "audit", cache, world.tokens, "--teacher", stranger)
     assert wrong.returncode == 1

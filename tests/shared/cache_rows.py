@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hyperagent.cache.store import TopKCache
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 
@@ -12,6 +13,13 @@ IDENTITY = TeacherIdentity(
     model="t", weights="1" * 64, dtype="float32", backend="x", tokenizer_sha256="2" * 64, template_sha256="3" * 64,
     vocab_size=VOCABULARY, top_k=8,
 )  # fmt: skip
+
+TOKENS = np.arange(40, dtype=np.uint32)
+
+
+def filled(cache: TopKCache, count: int = 3) -> list[str]:
+    """Put trajectories of 10, 11 ... rows in; returns their keys."""
+    return [cache.put(TOKENS + number, random_rows(10 + number % 10, 8, seed=number)) for number in range(count)]
 
 
 def random_rows(num_rows: int, top_k: int, *, seed: int = 0, spread: float = 3.0) -> TopKRows:

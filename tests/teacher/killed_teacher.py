@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from hyperagent.cache.check import verify
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import TRAIN, TokenisedTrajectory, read_data_identity, write_tokens
@@ -118,19 +119,19 @@ def _compare(
     digest_equal: bool,
     seconds: float,
 ) -> Verdict:
-    keys, found = list(whole.keys()), list(killed.keys())
-    checked = killed.verify()
+    keys, found = whole.trajectory_keys(), killed.trajectory_keys()
+    checked = verify(killed)
     return Verdict(
         kills=kills,
         kills_with_work_in_progress=with_work,
         trajectories=len(list(work_items(tokens))),
-        rows=sum(record.rows.num_rows for _, record in killed),
+        rows=sum(killed.trajectory(key).num_rows for key in found),
         lost=len(set(keys) - set(found)),
         duplicated=len(found) - len(set(keys)),
         changed=sum(whole.stored_digest(key) != killed.stored_digest(key) for key in set(keys) & set(found)),
-        damaged=len(checked.damaged),
+        damaged=len(checked.damaged) + len(checked.incomplete),
         set_aside=len(report.set_aside),
-        digest_equal=digest_equal and checked.digest == whole.verify().digest == report.digest,
+        digest_equal=digest_equal and checked.digest == verify(whole).digest == report.digest,
         seconds=seconds,
     )
 
@@ -217,6 +218,9 @@ async def _populate_with_kills(
 
 def _has_claims(queue_path: Path) -> bool:
     with closing(sqlite3.connect(queue_path, timeout=30)) as database:
+        made = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'items'").fetchone()[0] > 0
+        if not made:  # the population has not opened its queue yet
+            return False
         return database.execute("SELECT count(*) FROM items WHERE state = 'claimed'").fetchone()[0] > 0
 
 

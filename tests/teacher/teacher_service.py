@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from numpy.typing import NDArray
 
 from hyperagent.auth import BEARER
+from hyperagent.cache.capture import Capture
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import (
     StorageError,
@@ -80,7 +81,7 @@ class GatedEngine:
 class FullDisk(TopKCache):
     """A cache whose disk is full."""
 
-    def put(self, *_args: object, **_options: object) -> None:
+    def capture(self, *_args: object, **_options: object) -> Capture:
         raise StorageError("could not write the record: the disk is full")
 
 

@@ -22,7 +22,7 @@ from teacher_service import (
     drained,
 )
 
-from hyperagent.cache.codec import cache_digest
+from hyperagent.cache.check import cache_digest, verify
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import TRAIN, TokenisedTrajectory, write_tokens
 from hyperagent.errors import (
@@ -57,13 +57,14 @@ async def test_populating_twice_computes_once(
     ]
     assert [outcome.outcome for outcome in second] == [Outcome.PRESENT, Outcome.PRESENT]
     assert [(outcome.cache_key, outcome.record_digest) for outcome in second] == list(zip(keys, digests, strict=True))
-    assert cache.verify().digest == cache_digest(dict(zip(keys, digests, strict=True)))
+    assert verify(cache).digest == cache_digest(dict(zip(keys, digests, strict=True)))
     cache.require_data(data_identity(tokenizer))
     record = cache.get(keys[0])
     assert record.num_tokens == 60
     direct = concatenate(await drained(engine.score(token_ids, positions, top_k=16)))
-    np.testing.assert_array_equal(record.rows.ids, direct.ids)
-    np.testing.assert_allclose(record.rows.logprobs, direct.logprobs, atol=5e-3)  # may be stored in float16
+    np.testing.assert_array_equal(np.sort(record.rows.ids), np.sort(direct.ids))
+    # Stored in 256 steps, so ids that are hardly apart may have changed places.
+    np.testing.assert_allclose(record.rows.logprobs, direct.logprobs, atol=5e-2)
 
 
 async def test_a_bad_trajectory_is_refused_by_name_and_the_others_go_on(

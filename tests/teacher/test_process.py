@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from data_identity import data_identity
 
+from hyperagent.cache.check import verify
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ServiceError
@@ -122,4 +123,4 @@ async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
     cache = TopKCache.open(tmp_path / "cache")
     assert cache.identity.top_k == 8
     assert all(cache.contains(key) for key in written)
-    assert cache.verify().damaged == ()
+    assert verify(cache).damaged == ()

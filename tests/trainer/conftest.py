@@ -11,6 +11,7 @@ from data_identity import data_identity
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_data_identity, read_tokens, write_tokens
@@ -111,7 +112,7 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
         top_k=TOP_K,
     )
     root = tmp_path_factory.mktemp("cache") / "cache"
-    cache = TopKCache.create_or_open(root, identity)
+    cache = TopKCache.create_or_open(root, identity, settings=CacheSettings(codec="exact"))
     cache.record_data(read_data_identity(tokens_file))
     for trajectory in read_tokens(tokens_file):
         n = len(trajectory.positions)
@@ -125,7 +126,8 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
             tail_logmass=np.full(n, np.log(0.1), np.float32),
             target_logprob=np.full(n, np.log(0.8), np.float32),
         )
-        cache.put(cache.key(trajectory.token_ids, trajectory.positions), rows, num_tokens=len(trajectory.token_ids))
+        cache.put(trajectory.token_ids, rows)
+    cache.close()
     return root
 
 

@@ -84,13 +84,14 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(IdentityMismatch, match=r"was not populated from data .*; run `hyperagent cache populate`"):
         load_split(other, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
 
-    copy = tmp_path / "cache"
-    shutil.copytree(cache_folder, copy)
+    cache.close()
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    copy = TopKCache.open(tmp_path / "cache")
     trajectory = next(read_tokens(tokens_file, split=HELD_OUT))
-    (record,) = copy.rglob(f"{cache.key(trajectory.token_ids, trajectory.positions)}*")
-    record.unlink()
+    with copy.index.transaction():
+        copy.index.remove([bytes.fromhex(copy.key(trajectory.token_ids, trajectory.positions))])
     with pytest.raises(DataError, match="lacks 1 of 3 held_out trajectories, the first is 't8'"):
-        load_split(tokens_file, TopKCache.open(copy), HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
+        load_split(tokens_file, copy, HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
 
 
 def test_shuffled_prompts_are_never_of_the_same_repository(tokens_file: Path) -> None:

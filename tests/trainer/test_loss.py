@@ -52,6 +52,32 @@ def test_loss_and_gradient_equal_the_definition(n: int, k: int, vocab: int, chun
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_that_keep_fewer_ids_are_padded() -> None:
+    generator = torch.Generator().manual_seed(5)
+    head = torch.randn(40, 16, generator=generator)
+    hidden = torch.randn(6, 16, generator=generator).requires_grad_()
+    counts = [8, 3, 1, 8, 5, 2]
+    cut = [rows(6, k, 40) for k in counts]
+    ids, logprobs, tail = rows(6, 8, 40)
+    for n, (k, (_, _, tails)) in enumerate(zip(counts, cut, strict=True)):
+        ids[n, k:], logprobs[n, k:], tail[n] = ids[n, 0], -torch.inf, tails[n]
+
+    loss = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=40, chunk_rows=4)
+    loss.backward()
+
+    exact = hidden.detach().double().requires_grad_()
+    parts = [
+        oracle(exact[n : n + 1], head, ids[n : n + 1, :k], logprobs[n : n + 1, :k], tail[n : n + 1])
+        for n, k in enumerate(counts)
+    ]
+    expected = torch.stack(parts).sum()
+    expected.backward()
+    assert hidden.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_every_id_kept_leaves_no_tail_and_no_nan() -> None:
     head = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()

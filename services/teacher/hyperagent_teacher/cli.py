@@ -73,6 +73,26 @@ def serve(
             envvar="HYPERAGENT_TEACHER_ROW_MEMORY_MIB",
         ),
     ] = 256,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="How a new cache stores rows: exact, compact (the default) or archive.",
+            envvar="HYPERAGENT_TEACHER_CODEC",
+        ),
+    ] = None,
+    kept_mass: Annotated[
+        float | None,
+        typer.Option(
+            help="A new cache keeps of a row only the likeliest ids that reach this probability, such as 0.999.",
+            envvar="HYPERAGENT_TEACHER_KEPT_MASS",
+        ),
+    ] = None,
+    min_k: Annotated[
+        int | None,
+        typer.Option(
+            help="The fewest ids that a row keeps all the same; 8 by default.", envvar="HYPERAGENT_TEACHER_MIN_K"
+        ),
+    ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(help="The cache's hot tier, such as redis://127.0.0.1:6379/0.", envvar="HYPERAGENT_REDIS_URL"),

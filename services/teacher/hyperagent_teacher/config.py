@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, Json, model_validator
 
+from hyperagent.cache.manifest import CacheSettings
 from hyperagent.config import StrictModel
 
 
@@ -36,6 +37,12 @@ class TeacherSettings(StrictModel):
     """Rows in one message of an answer, in KiB."""
     row_memory_mib: int = Field(256, ge=1)
     """Most memory for rows of requests in progress; more requests wait, a larger one is refused."""
+    codec: Literal["exact", "compact", "archive"] | None = None
+    """How a new cache stores rows, "compact" by default; one that is there keeps its own way."""
+    kept_mass: float | None = Field(None, gt=0, le=1)
+    """Of a row, a new cache keeps only the most likely ids that reach this probability together; 1 by default."""
+    min_k: int | None = Field(None, ge=1)
+    """The fewest ids that a row keeps all the same; 8 by default."""
     redis_url: str | None = None
     """The cache's hot tier, such as redis://127.0.0.1:6379/0; the cache works without."""
     redis_ttl_s: int = Field(86_400, ge=1)
@@ -64,6 +71,12 @@ class TeacherSettings(StrictModel):
     """Let clients such as grpcurl ask for the service's description."""
     stop_grace_s: float = Field(30.0, ge=0, le=3600)
     """Seconds that requests in progress have to end before they are cancelled."""
+
+    @property
+    def cache_settings(self) -> CacheSettings:
+        """What is said here of how rows are stored."""
+        said = {"codec": self.codec, "kept_mass": self.kept_mass, "min_k": self.min_k}
+        return CacheSettings(**{name: value for name, value in said.items() if value is not None})
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:

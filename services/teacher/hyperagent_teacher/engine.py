@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +67,23 @@ class ScoringEngine(Protocol):
 
     def close(self) -> None:
         """Stop for good and give back what the engine holds."""
+
+
+async def score_from(
+    engine: ScoringEngine, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], first_row: int, *, top_k: int
+) -> AsyncGenerator[TopKRows, None]:
+    """`ScoringEngine.score` from row `first_row` on, with the bits that all rows together would have come out with.
+
+    Raises:
+        As `ScoringEngine.score`.
+    """
+    # Computing begins with the step that the first row belongs to, whose rows before it are dropped.
+    surplus = first_row % engine.rows_per_step
+    async with aclosing(engine.score(token_ids, positions[first_row - surplus :], top_k=top_k)) as parts:
+        async for rows in parts:
+            if rows.num_rows > surplus:
+                yield rows.part(slice(surplus, None))
+            surplus = max(0, surplus - rows.num_rows)
 
 
 def require_scorable(

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import read_data_identity, read_tokens
-from hyperagent.errors import InvalidRequest, NotFound
+from hyperagent.errors import InvalidRequest, NotFound, StorageError
 from hyperagent.identity import DataIdentity, require_same
-from hyperagent.topk import concatenate
 from hyperagent.wire.codec import row_bytes
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
-from hyperagent_teacher.engine import ScoringEngine, require_scorable
+from hyperagent_teacher.engine import ScoringEngine, require_scorable, score_from
 from hyperagent_teacher.row_memory import RowMemory
 
 
@@ -85,10 +84,20 @@ class Populator:
         key = self._cache.key(token_ids, positions)
         if (digest := await asyncio.to_thread(self._cache.stored_digest, key)) is not None:
             return Outcome.PRESENT, key, digest
-        async with self._row_memory.held(len(positions) * row_bytes(top_k)):
-            async with aclosing(self._engine.score(token_ids, positions, top_k=top_k)) as parts:
-                rows = concatenate([part async for part in parts])
-            digest = await asyncio.to_thread(self._cache.put, key, rows, num_tokens=len(token_ids))
+        # Blocks that an earlier, interrupted capture or another trajectory has left are not computed again.
+        capture = await asyncio.to_thread(self._cache.capture, token_ids, positions)
+        num_missing = len(positions) - capture.first_row
+        if num_missing:
+            async with (
+                self._row_memory.held(num_missing * row_bytes(top_k)),
+                aclosing(score_from(self._engine, token_ids, positions, capture.first_row, top_k=top_k)) as parts,
+            ):
+                async for part in parts:
+                    await asyncio.to_thread(capture.add, part)
+        await asyncio.to_thread(capture.finish)
+        digest = await asyncio.to_thread(self._cache.stored_digest, key)
+        if digest is None:
+            raise StorageError(f"what was written of trajectory {key} cannot be read again; see the disk's log")
         return Outcome.WRITTEN, key, digest
 
     async def read_file(self, name: str, data: DataIdentity) -> AsyncIterator[Trajectory]:

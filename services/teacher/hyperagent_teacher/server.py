@@ -59,9 +59,9 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
         server, address = runner.run(bind(settings, token=token))
         try:
             _log.info("loading", model=str(settings.model), backend=settings.backend)
-            hot = HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s) if settings.redis_url else None
             engine = runner.run(load_engine(settings))
-            cache = TopKCache.create_or_open(settings.cache, engine.identity, hot=hot)
+            hot = HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s) if settings.redis_url else None
+            cache = TopKCache.create_or_open(settings.cache, engine.identity, settings=settings.cache_settings, hot=hot)
         except BaseException:
             runner.run(server.stop(None))
             raise
@@ -190,6 +190,7 @@ async def _serve_until_signal(
         _log.error("leaving", reason=str(error))
         os._exit(1)
     finally:
+        cache.close()
         engine.close()
     _log.info("stopped")
 

@@ -24,7 +24,7 @@ from hyperagent.wire import codec, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.status import BeyondEnd, refusal, rich_details
 from hyperagent_teacher.admission import Admission
-from hyperagent_teacher.engine import ScoringEngine, require_scorable
+from hyperagent_teacher.engine import ScoringEngine, require_scorable, score_from
 from hyperagent_teacher.populate import Populator, Trajectory
 from hyperagent_teacher.row_memory import RowMemory
 from hyperagent_teacher.spool import Spool
@@ -98,19 +98,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> None:
         """Put a request's messages into its spool."""
         top_k = request.top_k
-        # A stream that is taken up begins with the step that its first row belongs to, whose rows before it are dropped.
-        skipped = request.first_row % self._engine.rows_per_step
-        wanted = positions[request.first_row - skipped :]
         encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row, max_bytes=self._chunk_bytes)
         try:
             async with (
-                self._row_memory.held(len(wanted) * codec.row_bytes(top_k)),
-                aclosing(self._engine.score(token_ids, wanted, top_k=top_k)) as parts,
+                self._row_memory.held((len(positions) - request.first_row) * codec.row_bytes(top_k)),
+                aclosing(score_from(self._engine, token_ids, positions, request.first_row, top_k=top_k)) as parts,
             ):
                 async for rows in parts:
-                    kept = rows.part(slice(skipped, None)) if skipped else rows
-                    skipped = max(0, skipped - rows.num_rows)
-                    for chunk in encoder.add(kept):
+                    for chunk in encoder.add(rows):
                         await spool.put(chunk.SerializeToString())
                 await spool.put(encoder.finish().SerializeToString())
             spool.finish()

@@ -43,8 +43,8 @@ def compute_distillation_loss(
     Args:
         hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype.
         head_VD: the student's frozen output head.
-        ids_NK: int64, distinct within a row.
-        logprobs_NK: float32, natural, normalised together with the tail.
+        ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
+        logprobs_NK: float32, natural, normalised together with the tail; -inf at padding.
         tail_logmass_N: float32; -inf where nothing is left outside the kept ids.
         vocab_size: real entries; the head's rows from there on are padding and take no part.
         chunk_rows: rows whose logits exist at once.
@@ -105,7 +105,8 @@ class _ChunkedForwardKL(torch.autograd.Function):
 
 def _forward_kl_(z_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, logp_R_C: Tensor, wants_grad: bool) -> Tensor:
     """Sum of KL over a chunk; turns the logits `z_CV` into their own gradient, in place."""
-    z_S_CK = z_CV.gather(1, ids_CK)
+    is_padding_CK = logp_CK == -torch.inf
+    z_S_CK = z_CV.gather(1, ids_CK).masked_fill_(is_padding_CK, -torch.inf)
     z_CV.scatter_(1, ids_CK, -torch.inf)
     # One pass over the vocabulary serves both the log-sum-exp and the gradient. With every id kept there is no
     # finite maximum, and exp(-inf - 0) is the zero that the softmax over nothing should be.
@@ -119,8 +120,10 @@ def _forward_kl_(z_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, logp_R_C: Tensor
     logq_R_C = lse_R_C - lse_C
     # 0 * -inf: an empty tail contributes nothing.
     tail_C = torch.where(p_R_C > 0, p_R_C * (logp_R_C - logq_R_C), 0.0)
-    kl = (p_CK * (logp_CK - logq_CK)).sum() + tail_C.sum()
+    kl = torch.where(is_padding_CK, 0.0, p_CK * (logp_CK - logq_CK)).sum() + tail_C.sum()
     if wants_grad:
         z_CV.mul_(torch.where(sum_C > 0, (logq_R_C.exp() - p_R_C) / sum_C, 0.0)[:, None])
-        z_CV.scatter_(1, ids_CK, logq_CK.exp() - p_CK)
+        grad_CK = logq_CK.exp() - p_CK
+        # Padding repeats the first id, so it must write what that writes.
+        z_CV.scatter_(1, ids_CK, torch.where(is_padding_CK, grad_CK[:, :1], grad_CK))
     return kl

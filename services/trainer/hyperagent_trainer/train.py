@@ -46,7 +46,14 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = Student(recipe.student, device=device)
-    cache = TopKCache.open(recipe.cache, hot=HotTier.connect(redis_url) if redis_url else None)
+    with TopKCache.open(recipe.cache, hot=HotTier.connect(redis_url) if redis_url else None) as cache:
+        _train_from(cache, recipe, folder, stop, student)
+
+
+def _train_from(
+    cache: TopKCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
+) -> None:
+    device = student.embeddings.device
     splits = {
         split: load_split(
             recipe.tokens,

@@ -1,96 +1,170 @@
-"""The hot tier: a Redis that holds copies of records, and may lose, damage or refuse any of them at any time.
+"""The hot tier: a Redis that holds copies of records, and may lose, damage, delay or refuse any of them at any time.
 
-Nothing depends on it. An error opens a breaker, and Redis is left alone for a while; what it answers is checked by
-the reader like what the disk answers.
+Nothing depends on it. A read has one deadline over all of it, so a Redis that answers byte by byte costs no more than
+one that is silent; a write is handed over and never waited for. An error opens a breaker, and Redis is left alone for a
+while. What it answers is checked by the reader like what the disk answers.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
 
-import redis
+import redis.asyncio
 import structlog
+from redis.exceptions import RedisError
 
 from hyperagent.errors import ConfigError
 
 _TIMEOUT_S = 0.5
 _BREAKER_S = 10.0
+_LOOK_AT_MEMORY_S = 5.0
+_VALUES_PER_CALL = 16
+_MOST_WAITING_BYTES = 64 << 20
 DEFAULT_TTL_S = 86_400
+_T = TypeVar("_T")
 log = structlog.get_logger()
 
 
 class HotTier:
-    """Records by key, best effort; no method raises."""
+    """Bytes by name, best effort; no method raises or takes longer than half a second. Safe to use from several threads."""
 
-    def __init__(self, client: redis.Redis, *, ttl_s: int) -> None:
+    def __init__(self, client: redis.asyncio.Redis, *, ttl_s: int, max_bytes: int | None) -> None:
+        """Use `connect`."""
         self._client = client
         self._ttl_s = ttl_s
-        self._closed_until = 0.0
+        self._max_bytes = max_bytes
+        self._left_alone_until = 0.0
+        self._memory_looked_at = -_LOOK_AT_MEMORY_S
+        self._is_full = False
+        self._waiting_bytes = 0
         self.hits = 0
         self.misses = 0
         self.errors = 0
+        self.not_kept = 0
+        """Values that were not written, because Redis is full, slow or left alone."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hot-tier", daemon=True)
+        self._thread.start()
 
     @classmethod
-    def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S) -> HotTier:
+    def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S, max_bytes: int | None = None) -> HotTier:
         """Name a Redis, such as "redis://localhost:6379/0"; it need not be up.
 
         Args:
             ttl_s: seconds until Redis forgets a record.
+            max_bytes: nothing is written while Redis uses more memory than this; without it, Redis' own `maxmemory` is
+                the bound.
 
         Raises:
             ConfigError: `url` is not a Redis URL.
         """
         try:
-            client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+            client = redis.asyncio.Redis.from_url(
+                url, protocol=3, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+            )
         except ValueError as error:
             # Neither the address nor the reason is shown: both may quote a password.
             raise ConfigError("the Redis URL is wrong; give one like redis://127.0.0.1:6379/0") from error
-        return cls(client, ttl_s=ttl_s)
+        return cls(client, ttl_s=ttl_s, max_bytes=max_bytes)
 
-    def get(self, key: str) -> bytes | None:
-        """The bytes under `key`, if Redis has them and answers."""
-        if not self._is_tried():
-            return None
-        try:
-            content = self._client.get(_name(key))
-        except redis.RedisError as error:
-            self._leave_alone(error)
-            return None
-        if isinstance(content, bytes):
-            self.hits += 1
-            return content
-        self.misses += 1
-        return None
+    @property
+    def is_degraded(self) -> bool:
+        """Whether Redis is left alone at the moment."""
+        return time.monotonic() < self._left_alone_until
 
-    def put(self, key: str, content: bytes) -> None:
-        """Keep a copy of `content`, if Redis will."""
-        if self._is_tried():
-            try:
-                self._client.set(_name(key), content, ex=self._ttl_s)
-            except redis.RedisError as error:
-                self._leave_alone(error)
+    def get(self, names: Sequence[str]) -> list[bytes | None]:
+        """The bytes under each name, where Redis has them and answers in time."""
+        if self.is_degraded:
+            return [None] * len(names)
+        found = self._wait(self._guarded(self._get(names), _TIMEOUT_S)) or [None] * len(names)
+        self.hits += sum(value is not None for value in found)
+        self.misses += sum(value is None for value in found)
+        return found
 
-    def drop(self, key: str) -> None:
-        """Forget what is under `key`."""
-        if self._is_tried():
-            try:
-                self._client.delete(_name(key))
-            except redis.RedisError as error:
-                self._leave_alone(error)
+    def put(self, values: Mapping[str, bytes]) -> None:
+        """Keep copies, if Redis will; returns at once."""
+        size = sum(map(len, values.values()))
+        if self.is_degraded or self._waiting_bytes + size > _MOST_WAITING_BYTES:
+            self.not_kept += len(values)
+            return
+        self._waiting_bytes += size
+        future = asyncio.run_coroutine_threadsafe(self._guarded(self._put(values), 4 * _TIMEOUT_S), self._loop)
+        future.add_done_callback(lambda _: self._has_been_put(size))
+
+    def drop(self, name: str) -> None:
+        """Forget what is under `name`; returns at once."""
+        if not self.is_degraded:
+            asyncio.run_coroutine_threadsafe(self._guarded(self._drop(name), _TIMEOUT_S), self._loop)
+
+    def flush(self, timeout_s: float = 2.0) -> None:
+        """Wait until what was put has been written, or refused."""
+        end = time.monotonic() + timeout_s
+        while self._waiting_bytes and time.monotonic() < end:
+            time.sleep(0.001)
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._wait(self._guarded(self._client.aclose(), _TIMEOUT_S))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _is_tried(self) -> bool:
-        return time.monotonic() >= self._closed_until
+    async def _get(self, names: Sequence[str]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for start in range(0, len(names), _VALUES_PER_CALL):
+            part = names[start : start + _VALUES_PER_CALL]
+            answer = await self._client.mget(part)
+            if not isinstance(answer, list) or len(answer) != len(part):
+                raise RedisError("MGET was answered with something else than its values")
+            found.extend(value if isinstance(value, bytes) else None for value in answer)
+        return found
 
-    def _leave_alone(self, error: redis.RedisError) -> None:
-        self.errors += 1
-        self._closed_until = time.monotonic() + _BREAKER_S
-        log.warning("hot tier left alone, disk is used", seconds=_BREAKER_S, error=str(error))
+    async def _drop(self, name: str) -> None:
+        await self._client.delete(name)
 
+    async def _put(self, values: Mapping[str, bytes]) -> None:
+        if await self._has_room():
+            # Not atomic: each value stands for itself.
+            pipeline = self._client.pipeline(transaction=False)
+            for name, value in values.items():
+                pipeline.set(name, value, ex=self._ttl_s)
+            await pipeline.execute()
+        else:
+            self.not_kept += len(values)
 
-def _name(key: str) -> str:
-    # The key is a digest that covers the teacher's fingerprint, so one Redis can serve many caches.
-    return f"hyperagent:topk:{key}"
+    async def _has_room(self) -> bool:
+        if self._max_bytes is not None and time.monotonic() - self._memory_looked_at >= _LOOK_AT_MEMORY_S:
+            facts = await self._client.info("memory")
+            self._is_full = int(facts["used_memory"]) > self._max_bytes
+            self._memory_looked_at = time.monotonic()
+        return not self._is_full
+
+    async def _guarded(self, action: Coroutine[Any, Any, _T], timeout_s: float) -> _T | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await action
+        except (RedisError, OSError, TimeoutError, KeyError, TypeError, ValueError) as error:
+            # Also of another type than Redis' own: whatever answers at this address need not be a Redis.
+            if not self.is_degraded:
+                log.warning(
+                    "hot tier left alone, disk is used", seconds=_BREAKER_S, error=str(error) or "no answer in time"
+                )
+            self.errors += 1
+            self._left_alone_until = time.monotonic() + _BREAKER_S
+            # What is left of a late answer must not be taken for that of the next question.
+            with suppress(RedisError, OSError, TimeoutError):
+                await self._client.connection_pool.disconnect()
+            return None
+
+    def _wait(self, action: Coroutine[Any, Any, _T]) -> _T | None:
+        future: Future[_T | None] = asyncio.run_coroutine_threadsafe(action, self._loop)
+        return future.result()
+
+    def _has_been_put(self, size: int) -> None:
+        self._waiting_bytes -= size

@@ -11,16 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+from hyperagent.cli import cache_care
+from hyperagent.cli.cache_care import Json, Root
 from hyperagent.cli.display import print_result, progress_bars
 from hyperagent.identity import require_same
 
-app = typer.Typer(help="Fill the teacher's cache, check it, count it.", no_args_is_help=True)
+app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
+for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
+    app.command()(command)
 
 _FIRST_ANSWER_S = 10.0
 """How long teachers have to answer at the start, when a wrong address is likelier than a restart."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Root = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
 
 Teachers = Annotated[list[str], typer.Option("--teacher", help="A teacher's host:port; may be given several times.")]
@@ -86,40 +87,50 @@ def audit(
 
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
-    """Check every record against its checksum; exits 1 and names the damaged ones if there are any."""
+    """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
+    from hyperagent.cache import check
     from hyperagent.cache.store import TopKCache
 
-    with progress_bars() as bars:
-        task = bars.add_task("verifying", total=None, note="")
-        report = TopKCache.open(root).verify(
-            progress=lambda done, total: bars.update(task, completed=done, total=total)
-        )
-    damaged = [f"{path}: {reason}" for path, reason in report.damaged]
-    leftovers = [str(path) for path in report.leftovers]
+    with progress_bars() as bars, TopKCache.open(root) as cache:
+        task = bars.add_task("verifying", total=None, note="bytes")
+        report = check.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
+    damaged = [
+        f"{found.path} at byte {found.offset}: {found.reason}{f' (record {found.key})' if found.key else ''}"
+        for found in report.damaged
+    ]
     print_result(
-        {"records": report.records, "damaged": damaged, "leftovers": leftovers, "digest": report.digest},
+        {
+            "trajectories": report.trajectories,
+            "records": report.records,
+            "damaged": damaged,
+            "incomplete": list(report.incomplete),
+            "leftovers": [str(path) for path in report.leftovers],
+            "digest": report.digest,
+        },
         as_json=as_json,
     )
-    if damaged:
+    if damaged or report.incomplete:
         raise typer.Exit(1)
 
 
 @app.command()
 def stats(root: Root, as_json: Json = False) -> None:
-    """Count records, tokens and bytes."""
+    """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
+    from hyperagent.cache import check
     from hyperagent.cache.store import TopKCache
 
-    cache = TopKCache.open(root)
-    counted = cache.stats()
-    print_result(
-        {
-            **asdict(counted),
-            "bytes_per_token": counted.bytes_per_token,
-            "teacher": cache.identity.model,
-            "data": cache.data_fingerprints(),
-        },
-        as_json=as_json,
-    )
+    with progress_bars() as bars, TopKCache.open(root) as cache:
+        task = bars.add_task("counting", total=None, note="shards")
+        counted = check.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        print_result(
+            {
+                **asdict(counted),
+                "bytes_per_token": counted.bytes_per_token,
+                "teacher": cache.identity.model,
+                "data": cache.data_fingerprints(),
+            },
+            as_json=as_json,
+        )
 
 
 @dataclass(frozen=True)

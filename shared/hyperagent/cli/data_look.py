@@ -144,9 +144,10 @@ def plan(
     """Say what distilling Qwen3-Coder-480B into Qwen3-Coder-Next with this data costs, before anything runs."""
     import numpy as np
 
-    from hyperagent.cache.codec import record_bytes
+    from hyperagent.cache.codecs import COMPACT
+    from hyperagent.cache.sizes import bytes_per_row
     from hyperagent.config import parse
-    from hyperagent.data.plan import estimate, machine_named, plan_distillation
+    from hyperagent.data.plan import VOCABULARY, estimate, machine_named, plan_distillation
     from hyperagent.data.selection import Selection
     from hyperagent.data.tokenise import measure_rows
     from hyperagent.data.tokenizer import ChatTokenizer
@@ -177,9 +178,8 @@ def plan(
         machine=chosen,
         epochs=epochs,
     )
-    # A row that is refused has no record at all.
-    sizes = [record_bytes(int(n), top_k) if n else 0 for n in measured.supervised]
-    cache = estimate(np.asarray(sizes, dtype=np.float64), measured.num_wanted)
+    row_bytes = bytes_per_row(COMPACT.name, top_k=top_k, vocab_size=VOCABULARY)
+    cache = estimate(np.asarray(measured.supervised, dtype=np.float64) * row_bytes, measured.num_wanted)
     print_result(_plan_result(made, cache, machine=machine, epochs=epochs, as_json=as_json), as_json=as_json)
 
 

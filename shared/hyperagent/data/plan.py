@@ -84,7 +84,7 @@ class ModelShape:
         }
 
 
-_VOCABULARY = 151_936
+VOCABULARY = 151_936
 
 QWEN3_CODER_480B = ModelShape(
     # https://huggingface.co/Qwen/Qwen3-Coder-480B-A35B-Instruct/blob/main/config.json: 62 layers, hidden 6144, 96 query
@@ -94,7 +94,7 @@ QWEN3_CODER_480B = ModelShape(
     linear_parameters=62 * (6144 * (2 * 96 + 2 * 8) * 128 + 8 * 3 * 6144 * 2560 + 6144 * 160),
     attention_width=96 * 128,
     num_attention_layers=62,
-    head_parameters=6144 * _VOCABULARY,
+    head_parameters=6144 * VOCABULARY,
 )
 QWEN3_CODER_NEXT = ModelShape(
     # https://huggingface.co/Qwen/Qwen3-Coder-Next/blob/main/config.json: 48 layers, hidden 2048, every fourth of full
@@ -110,7 +110,7 @@ QWEN3_CODER_NEXT = ModelShape(
     ),
     attention_width=16 * 256,
     num_attention_layers=12,
-    head_parameters=2048 * _VOCABULARY,
+    head_parameters=2048 * VOCABULARY,
     recurrent_flops=36 * 32 * (6 * 128 * 128 + 10 * 64 * 128),
 )
 

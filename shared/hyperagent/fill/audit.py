@@ -92,13 +92,15 @@ def compare(pairs: list[tuple[TopKRows, TopKRows]]) -> AuditReport:
     target: list[NDArray[np.float32]] = []
     kept = shared = 0
     for cached, live in pairs:
+        cached_counts, live_counts = cached.counts, live.counts
         target.append(np.abs(cached.target_logprob - live.target_logprob))
         for row in range(cached.num_rows):
-            ids, in_cached, in_live = np.intersect1d(cached.ids[row], live.ids[row], return_indices=True)
+            cached_ids, live_ids = cached.ids[row, : cached_counts[row]], live.ids[row, : live_counts[row]]
+            ids, in_cached, in_live = np.intersect1d(cached_ids, live_ids, return_indices=True)
             p, q = (
                 values.astype(np.float64) for values in (cached.logprobs[row][in_cached], live.logprobs[row][in_live])
             )
-            kept, shared = kept + cached.top_k, shared + len(ids)
+            kept, shared = kept + len(cached_ids), shared + len(ids)
             logprob.append(np.abs(p - q))
             kl.append(_coarse_kl(p, q))
     differences = np.concatenate(logprob)

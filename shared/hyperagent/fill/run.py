@@ -10,7 +10,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from hyperagent.cache.codec import cache_digest, record_bytes
+from hyperagent.cache.check import cache_digest
+from hyperagent.cache.codecs import CODECS
+from hyperagent.cache.sizes import bytes_per_row
 from hyperagent.data.tokens import TokensFile, read_data_identity, read_tokens
 from hyperagent.errors import HyperagentError
 from hyperagent.fill.queue import QueueCounts, WorkItem, WorkQueue
@@ -46,8 +48,8 @@ class PopulatePlan:
     trajectories: int
     tokens: int
     supervised_tokens: int
-    cache_bytes: int
-    """Of all records, as this release stores them."""
+    cache_bytes: dict[str, int]
+    """Of all rows, by codec."""
     too_long: tuple[str, ...]
     """Trajectories that the teacher would refuse for their length."""
 
@@ -91,7 +93,7 @@ def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
     Raises:
         DataError: the file cannot be used.
     """
-    num_tokens = num_rows = num_bytes = trajectories = 0
+    num_tokens = num_rows = trajectories = 0
     too_long = []
     for item in work_items(tokens):
         trajectories += 1
@@ -100,8 +102,12 @@ def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
             continue
         num_tokens += item.num_tokens
         num_rows += item.num_rows
-        num_bytes += record_bytes(item.num_rows, teacher.identity.top_k)
-    return PopulatePlan(trajectories, num_tokens, num_rows, num_bytes, tuple(too_long))
+    facts = teacher.identity
+    sizes = {
+        codec: round(num_rows * bytes_per_row(codec, top_k=facts.top_k, vocab_size=facts.vocab_size))
+        for codec in CODECS
+    }
+    return PopulatePlan(trajectories, num_tokens, num_rows, sizes, tuple(too_long))
 
 
 def work_items(tokens: Path) -> Iterator[WorkItem]:

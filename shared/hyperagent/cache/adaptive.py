@@ -1,0 +1,34 @@
+"""Adaptive k: of each row, keep only as many ids as its mass needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hyperagent.topk import TopKRows
+
+
+def keep_mass(rows: TopKRows, *, kept_mass: float, min_k: int) -> TopKRows:
+    """`rows` with the fewest most likely ids whose probabilities sum to `kept_mass`, and padding behind them.
+
+    What is left out goes to the tail, so a row's mass stays 1. A row whose ids do not reach `kept_mass` keeps all.
+
+    Args:
+        kept_mass: above 0, at most 1.
+        min_k: ids that a row keeps in any case, if it has as many.
+    """
+    cumulated_NK = np.cumsum(np.exp(rows.logprobs, dtype=np.float64), axis=1)
+    needed_N = (cumulated_NK < kept_mass).sum(axis=1) + 1
+    counts_N = np.clip(needed_N, min_k, rows.counts)
+    if (counts_N == rows.counts).all():
+        return rows
+    keeps_NK = np.arange(rows.top_k) < counts_N[:, None]
+    dropped_NK = np.where(keeps_NK, -np.inf, rows.logprobs.astype(np.float64))
+    tail_N = np.logaddexp(np.logaddexp.reduce(dropped_NK, axis=1), rows.tail_logmass)
+    return replace(
+        rows,
+        ids=np.where(keeps_NK, rows.ids, rows.ids[:, :1]),
+        logprobs=np.where(keeps_NK, rows.logprobs, np.float32(-np.inf)),
+        tail_logmass=tail_N.astype(np.float32),
+    )

@@ -1,0 +1,146 @@
+"""Records into shards: appended, made durable, and only then named in the index."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from hyperagent.cache.index import Entry, Index
+from hyperagent.cache.reader import ShardReader
+from hyperagent.cache.record import Header
+from hyperagent.cache.shard import OPEN, SHARD_HEADER_BYTES, Location, ShardWriter, fingerprint_of, shard_paths
+from hyperagent.errors import CorruptRecord, NotFound, StorageError
+from hyperagent.files import remedy_of
+
+log = structlog.get_logger()
+
+SHARD_BYTES = 1 << 30
+"""A shard is sealed when it has grown past this."""
+
+
+class RecordWriter:
+    """Writes records of one cache; safe to use from several threads, and beside other processes that do the same."""
+
+    def __init__(self, folder: Path, fingerprint: str, index: Index, reader: ShardReader, *, shard_bytes: int) -> None:
+        """Name the parts; no shard is opened before there is something to write."""
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._index = index
+        self._reader = reader
+        self._shard_bytes = shard_bytes
+        self._lock = threading.Lock()
+        self._shard: ShardWriter | None = None
+
+    def write(self, records: Sequence[bytes], *, again: bool = False) -> None:
+        """Have all records be there, durably; one whose key is there already, and whole, is not written again.
+
+        Args:
+            again: write those too, and have the index name the new ones.
+
+        Raises:
+            StorageError: the file system refused; none of them has been added.
+        """
+        with self._lock, self._storage_errors():
+            cut_at: int | None = None
+            try:
+                # The index's write lock is held meanwhile, so no other process puts the same record.
+                with self._index.transaction():
+                    missing = [record for record in records if again or not self._is_there(record)]
+                    if not missing:
+                        return
+                    shard = self._open_shard()
+                    cut_at = shard.end
+                    entries = [_entry(shard, record) for record in missing]
+                    shard.sync()
+                    self._index.put(entries)
+                    self._index.set_end(shard.name, shard.end)
+                    # From here on the index may have them even if its commit reports an error, so they have to stay.
+                    cut_at = None
+            except BaseException:
+                self._give_up(cut_at)
+                raise
+            if shard.end >= self._shard_bytes:
+                self._seal()
+
+    def close(self) -> None:
+        """Give the shard up; the next writer goes on with it."""
+        with self._lock:
+            if self._shard:
+                self._shard.close()
+                self._shard = None
+
+    def seal(self) -> None:
+        """Seal the shard that is being written, full or not."""
+        with self._lock:
+            self._seal()
+
+    def _is_there(self, record: bytes) -> bool:
+        key = Header.from_bytes(memoryview(record)).key
+        at = self._index.find(key)
+        if at is None:
+            return False
+        try:
+            self._reader.content(at, key)
+        except (CorruptRecord, NotFound) as error:
+            log.warning("damaged record is written again", key=key.hex(), reason=str(error))
+            return False
+        return True
+
+    def _open_shard(self) -> ShardWriter:
+        """The shard to append to: this writer's, or one that its writer has left, or a new one."""
+        if self._shard is None:
+            ends = self._index.ends()
+            for path in shard_paths(self._folder):
+                if path.suffix != OPEN:
+                    continue
+                # One that the index does not know was killed before its first record; only its header counts.
+                end = ends.get(path.stem, SHARD_HEADER_BYTES)
+                with suppress(CorruptRecord):
+                    if fingerprint_of(path) == self._fingerprint and (shard := ShardWriter.resume(path, end=end)):
+                        self._shard = shard
+                        break
+            else:
+                self._shard = ShardWriter.create(self._folder, self._fingerprint)
+        return self._shard
+
+    def _give_up(self, cut_at: int | None) -> None:
+        """Cut off what did not become durable, and never write through this descriptor again.
+
+        After a failed fsync the system may have dropped what it could not write, and says so only once.
+        """
+        shard, self._shard = self._shard, None
+        if shard:
+            # Where it cannot be cut now, the next writer does it: the index says where the shard ends.
+            if cut_at is not None:
+                with suppress(OSError):
+                    shard.cut(cut_at)
+            shard.close()
+
+    def _seal(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard:
+            try:
+                shard.seal()
+            except OSError as error:
+                # The records are durable without it; the next writer goes on with the shard and tries again.
+                log.warning("shard not sealed", shard=str(shard.path), error=str(error))
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"could not write the cache's records in {self._folder}: {error.strerror or error}; {remedy_of(error)}"
+            ) from error
+
+
+def _entry(shard: ShardWriter, record: bytes) -> Entry:
+    header = Header.from_bytes(memoryview(record))
+    return Entry(header.key, header.kind, Location(shard.name, shard.append(record), len(record)))

@@ -1,0 +1,128 @@
+"""`hyperagent cache ls | plan | repair | gc | compact`: look at a cache, and look after it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hyperagent.cli.display import print_result, progress_bars
+
+if TYPE_CHECKING:
+    from hyperagent.cache.compact import CompactReport
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Root = Annotated[Path, typer.Argument(help="Folder of the cache.")]
+Tokens = Annotated[Path, typer.Argument(help="Tokens file, made by `hyperagent data tokenize`.")]
+
+
+def ls(root: Root, as_json: Json = False) -> None:
+    """List the trajectories: key, tokens, supervised tokens, blocks."""
+    from hyperagent.cache.store import TopKCache
+
+    with TopKCache.open(root) as cache:
+        found = [cache.trajectory(key) for key in cache.trajectory_keys()]
+    if as_json:
+        listed = [
+            {"key": one.key, "tokens": one.num_tokens, "supervised_tokens": one.num_rows, "blocks": len(one.blocks)}
+            for one in found
+        ]
+        print_result({"trajectories": listed}, as_json=True)
+        return
+    for one in found:
+        typer.echo(
+            f"{one.key}  {one.num_tokens:>8,} tokens  {one.num_rows:>8,} supervised  {len(one.blocks):>5,} blocks"
+        )
+
+
+def plan(
+    tokens: Tokens,
+    top_k: Annotated[int, typer.Option(min=1, help="Ids kept per row.")] = 128,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Of the teacher; 151,936 is Qwen3's.")] = 151_936,
+    as_json: Json = False,
+) -> None:
+    """Say what a tokens file takes in a cache, codec by codec, before anything runs."""
+    from hyperagent.cache.codecs import CODECS
+    from hyperagent.cache.sizes import bytes_per_row
+    from hyperagent.data.tokens import read_tokens
+
+    trajectories = num_tokens = rows = 0
+    for trajectory in read_tokens(tokens):
+        trajectories += 1
+        num_tokens += len(trajectory.token_ids)
+        rows += len(trajectory.positions)
+    per_row = {codec: bytes_per_row(codec, top_k=top_k, vocab_size=vocab_size) for codec in CODECS}
+    print_result(
+        {
+            "trajectories": trajectories,
+            "tokens": num_tokens,
+            "supervised_tokens": rows,
+            "bytes_per_token": {codec: round(size, 1) for codec, size in per_row.items()},
+            "bytes": {codec: round(rows * size) for codec, size in per_row.items()},
+        },
+        as_json=as_json,
+    )
+
+
+def repair(root: Root, as_json: Json = False) -> None:
+    """Make the index again and set damaged shards aside; exits 1 if trajectories have to be populated again."""
+    from hyperagent.cache.repair import repair as mend
+
+    with progress_bars() as bars:
+        task = bars.add_task("checking", total=None, note="bytes")
+        report = mend(root, lambda done, total: bars.update(task, completed=done, total=total))
+    print_result(
+        {
+            "trajectories": report.trajectories,
+            "damaged": [f"{found.path} at byte {found.offset}: {found.reason}" for found in report.damaged],
+            "set_aside": [str(path) for path in report.set_aside],
+            "to_populate": list(report.to_populate),
+        },
+        as_json=as_json,
+    )
+    if report.to_populate:
+        raise typer.Exit(1)
+
+
+def gc(
+    root: Root,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(help="Keep only the trajectories of this tokens file; may be given several times."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what killed writers left and, with --keep, every trajectory of no file that is named."""
+    from hyperagent.cache.compact import collect_garbage
+    from hyperagent.cache.store import TopKCache
+    from hyperagent.data.tokens import read_tokens
+
+    with progress_bars() as bars, TopKCache.open(root, alone=True) as cache:
+        kept = keep and {cache.key(one.token_ids, one.positions) for file in keep for one in read_tokens(file)}
+        task = bars.add_task("compacting", total=None, note="shards")
+        report = collect_garbage(
+            cache, kept or None, lambda done, total: bars.update(task, completed=done, total=total)
+        )
+    result = {name: value for name, value in asdict(report).items() if name != "compacted"}
+    print_result({**result, **_compacted(report.compacted)}, as_json=as_json)
+
+
+def compact(root: Root, as_json: Json = False) -> None:
+    """Free the bytes of records that do not count any more, and seal the shards."""
+    from hyperagent.cache import compact as compaction
+    from hyperagent.cache.store import TopKCache
+
+    with progress_bars() as bars, TopKCache.open(root) as cache:
+        task = bars.add_task("compacting", total=None, note="shards")
+        report = compaction.compact(cache, lambda done, total: bars.update(task, completed=done, total=total))
+    print_result(_compacted(report), as_json=as_json)
+
+
+def _compacted(report: CompactReport) -> dict[str, Any]:
+    return {
+        "shards": f"{report.shards_before} -> {report.shards_after}",
+        "bytes": report.bytes_after,
+        "bytes_freed": report.bytes_before - report.bytes_after,
+    }

@@ -1,0 +1,221 @@
+"""Faults while a cache is written: run in a process that has faults.c preloaded (see `test_cache_faults.py`).
+
+    python cache_faults.py errors | kills FOLDER       every call, one after the other
+    python cache_faults.py random FOLDER [--kills N]   SIGKILL at random moments
+
+What must hold after each: a trajectory whose `put` has returned reads as it was put, no other reads at all, nothing is
+damaged, and the same put succeeds when the fault is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from cache_rows import IDENTITY, random_rows
+
+from hyperagent.cache.check import count, verify
+from hyperagent.cache.manifest import CacheSettings
+from hyperagent.cache.store import TopKCache
+from hyperagent.errors import CorruptRecord, StorageError
+
+OPEN, WRITE, SYNC, RENAME, TRUNCATE, READ = (1 << bit for bit in range(6))
+FAIL_ONCE, FAIL_FROM, KILL_BEFORE, KILL_AFTER = 1, 2, 3, 4
+CHANGES = WRITE | SYNC | RENAME | TRUNCATE | OPEN
+ERRORS = {
+    "ENOSPC": (errno.ENOSPC, WRITE | TRUNCATE | RENAME, FAIL_FROM),
+    "ENOSPC once": (errno.ENOSPC, WRITE | TRUNCATE | RENAME, FAIL_ONCE),
+    "EIO": (errno.EIO, CHANGES, FAIL_ONCE),
+    "EIO from then on": (errno.EIO, CHANGES, FAIL_FROM),
+    "EIO on reading": (errno.EIO, READ, FAIL_ONCE),
+    "EMFILE": (errno.EMFILE, OPEN, FAIL_FROM),
+    "EMFILE once": (errno.EMFILE, OPEN, FAIL_ONCE),
+}
+SETTINGS = CacheSettings(codec="exact", block_tokens=16)
+SHARD_BYTES = 6000
+"""Reached by what is put, so that sealing meets faults too."""
+_faults = ctypes.CDLL(None)
+
+
+def arm(folder: Path, kinds: int, nth: int, action: int, error: int = 0) -> None:
+    _faults.faults_arm(str(folder).encode(), kinds, ctypes.c_long(nth), action, error)
+
+
+def disarm() -> int:
+    return int(_faults.faults_disarm())
+
+
+def tokens(number: int) -> np.ndarray:
+    return np.arange(number, number + 90, dtype=np.uint32)
+
+
+def rows(number: int):
+    return random_rows(20 + number % 20, 8, seed=number)
+
+
+def open_cache(root: Path) -> TopKCache:
+    return TopKCache.create_or_open(root, IDENTITY, settings=SETTINGS, shard_bytes=SHARD_BYTES)
+
+
+def put(root: Path, number: int) -> None:
+    with open_cache(root) as cache:
+        cache.put(tokens(number), rows(number))
+
+
+def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
+    """What must hold after a fault: see the module. `perhaps` were being put when the process was killed."""
+    with open_cache(root) as cache:
+        keys = {number: cache.key(tokens(number), rows(number).positions) for number in acknowledged | perhaps}
+        found = set(cache.trajectory_keys())
+        assert {keys[number] for number in acknowledged} <= found, "an acknowledged trajectory is lost"
+        assert found <= set(keys.values()), "a trajectory is there that nobody has put"
+        for number, key in keys.items():
+            if key in found:
+                read, meant = cache.get(key).rows, rows(number)
+                assert np.array_equal(np.sort(read.ids), np.sort(meant.ids)), "other rows than were put"
+                assert np.array_equal(read.positions, meant.positions)
+        report = verify(cache)
+        assert not report.damaged, report.damaged
+        assert not report.incomplete, report.incomplete
+        assert count(cache).dead_bytes == 0, "bytes that nobody accounts for"
+
+
+def every_error(folder: Path) -> dict[str, int]:
+    """Let each call fail in turn, with each error; returns the calls per error."""
+    calls = {}
+    for name, (number, kinds, action) in ERRORS.items():
+        for nth in itertools.count(1):
+            root = folder / "cache"
+            shutil.rmtree(root, ignore_errors=True)
+            done: set[int] = set()
+            said: list[str] = []
+            arm(root, kinds, nth, action, number)
+            for trajectory in range(4):
+                try:
+                    put(root, trajectory)
+                except (StorageError, CorruptRecord) as error:
+                    said.append(str(error))
+                else:
+                    done.add(trajectory)
+            assert all(len(line.splitlines()) == 1 for line in said)
+            happened = disarm() >= nth
+            # A commit whose outcome the disk did not tell may have happened; then all of the trajectory is there.
+            check(root, done, set(range(4)) - done)
+            for trajectory in range(4):
+                put(root, trajectory)
+            check(root, {0, 1, 2, 3}, set())
+            if not happened:
+                calls[name] = nth - 1
+                break
+    return calls
+
+
+def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
+    """Run `work` in a forked process, which may be killed; returns the trajectories it acknowledged, and its status."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        status = 1
+        try:
+            work(writing)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        acknowledged = set(pipe.read())
+    return acknowledged, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def every_kill(folder: Path) -> dict[str, int]:
+    """Kill before and after each call in turn; returns the calls."""
+    calls = {}
+    for name, action in (("before", KILL_BEFORE), ("after", KILL_AFTER)):
+        for nth in itertools.count(1):
+            root = folder / "cache"
+            shutil.rmtree(root, ignore_errors=True)
+
+            def work(pipe: int, root: Path = root, nth: int = nth, action: int = action) -> None:
+                arm(root, CHANGES, nth, action)
+                for trajectory in range(4):
+                    put(root, trajectory)
+                    os.write(pipe, bytes([trajectory]))
+
+            acknowledged, status = in_child(work)
+            assert status in (0, -signal.SIGKILL), status
+            check(root, acknowledged, {len(acknowledged)} if status else set())
+            for trajectory in range(4):
+                put(root, trajectory)
+            check(root, {0, 1, 2, 3}, set())
+            if status == 0:
+                calls[name] = nth - 1
+                break
+    return calls
+
+
+def random_kills(folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill a process that puts one trajectory after the other, at random moments."""
+    chance = random.Random(seed)
+    done = put_in_all = rounds = 0
+    while done < kills:
+        root = folder / f"cache{rounds}"
+        acknowledged: set[int] = set()
+        perhaps: set[int] = set()
+        # A fresh cache now and then, so that making one is killed too, and checking stays fast.
+        for _ in range(25):
+            reading, writing = os.pipe()
+            process = os.fork()
+            if process == 0:
+                os.close(reading)
+                with open_cache(root) as cache:
+                    for number in itertools.cycle(range(200)):
+                        cache.put(tokens(number), rows(number))
+                        os.write(writing, bytes([number]))
+                os._exit(1)
+            os.close(writing)
+            time.sleep(chance.expovariate(1 / 0.02))
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            with os.fdopen(reading, "rb") as pipe:
+                said = list(pipe.read())
+            acknowledged |= set(said)
+            # Killed between the commit and the answer: it may be there, and then it is whole.
+            perhaps.add((said[-1] + 1) % 200 if said else 0)
+            check(root, acknowledged, perhaps)
+            done += 1
+        put_in_all += len(acknowledged)
+        shutil.rmtree(root)
+        rounds += 1
+    return {"kills": done, "acknowledged": put_in_all, "violations": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["errors", "kills", "random"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "random":
+        result = random_kills(options.folder, options.kills, options.seed)
+    else:
+        result = (every_error if options.what == "errors" else every_kill)(options.folder)
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
