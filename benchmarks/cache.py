@@ -1,125 +1,225 @@
-"""Writing and reading the cache, against numpy's .npz and against plain files of the same size.
+"""What the cache's codecs cost and how fast they are read, beside numpy's .npz and a copy of as many bytes.
 
-    python benchmarks/cache.py [--records 40] [--rows 2000] [--top-k 128] [--json]
+    python benchmarks/cache.py [--rows 20000] [--top-k 128] [--json]
+    python benchmarks/cache.py --teacher runs/demo/teacher --tokens runs/demo/tokens.parquet
 
-`npz` is `numpy.savez_compressed` and `numpy.load` of the same arrays, the layout that comparable tools use; it has no
-checksum over the whole. `plain files` writes and reads as many bytes, synced the same way, and is the bound of any format
-of this size. Reading is from the page cache: what is compared is the work of a reader, not of the disk.
+Rows are synthetic (a random set of ids, log-probabilities that fall like a language model's) or, with --teacher and
+--tokens, a real teacher's. `kl_nats` compares what is read with what was put in, in float64, over the kept ids and the
+tail. `npz` is an uncompressed file per 1,024 tokens with int32 ids and float16 log-probabilities, 768 bytes a token at
+top 128; `memcpy` copies as many bytes as a codec's records take. Reading is from the page cache and after a first read,
+which checks the bytes: what is compared is a reader's work, not the disk's.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from hyperagent.cache.check import count
+from hyperagent.cache.codecs import CODECS
+from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
-from hyperagent.files import write_atomically
+from hyperagent.data.tokens import read_tokens
 from hyperagent.identity import TeacherIdentity
-from hyperagent.topk import TopKRows
+from hyperagent.topk import TopKRows, concatenate
+from hyperagent_teacher.transformers_engine import TransformersEngine
 
-VOCABULARY = 151_669
+VOCABULARY = 151_936
+BLOCK = 1024
+REPETITIONS = 5
+KEPT_MASS = 0.999
 
 
-def random_rows(rows: int, top_k: int, generator: np.random.Generator) -> TopKRows:
-    """Rows with the shape of a language model's: a few likely ids and a long tail."""
+def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
+    """Rows whose ids have no pattern, which is the worst case for a codec."""
+    generator = np.random.default_rng(0)
     # No two alike, so that their order needs no ids.
-    logits = -(1e-3 + generator.exponential(0.2, size=(rows, top_k))).cumsum(axis=1)
-    total = np.logaddexp.reduce(logits, axis=1, keepdims=True) + 0.01
-    logprobs = logits - total
-    ids = np.argsort(generator.random((rows, 4 * top_k)), axis=1)[:, :top_k] * (VOCABULARY // (4 * top_k))
-    return TopKRows(
-        positions=np.arange(1, rows + 1, dtype=np.uint32),
+    logits = -(1e-3 + generator.exponential(0.15, size=(num_rows, top_k))).cumsum(axis=1)
+    logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) - 0.01).astype(np.float32)
+    # A random offset for each row of a random subset of a coarser grid, with a random remainder: distinct, and uniform.
+    cells = np.argpartition(generator.random((num_rows, 8 * top_k)), top_k, axis=1)[:, :top_k]
+    width = VOCABULARY // (8 * top_k)
+    ids = cells * width + generator.integers(0, width, size=cells.shape)
+    rows = TopKRows(
+        positions=np.arange(1, num_rows + 1, dtype=np.uint32),
         ids=ids.astype(np.uint32),
-        logprobs=logprobs.astype(np.float32),
-        tail_logmass=np.log(-np.expm1(np.logaddexp.reduce(logprobs, axis=1))).astype(np.float32),
-        target_logprob=logprobs[:, 0].astype(np.float32),
+        logprobs=logprobs,
+        tail_logmass=np.log(-np.expm1(np.logaddexp.reduce(logprobs, axis=1, dtype=np.float64))).astype(np.float32),
+        target_logprob=logprobs[:, 0],
     )
+    return TeacherIdentity("t", "0" * 64, "float32", "x", "0" * 64, "0" * 64, VOCABULARY, top_k), rows
 
 
-def timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def teacher_rows(teacher: Path, tokens: Path, num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
+    """A real teacher's rows, of trajectory after trajectory, as those of one long sequence."""
+    engine = TransformersEngine(teacher, tokenizer_folder=teacher, top_k=top_k, max_tokens=131_072)
+
+    async def collect() -> list[TopKRows]:
+        parts: list[TopKRows] = []
+        for trajectory in read_tokens(tokens):
+            async for rows in engine.score(trajectory.token_ids, trajectory.positions, top_k=top_k):
+                parts.append(rows)
+            if sum(part.num_rows for part in parts) >= num_rows:
+                break
+        return parts
+
+    rows = concatenate(asyncio.run(collect()))
+    engine.close()
+    return engine.identity, replace(rows, positions=np.arange(1, rows.num_rows + 1, dtype=np.uint32))
+
+
+def kl_nats(true: TopKRows, read: TopKRows) -> float:
+    """Mean over rows of KL(true || read) over the ids that `read` keeps and the rest, in nats."""
+    total = 0.0
+    for start in range(0, true.num_rows, BLOCK):
+        p, q = true.part(slice(start, start + BLOCK)), read.part(slice(start, start + BLOCK))
+        by_id_p, by_id_q = np.argsort(p.ids, axis=1), np.argsort(q.ids, axis=1)
+        logp = np.take_along_axis(p.logprobs, by_id_p, axis=1).astype(np.float64)
+        logq = np.take_along_axis(q.logprobs, by_id_q, axis=1).astype(np.float64)
+        assert (np.take_along_axis(p.ids, by_id_p, axis=1) == np.take_along_axis(q.ids, by_id_q, axis=1)).all()
+        tail_p, tail_q = p.tail_logmass.astype(np.float64), q.tail_logmass.astype(np.float64)
+        # Both are distributions but for rounding; the divergence of two that are not could be below zero.
+        norm_p = np.logaddexp(np.logaddexp.reduce(logp, axis=1), tail_p)
+        norm_q = np.logaddexp(np.logaddexp.reduce(logq, axis=1), tail_q)
+        kept = np.exp(logp - norm_p[:, None]) * (logp - norm_p[:, None] - logq + norm_q[:, None])
+        total += float(kept.sum() + (np.exp(tail_p - norm_p) * (tail_p - norm_p - tail_q + norm_q)).sum())
+    return total / true.num_rows
+
+
+def median_s(action: Callable[[], object]) -> float:
+    """Median of `REPETITIONS` runs after a first one, in seconds."""
     action()
-    return time.perf_counter() - started
+    times = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure_codec(root: Path, settings: CacheSettings, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float]:
+    """Size, distortion and speed of one way to store `rows`."""
+    token_ids = np.zeros(rows.num_rows + 1, np.uint32)
+    with TopKCache.create_or_open(root, identity, settings=settings) as cache:
+        started = time.perf_counter()
+        key = cache.put(token_ids, rows)
+        write_s = time.perf_counter() - started
+        cache.seal()
+        blocks = [block.key for block in cache.trajectory(key).blocks]
+        stats = count(cache)
+        read = cache.get(key).rows
+        result = {
+            "bytes_per_token": stats.bytes_per_token,
+            "mean_k": stats.mean_k,
+            "kept_mass": stats.kept_mass,
+            "write_tokens_per_s": rows.num_rows / write_s,
+            "decode_tokens_per_s": rows.num_rows / median_s(lambda: [None for _ in cache.rows_of(blocks)]),
+            "ranked_tokens_per_s": rows.num_rows / median_s(lambda: cache.get(key)),
+            "random_read_ms": 1e3 * median_s(lambda: next(cache.rows_of(blocks[len(blocks) // 2 :][:1]))),
+            "memcpy_tokens_per_s": rows.num_rows / median_s(lambda: _copy(stats.bytes)),
+        }
+        if settings.kept_mass == 1:
+            result["kl_nats"] = kl_nats(rows, read)
+        return result
+
+
+def _copy(size: int) -> None:
+    _SOURCE[:size].copy()
+
+
+_SOURCE = np.ones(1 << 28, np.uint8)
+
+
+def measure_npz(root: Path, rows: TopKRows) -> dict[str, float]:
+    """The same of `numpy.savez`, a file per block."""
+    root.mkdir()
+    paths = []
+    for start in range(0, rows.num_rows, BLOCK):
+        part = rows.part(slice(start, start + BLOCK))
+        paths.append(root / f"{start}.npz")
+        np.savez(paths[-1], indices=part.ids.astype(np.int32), values=part.logprobs.astype(np.float16))
+
+    def load(path: Path) -> None:
+        with np.load(path, allow_pickle=False) as arrays:
+            _ = arrays["indices"], arrays["values"]
+
+    return {
+        "bytes_per_token": sum(path.stat().st_size for path in paths) / rows.num_rows,
+        "decode_tokens_per_s": rows.num_rows / median_s(lambda: [load(path) for path in paths]),
+        "random_read_ms": 1e3 * median_s(lambda: load(paths[len(paths) // 2])),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--top-k", type=int, default=128)
+    parser.add_argument("--teacher", type=Path, help="folder of a teacher")
+    parser.add_argument("--tokens", type=Path, help="tokens file with trajectories to score")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    generator = np.random.default_rng(0)
-    data = [random_rows(options.rows, options.top_k, generator) for _ in range(options.records)]
-    identity = TeacherIdentity("t", "0" * 64, "float32", "x", "0" * 64, "0" * 64, VOCABULARY, options.top_k)
+    if (options.teacher is None) != (options.tokens is None):
+        parser.error("--teacher and --tokens belong together")
+    if options.teacher:
+        identity, rows = teacher_rows(options.teacher, options.tokens, options.rows, options.top_k)
+    else:
+        identity, rows = synthetic_rows(options.rows, options.top_k)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        cache = TopKCache.create_or_open(root / "cache", identity)
-        keys = [
-            cache.key(np.full(options.rows + 1, number, np.uint32), rows.positions) for number, rows in enumerate(data)
-        ]
-
-        def put() -> None:
-            for key, rows in zip(keys, data, strict=True):
-                cache.put(key, rows, num_tokens=options.rows + 1)
-
-        def save() -> None:
-            for number, rows in enumerate(data):
-                np.savez_compressed(
-                    root / f"{number}.npz", ids=rows.ids.astype(np.int32), logprobs=rows.logprobs.astype(np.float16),
-                    positions=rows.positions, tail=rows.tail_logmass, target=rows.target_logprob,
-                )  # fmt: skip
-
-        def load() -> None:
-            for number in range(len(data)):
-                with np.load(root / f"{number}.npz", allow_pickle=False) as arrays:
-                    for name in arrays.files:
-                        _ = arrays[name]
-
-        put_s, get_s = timed(put), timed(lambda: [cache.get(key) for key in keys])
-        size = cache.stats().bytes
-        save_s, load_s = timed(save), timed(load)
-        npz_size = sum(path.stat().st_size for path in root.glob("*.npz"))
-        content = b"\0" * (size // options.records)
-        paths = [root / "plain" / str(number) for number in range(options.records)]
-        write_s = timed(lambda: [write_atomically(path, content) for path in paths])
-        read_s = timed(lambda: [path.read_bytes() for path in paths])
-    tokens = options.records * options.rows
-    results = [
-        {
-            "variant": name,
-            "write_tokens_per_s": tokens / w,
-            "read_tokens_per_s": tokens / r,
-            "bytes_per_token": b / tokens,
+        codecs = {
+            name: measure_codec(Path(folder) / name, CacheSettings(codec=name), identity, rows) for name in CODECS
         }
-        for name, w, r, b in (
-            ("cache", put_s, get_s, size),
-            ("npz", save_s, load_s, npz_size),
-            ("plain files", write_s, read_s, size),
+        codecs["compact, adaptive"] = measure_codec(
+            Path(folder) / "adaptive", CacheSettings(kept_mass=KEPT_MASS), identity, rows
         )
-    ]
+        npz = measure_npz(Path(folder) / "npz", rows)
     report = {
         "machine": platform.processor() or platform.machine(),
-        "tokens": tokens,
+        "rows": "teacher" if options.teacher else "synthetic",
+        "vocabulary": identity.vocab_size,
         "top_k": options.top_k,
-        "results": results,
+        "supervised_tokens": rows.num_rows,
+        "codecs": codecs,
+        "npz": npz,
+        "random_read_ms": codecs["exact"]["random_read_ms"],
+        "npz_random_read_ms": npz["random_read_ms"],
     }
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{tokens:,} supervised tokens, top {options.top_k}, {report['machine']}")
-    for result in results:
-        print(
-            f"{result['variant']:12} write {result['write_tokens_per_s']:>11,.0f} tokens/s  "
-            f"read {result['read_tokens_per_s']:>11,.0f} tokens/s  {result['bytes_per_token']:6.0f} bytes/token"
+    print(json.dumps(report, indent=2) if options.json else _table(report))
+
+
+def _table(report: dict) -> str:
+    lines = [
+        f"{report['supervised_tokens']:,} rows ({report['rows']}), top {report['top_k']} of {report['vocabulary']:,}, "
+        f"{report['machine']}",
+        f"{'':18} {'B/token':>8} {'KL nats':>8} {'mean k':>7} {'mass':>7} {'write':>10} {'decode':>12} {'by rank':>10} "
+        f"{'memcpy':>12} {'1 block':>9}",
+    ]
+    for name, found in [*report["codecs"].items(), ("npz", report["npz"])]:
+        kl = f"{found['kl_nats']:8.1e}" if "kl_nats" in found else " " * 8
+        rest = (
+            f"{found['mean_k']:7.1f} {found['kept_mass']:7.4f} {found['write_tokens_per_s']:10,.0f} "
+            if "mean_k" in found
+            else " " * 27
         )
+        ranked = (
+            f"{found['ranked_tokens_per_s']:10,.0f} {found['memcpy_tokens_per_s']:12,.0f}"
+            if "mean_k" in found
+            else " " * 23
+        )
+        lines.append(
+            f"{name:18} {found['bytes_per_token']:8.1f} {kl} {rest}{found['decode_tokens_per_s']:12,.0f} {ranked} "
+            f"{found['random_read_ms']:6.3f} ms"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
