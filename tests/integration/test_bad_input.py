@@ -47,7 +47,7 @@ def test_a_tokenizer_that_is_not_the_teachers(
     line = one_line(run("cache", "populate", tokens, "--teacher", f"127.0.0.1:{port}"))
     assert "tokenizer" in line
     assert "does not match" in line
-    assert not list((tmp_path / "cache").glob("objects/*/*"))
+    assert not list((tmp_path / "cache").glob("shards/*"))
 
 
 @pytest.mark.parametrize("service", ["teacher", "trainer", "adapter-api"])

@@ -37,6 +37,7 @@ COMMANDS = [
     ["cache", "populate"],
     ["cache", "verify"],
     ["cache", "stats"],
+    *(["cache", command] for command in ("audit", "ls", "plan", "repair", "gc", "compact")),
     ["data", "tokenize"],
     ["train"],
     ["adapter", "create"],

@@ -59,7 +59,7 @@ class Header:
     checksum: bytes
     """XXH3-128 of the payload."""
     kl_nats: float
-    """Of a block, mean over its rows of KL(rows as they came || as they are stored), both over kept ids and tail."""
+    """Of a block, mean over its rows of KL(row as it came || as it is stored), over kept ids and tail, both normalised."""
     kept_mass: float
     """Of a block, mean over its rows of the probability of the kept ids."""
 
@@ -153,15 +153,12 @@ def encode_block(
             np.packbits(supervised, bitorder="little").tobytes(),
         ]
     )
-    p_n = np.exp(kept.logprobs_n, dtype=np.float64)
-    p_N = np.exp(rows.tail_logmass, dtype=np.float64)
-    tail_kl_N = p_N * np.subtract(rows.tail_logmass, tail_N, where=p_N > 0, out=np.zeros_like(p_N))
     header = Header(
         kind=Kind.BLOCK, codec=codec.code, top_k=rows.top_k, payload_bytes=len(payload), first_token=first_token,
         num_tokens=num_tokens, num_rows=rows.num_rows, num_kept=len(kept.ids_n), key=key,
         checksum=xxhash.xxh3_128_digest(payload),
-        kl_nats=float((p_n * (kept.logprobs_n - stored_n.astype(np.float64))).sum() + tail_kl_N.sum()) / rows.num_rows,
-        kept_mass=float(p_n.sum()) / rows.num_rows,
+        kl_nats=_mean_kl(kept, rows.tail_logmass, stored_n, tail_N),
+        kept_mass=float(np.exp(kept.logprobs_n, dtype=np.float64).sum()) / rows.num_rows,
     )  # fmt: skip
     return _record(header, payload)
 
@@ -240,6 +237,19 @@ def check_record(content: memoryview) -> tuple[Header, memoryview]:
     if any(content[HEADER_BYTES + header.payload_bytes :]):
         raise CorruptRecord("the bytes that fill it up are not zero")
     return header, payload
+
+
+def _mean_kl(
+    kept: KeptIds, tail_N: NDArray[np.floating], stored_n: NDArray[np.floating], stored_tail_N: NDArray[np.floating]
+) -> float:
+    """Mean over rows of KL(row || stored row) in nats, over kept ids and tail, after scaling both to sum to 1."""
+    starts = np.cumsum(kept.counts_N) - kept.counts_N
+    p_n, p_N = np.exp(kept.logprobs_n, dtype=np.float64), np.exp(tail_N, dtype=np.float64)
+    q_n, q_N = np.exp(stored_n, dtype=np.float64), np.exp(stored_tail_N, dtype=np.float64)
+    total_p_N, total_q_N = (np.add.reduceat(kept_n, starts) + tail for kept_n, tail in ((p_n, p_N), (q_n, q_N)))
+    tail_kl_N = p_N * np.subtract(tail_N, stored_tail_N, where=p_N > 0, out=np.zeros_like(p_N), dtype=np.float64)
+    kl_N = np.add.reduceat(p_n * (kept.logprobs_n - stored_n.astype(np.float64)), starts) + tail_kl_N
+    return float((kl_N / total_p_N + np.log(total_q_N / total_p_N)).mean())
 
 
 def _record(header: Header, payload: bytes) -> bytes:
