@@ -79,7 +79,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     tokens = tokenised(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
     data = populated(engine, student, tokens, tmp_path / "cache")
     chosen = [0, 1, 2]
-    batch = data.batch(chosen, torch.device("cpu"))
+    batch = data[chosen]
     aligned = kl(student, batch)
     assert aligned < 1e-6
     for shift in (-1, 1):
@@ -104,7 +104,7 @@ def test_without_the_caches_rounding_next_to_nothing_is_left(
 
     rows = asyncio.run(score())
     exact = replace(
-        data.batch([0], torch.device("cpu")),
+        data[[0]],
         logprobs_NK=torch.from_numpy(rows.logprobs.copy()),
         tail_logmass_N=torch.from_numpy(rows.tail_logmass.copy()),
     )
@@ -117,7 +117,7 @@ def test_an_internalised_view_is_aligned(
     """The student no longer sees the task, so its KL is not zero; it is least where the rows belong."""
     views = ViewSettings(internalised=("task",), max_tokens=4096)
     data = populated(engine, student, tokenised(world, tmp_path / "t.parquet", views), tmp_path / "cache")
-    batch = data.batch([0, 1, 2], torch.device("cpu"))
+    batch = data[[0, 1, 2]]
     aligned = kl(student, batch)
     for one in data.trajectories:
         assert len(one.student_ids) < len(one.token_ids)

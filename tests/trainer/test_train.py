@@ -13,11 +13,11 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
+from tiny_runs import losses, metrics, run
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch
@@ -25,22 +25,7 @@ from hyperagent.model.bundle import load_bundle
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
 from hyperagent_trainer.run_folder import RunFolder
-from hyperagent_trainer.train import learning_rate_factor, train
-
-
-def run(recipe: TrainRecipe, root: Path, stop: threading.Event | None = None) -> RunFolder:
-    root.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(root)
-    train(recipe, folder, stop or threading.Event())
-    return folder
-
-
-def metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-
-
-def losses(folder: RunFolder) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+from hyperagent_trainer.train import learning_rate_factor
 
 
 def test_training_lowers_the_held_out_divergence(recipe: TrainRecipe, tmp_path: Path) -> None:

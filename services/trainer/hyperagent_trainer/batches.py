@@ -5,29 +5,34 @@ Legend of shape suffixes: B trajectories, T tokens, P prompt tokens, N supervise
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokens import TokenisedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
-from hyperagent.topk import TopKRows
+from hyperagent.loader.rows import RowTensors, load_rows
 
 # Batches drawn together before they are sorted by length: enough to cut padding, too few to order an epoch.
 _BATCHES_PER_GROUP = 8
+# Batches that each worker process has ready or in work: enough to cover one that takes longer than the others.
+_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What one step computes on; padding stands on the right."""
 
+    indices: tuple[int, ...]
+    """Its trajectories, in their split."""
     token_ids_BT: Tensor
     """int64, the student's view."""
     num_tokens: int
@@ -47,8 +52,20 @@ class Batch:
     def num_rows(self) -> int:
         return int(self.sample_N.shape[0])
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device; from pinned memory the host does not wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-class DistillationData:
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the loader calls it by this name."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, indices=self.indices, num_tokens=self.num_tokens, **tensors)
+
+
+class DistillationData(Dataset[Batch]):
     """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
 
     def __init__(self, trajectories: Sequence[TokenisedTrajectory], cache: TopKCache, identity: DataIdentity) -> None:
@@ -56,31 +73,53 @@ class DistillationData:
         self.trajectories = tuple(trajectories)
         self._cache = cache
 
-    def rows(self, index: int) -> TopKRows:
-        """The teacher's rows of one trajectory.
+    def rows(self, index: int) -> RowTensors:
+        """The teacher's rows of one trajectory, normalised.
 
         Raises:
             CorruptRecord: the record is damaged.
         """
         trajectory = self.trajectories[index]
-        return self._cache.get(self._cache.key(trajectory.token_ids, trajectory.positions)).rows
+        return load_rows(self._cache, self._cache.key(trajectory.token_ids, trajectory.positions)).normalised()
 
-    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
-        """Join the trajectories at `indices` into one batch."""
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        """The trajectories at `indices`, joined into one batch on the host."""
         chosen = [self.trajectories[i] for i in indices]
-        rows = [self.rows(i).normalised() for i in indices]
+        rows = [self.rows(i) for i in indices]
         sample = np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])
         # Row n of the teacher belongs to the nth supervised position of the student's own view.
         index = np.concatenate([t.student_positions for t in chosen]).astype(np.int64) - 1
         return Batch(
-            token_ids_BT=_pad([t.student_ids for t in chosen]).to(device),
+            indices=tuple(indices),
+            token_ids_BT=_pad([t.student_ids for t in chosen]),
             num_tokens=sum(len(t.student_ids) for t in chosen),
-            sample_N=torch.from_numpy(sample).to(device),
-            index_N=torch.from_numpy(index).to(device),
-            ids_NK=torch.from_numpy(np.concatenate([r.ids for r in rows]).astype(np.int64)).to(device),
-            logprobs_NK=torch.from_numpy(np.concatenate([r.logprobs for r in rows])).to(device),
-            tail_logmass_N=torch.from_numpy(np.concatenate([r.tail_logmass for r in rows])).to(device),
+            sample_N=torch.from_numpy(sample),
+            index_N=torch.from_numpy(index),
+            ids_NK=torch.cat([r.ids_NK for r in rows]).long(),
+            logprobs_NK=torch.cat([r.logprobs_NK for r in rows]),
+            tail_logmass_N=torch.cat([r.tail_logmass_N for r in rows]),
         )
+
+    def batches(self, order: Iterable[Sequence[int]], device: torch.device, *, workers: int) -> Iterator[Batch]:
+        """The batches of `order`, in that order whatever the number of `workers`, which read and decode ahead of it.
+
+        Args:
+            workers: processes; each holds a few batches at a time. 0 reads a batch when it is asked for.
+        """
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            prefetch_factor=_BATCHES_AHEAD if workers else None,
+            # A fork would share the cache's connections, and locks that other threads hold.
+            multiprocessing_context="spawn" if workers else None,
+            pin_memory=device.type == "cuda",
+            # One of its own, so that training draws the same numbers with any number of workers.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            yield batch.to(device)
 
 
 def load_split(

@@ -52,6 +52,8 @@ class TrainRecipe(StrictModel):
     max_grad_norm: float = Field(1.0, gt=0)
     loss_chunk_rows: int = Field(256, ge=1)
     """Supervised rows per chunk of the loss, whose workspace is this many times the vocabulary."""
+    loader_workers: int = Field(0, ge=0, le=64)
+    """Processes that read and decode batches ahead of the steps; 0 for a small run, which has no use for them."""
     evaluate_every: int = Field(200, ge=1)
     """Steps between evaluations on the held-out split; there is always one at the end."""
     checkpoint_every: int = Field(200, ge=1)

@@ -63,7 +63,7 @@ class SplitEvaluation:
         sums = dict.fromkeys(arms, 0.0)
         num_rows = 0
         for indices in self._batches:
-            batch = self._data.batch(indices, adapted.student.head.device)
+            batch = self._data[indices].to(adapted.student.head.device)
             num_rows += batch.num_rows
             for arm in arms:
                 sums[arm] += float(adapted.loss_sum(batch, self._adapters(adapted, arm, indices)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 
 import structlog
 import torch
@@ -131,22 +132,24 @@ def _run_steps(
 ) -> int:
     """Run the optimiser steps after `first_step`; returns the number of the last one done."""
     lengths = [len(t.student_ids) for t in data.trajectories]
-    batches = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+    order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+    batches = data.batches(order, adapted.student.head.device, workers=recipe.loader_workers)
     for step in range(first_step + 1, recipe.num_steps + 1):
         if stop.is_set():
             return step - 1
-        indices = next(batches)
+        asked_at = time.monotonic()
+        batch = next(batches)
+        data_wait_s = time.monotonic() - asked_at
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
-        batch = data.batch(indices, adapted.student.head.device)
-        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in indices])
+        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
         loss = adapted.loss_sum(batch, adapters) / batch.num_rows
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss_value = loss.item()
         grad_norm = float(nn.utils.clip_grad_norm_(adapted.hypernetwork.parameters(), recipe.max_grad_norm))
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            names = ", ".join(data.trajectories[i].trajectory_id for i in indices)
+            names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
             raise DataError(
                 f"step {step} met loss {loss_value} and gradient norm {grad_norm} on trajectories {names}; "
                 "lower the learning rate, or look at these trajectories"
@@ -157,6 +160,7 @@ def _run_steps(
             loss=loss_value,
             num_tokens=batch.num_tokens,
             grad_norm=grad_norm,
+            data_wait_s=data_wait_s,
             learning_rate=optimizer.param_groups[0]["lr"],
         )
         if step % recipe.evaluate_every == 0 or step == recipe.num_steps:

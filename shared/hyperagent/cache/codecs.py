@@ -162,7 +162,7 @@ class Archive:
         with np.errstate(divide="ignore"):
             upper = 2 * np.log(np.maximum(1 - steps * self._FINEST / 2, 0))
         lower = np.log(self._turn) - (steps - self._turn_step) * self._WIDEST
-        self._logprob_of_step = np.where(steps <= self._turn_step, upper, lower).astype(np.float32)
+        self.logprob_of_step: NDArray[np.float32] = np.where(steps <= self._turn_step, upper, lower).astype(np.float32)
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
         """f16 [N] shift, sizes of five zstd frames, the frames: gaps' low, middle, high byte, steps' low, high byte."""
@@ -173,7 +173,7 @@ class Archive:
             np.rint(np.where(upper_n <= self._turn_step, upper_n, lower_n)).clip(0, (1 << 16) - 1).astype(np.uint16)
         )
         starts = _starts(kept.counts_N)
-        rounded_n = self._logprob_of_step[steps_n]
+        rounded_n = self.logprob_of_step[steps_n]
         shift = _mass_shift(logprobs_n, rounded_n, starts).astype("<f2")
         numbers_n, steps = _sorted_by_id(kept, steps_n, vocab_size)
         ids = _without_rows(numbers_n, kept.counts_N, vocab_size)
@@ -189,29 +189,39 @@ class Archive:
         """See `Codec.decode`."""
         del vocab_size
         N, n = len(counts_N), int(counts_N.sum())
-        if len(content) < 2 * N + self._HEADER.size:
-            raise CorruptRecord(f"its ids take {len(content)} bytes, fewer than their header")
-        sizes = self._HEADER.unpack_from(content, 2 * N)
-        _require_bytes(content, 2 * N + self._HEADER.size + sum(sizes))
-        planes, start = [], 2 * N + self._HEADER.size
-        decompress = zstandard.ZstdDecompressor()
-        for size in sizes:
-            try:
-                plane = decompress.decompress(content[start : start + size], max_output_size=n)
-            except zstandard.ZstdError as error:
-                raise CorruptRecord(f"its ids cannot be decompressed: {error}") from error
-            _require_bytes(memoryview(plane), n)
-            planes.append(np.frombuffer(plane, np.uint8))
-            start += size
-        low, middle, high, steps_low, steps_high = planes
+        low, middle, high, steps_low, steps_high = (
+            np.frombuffer(plane, np.uint8) for plane in self.planes(content, N, n)
+        )
         gaps = low | middle.astype(np.uint32) << np.uint32(8) | high.astype(np.uint32) << np.uint32(16)
         sums = np.cumsum(gaps, dtype=np.uint32)
         starts = _starts(counts_N)
         # The sum runs on over the rows; what it had reached before a row is taken off again. Wraps are harmless.
         ids_n = sums - _per_id((sums - gaps)[starts], counts_N)
         shift = np.frombuffer(content[: 2 * N], "<f2").astype(np.float32)
-        logprobs_n = self._logprob_of_step[steps_low | steps_high.astype(np.uint16) << np.uint16(8)]
+        logprobs_n = self.logprob_of_step[steps_low | steps_high.astype(np.uint16) << np.uint16(8)]
         return KeptIds(counts_N, ids_n, logprobs_n + _per_id(shift, counts_N))
+
+    def planes(self, content: memoryview, num_rows: int, num_kept: int) -> list[bytes]:
+        """The five decompressed planes of the gaps and steps of `num_kept` ids, a byte of each.
+
+        Raises:
+            CorruptRecord: `content` does not hold so many ids.
+        """
+        frames = content[2 * num_rows :]
+        if len(frames) < self._HEADER.size:
+            raise CorruptRecord(f"its ids take {len(content)} bytes, fewer than their header")
+        sizes = self._HEADER.unpack_from(frames)
+        _require_bytes(frames, self._HEADER.size + sum(sizes))
+        decompress = zstandard.ZstdDecompressor().decompress
+        planes, start = [], self._HEADER.size
+        for size in sizes:
+            try:
+                planes.append(decompress(frames[start : start + size], max_output_size=num_kept))
+            except zstandard.ZstdError as error:
+                raise CorruptRecord(f"its ids cannot be decompressed: {error}") from error
+            _require_bytes(memoryview(planes[-1]), num_kept)
+            start += size
+        return planes
 
 
 EXACT, COMPACT, ARCHIVE = Exact(), Compact(), Archive()

@@ -34,8 +34,9 @@ log = structlog.get_logger()
 class HotTier:
     """Bytes by name, best effort; no method raises or takes longer than half a second. Safe to use from several threads."""
 
-    def __init__(self, client: redis.asyncio.Redis, *, ttl_s: int, max_bytes: int | None) -> None:
+    def __init__(self, url: str, client: redis.asyncio.Redis, *, ttl_s: int, max_bytes: int | None) -> None:
         """Use `connect`."""
+        self._url = url
         self._client = client
         self._ttl_s = ttl_s
         self._max_bytes = max_bytes
@@ -71,7 +72,11 @@ class HotTier:
         except ValueError as error:
             # Neither the address nor the reason is shown: both may quote a password.
             raise ConfigError("the Redis URL is wrong; give one like redis://127.0.0.1:6379/0") from error
-        return cls(client, ttl_s=ttl_s, max_bytes=max_bytes)
+        return cls(url, client, ttl_s=ttl_s, max_bytes=max_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process connects for itself."""
+        return _reconnect, (self._url, self._ttl_s, self._max_bytes)
 
     @property
     def is_degraded(self) -> bool:
@@ -168,3 +173,7 @@ class HotTier:
 
     def _has_been_put(self, size: int) -> None:
         self._waiting_bytes -= size
+
+
+def _reconnect(url: str, ttl_s: int, max_bytes: int | None) -> HotTier:
+    return HotTier.connect(url, ttl_s=ttl_s, max_bytes=max_bytes)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import structlog
@@ -159,6 +159,10 @@ class TopKCache:
         self.index.close()
         os.close(self._lock)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder for itself."""
+        return _reopen, (self.root, self._hot)
+
     def __enter__(self) -> Self:
         return self
 
@@ -262,10 +266,18 @@ class TopKCache:
             CorruptRecord: it is damaged; says which and how to mend it.
             StorageError: the file system refused.
         """
+        for header, payload in self.records_of(block_keys):
+            yield decode_block(header, payload, vocab_size=self.identity.vocab_size)
+
+    def records_of(self, block_keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
+        """Blocks' records, for who decodes them elsewhere; from the hot tier where it has them.
+
+        Raises:
+            As `rows_of`.
+        """
         copies = self._hot.get([self._hot_name(key) for key in block_keys]) if self._hot else [None] * len(block_keys)
         for key, copy in zip(block_keys, copies, strict=True):
-            header, payload = (copy and self._checked_copy(key, copy)) or self._read_into_hot(key)
-            yield decode_block(header, payload, vocab_size=self.identity.vocab_size)
+            yield (copy and self._checked_copy(key, copy)) or self._read_into_hot(key)
 
     def get(self, key: str) -> CachedRecord:
         """Read one trajectory.
@@ -356,3 +368,7 @@ class TopKCache:
 
     def _data_path(self, fingerprint: str) -> Path:
         return self.root / "data" / f"{fingerprint}.json"
+
+
+def _reopen(root: Path, hot: HotTier | None) -> TopKCache:
+    return TopKCache.open(root, hot=hot)
