@@ -13,7 +13,7 @@ from world import Run, World
 
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import read_tokens
+from hyperagent.data.tokens import read_data_identity, read_tokens
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 
@@ -39,6 +39,7 @@ def filled(world: World, tmp_path: Path) -> dict[str, int]:
     identity = TeacherIdentity("t", "0" * 64, "float32", "x", "1" * 64, "2" * 64, VOCABULARY, TOP_K)
     rows: dict[str, int] = {}
     with TopKCache.create_or_open(tmp_path / "cache", identity, settings=CacheSettings(codec="exact")) as cache:
+        cache.record_data(read_data_identity(world.tokens))
         for trajectory in read_tokens(world.tokens):
             key = cache.put(trajectory.token_ids, uniform_rows(trajectory.positions))
             rows[key] = len(trajectory.positions)
@@ -93,3 +94,18 @@ def test_what_no_file_names_is_collected_and_damage_repaired(
     repaired = as_json(run, "repair", "cache", code=1)
     assert len(repaired["to_populate"]) >= 1
     assert as_json(run, "verify", "cache")["trajectories"] == len(filled) - 1 - len(repaired["to_populate"])
+
+
+def test_rows_go_out_and_come_back(world: World, run: Run, filled: dict[str, int], tmp_path: Path) -> None:
+    exported = as_json(run, "export", "cache", world.tokens, "--out", "out", "--format", "npz")
+    assert exported["supervised_tokens"] == sum(filled.values()) - 2
+    assert len(list((tmp_path / "out").glob("*.npz"))) == len(filled) - 1
+    assert as_json(run, "import", "out", "back", "--codec", "exact")["trajectories"] == len(filled) - 1
+    assert as_json(run, "stats", "back")["supervised_tokens"] == sum(filled.values()) - 2
+    assert as_json(run, "import", "cache", "back") == {"trajectories": len(filled), "already_there": len(filled) - 1}
+    assert as_json(run, "verify", "back")["digest"] == as_json(run, "verify", "cache")["digest"]
+
+    assert as_json(run, "import", "cache", "smaller", "--codec", "compact")["already_there"] == 0
+    assert as_json(run, "stats", "smaller")["codec"] == "compact"
+    assert "would be rounded again" in one_line(run("cache", "import", "smaller", "back"))
+    assert "neither a cache nor an export" in one_line(run("cache", "import", "nowhere", "back"))

@@ -37,7 +37,7 @@ COMMANDS = [
     ["cache", "populate"],
     ["cache", "verify"],
     ["cache", "stats"],
-    *(["cache", command] for command in ("audit", "ls", "plan", "repair", "gc", "compact")),
+    *(["cache", command] for command in ("audit", "ls", "plan", "repair", "gc", "compact", "export", "import")),
     ["data", "tokenize"],
     ["train"],
     ["adapter", "create"],

@@ -41,7 +41,7 @@ from hyperagent.cache.record import (
 from hyperagent.cache.rows import to_top_k_rows
 from hyperagent.cache.shard import Location
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
-from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, NotFound
+from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, NotFound, StorageError
 from hyperagent.files import is_aside, write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
 from hyperagent.topk import TopKRows, concatenate
@@ -183,6 +183,25 @@ class TopKCache:
         """Fingerprints of all data that trajectories were put in of."""
         return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_aside(path))
 
+    def data_identities(self) -> list[DataIdentity]:
+        """Identities of all data that trajectories were put in of.
+
+        Raises:
+            CorruptRecord: one is damaged.
+            StorageError: the file system refused.
+        """
+        found = []
+        for path in map(self._data_path, self.data_fingerprints()):
+            try:
+                found.append(DataIdentity.from_json(path.read_bytes()))
+            except OSError as error:
+                raise StorageError(f"could not read {path}: {error.strerror}; check its permissions") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorruptRecord(f"{path} is damaged; remove it, and populate from its tokens file again") from error
+            if found[-1].fingerprint != path.stem:
+                raise CorruptRecord(f"{path} is damaged; remove it, and populate from its tokens file again")
+        return found
+
     def require_data(self, data: DataIdentity) -> None:
         """Refuse data that the cache was not populated from.
 
@@ -229,7 +248,7 @@ class TopKCache:
             manifest,
             num_tokens=len(token_ids),
             first_missing=self._first_missing(blocks),
-            write=self._write,
+            write=self.write_records,
         )
 
     def put(self, token_ids: NDArray[np.uint32], rows: TopKRows) -> str:
@@ -293,6 +312,14 @@ class TopKCache:
             concatenate([to_top_k_rows(part, self.identity.top_k) for part in parts]), trajectory.num_tokens
         )
 
+    def record(self, key: bytes) -> bytes:
+        """A whole record as it is on disk, checked.
+
+        Raises:
+            As `rows_of`.
+        """
+        return self.reader.content(self._at(key), key)
+
     def trajectory_keys(self) -> list[str]:
         """Every trajectory on disk, by its key, sorted."""
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
@@ -324,7 +351,12 @@ class TopKCache:
                 return number
         return len(blocks)
 
-    def _write(self, records: Sequence[bytes]) -> None:
+    def write_records(self, records: Sequence[bytes]) -> None:
+        """Make whole records durable; those that are there already stay as they are.
+
+        Raises:
+            StorageError: the file system refused; none of them is there.
+        """
         self._writer.write(records)
         if self._hot:
             headers = [Header.from_bytes(memoryview(record)) for record in records]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from hyperagent.cli import cache_care
+from hyperagent.cli import cache_care, cache_exchange
 from hyperagent.cli.cache_care import Json, Root
 from hyperagent.cli.display import print_result, progress_bars
 from hyperagent.identity import require_same
@@ -19,6 +19,8 @@ from hyperagent.identity import require_same
 app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
 for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
     app.command()(command)
+app.command()(cache_exchange.export)
+app.command(name="import")(cache_exchange.import_)
 
 _FIRST_ANSWER_S = 10.0
 """How long teachers have to answer at the start, when a wrong address is likelier than a restart."""

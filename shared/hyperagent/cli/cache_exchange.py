@@ -1,0 +1,78 @@
+"""`hyperagent cache export | import`: a cache's rows in other formats, and other caches' rows in this one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from hyperagent.cli.cache_care import Json, Root, Tokens
+from hyperagent.cli.display import print_result, progress_bars
+
+
+def export(
+    root: Root,
+    tokens: Tokens,
+    out: Annotated[Path, typer.Option(help="Folder to write, a file per trajectory.")],
+    file_format: Annotated[
+        Literal["npz", "parquet", "safetensors"], typer.Option("--format", help="What the files are.")
+    ] = "safetensors",
+    as_json: Json = False,
+) -> None:
+    """Write the rows of a tokens file's trajectories for other tools; `import` takes them back."""
+    from hyperagent.cache.store import TopKCache
+    from hyperagent.exchange import export as exchange
+
+    with progress_bars() as bars, TopKCache.open(root) as cache:
+        task = bars.add_task("exporting", total=None, note="trajectories")
+        report = exchange.export(
+            cache,
+            tokens,
+            out,
+            file_format=file_format,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    print_result({**asdict(report), "folder": str(out)}, as_json=as_json)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of another cache, or one that `export` wrote.")],
+    root: Root,
+    codec: Annotated[
+        Literal["exact", "compact", "archive"] | None,
+        typer.Option(help="How a new cache stores rows; by default as the source does, or compact."),
+    ] = None,
+    kept_mass: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="A row keeps its most likely ids up to this probability.")
+    ] = None,
+    min_k: Annotated[int | None, typer.Option(min=1, help="Ids that a row keeps at least.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring the rows of another cache of the same teacher, or of exported files, into a cache."""
+    from hyperagent.cache.manifest import CacheSettings, manifest_path
+    from hyperagent.cache.merge import merge
+    from hyperagent.cache.store import TopKCache
+    from hyperagent.exchange.export import import_files, read_description
+
+    said = {"codec": codec, "kept_mass": kept_mass, "min_k": min_k}
+    wanted = {name: value for name, value in said.items() if value is not None}
+    with progress_bars() as bars:
+        task = bars.add_task("importing", total=None, note="trajectories")
+
+        def progress(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        if manifest_path(source).exists():
+            with TopKCache.open(source) as other:
+                # A cache that is there already stores rows as it does, whatever the source does.
+                inherited = {} if manifest_path(root).exists() else other.settings.model_dump()
+                settings = CacheSettings(**{**inherited, **wanted})
+                with TopKCache.create_or_open(root, other.identity, settings=settings) as cache:
+                    result = asdict(merge(other, cache, progress))
+        else:
+            identity = read_description(source).identity
+            with TopKCache.create_or_open(root, identity, settings=CacheSettings(**wanted)) as cache:
+                result = asdict(import_files(source, cache, progress))
+    print_result(result, as_json=as_json)

@@ -1,0 +1,1 @@
+"""The cache's rows in other people's file formats, and back."""
