@@ -37,7 +37,10 @@ COMMANDS = [
     ["cache", "populate"],
     ["cache", "verify"],
     ["cache", "stats"],
-    *(["cache", command] for command in ("audit", "ls", "plan", "repair", "gc", "compact", "export", "import")),
+    *(
+        ["cache", command]
+        for command in ("audit", "ls", "plan", "repair", "gc", "compact", "export", "import", "publish")
+    ),
     ["data", "tokenize"],
     ["train"],
     ["adapter", "create"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import TokenisedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
@@ -68,7 +68,9 @@ class Batch:
 class DistillationData(Dataset[Batch]):
     """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
 
-    def __init__(self, trajectories: Sequence[TokenisedTrajectory], cache: TopKCache, identity: DataIdentity) -> None:
+    def __init__(
+        self, trajectories: Sequence[TokenisedTrajectory], cache: ReadableCache, identity: DataIdentity
+    ) -> None:
         self.identity = identity
         self.trajectories = tuple(trajectories)
         self._cache = cache
@@ -123,7 +125,7 @@ class DistillationData(Dataset[Batch]):
 
 
 def load_split(
-    tokens: Path, cache: TopKCache, split: str, *, tokenizer: TokenizerIdentity, max_prompt_tokens: int
+    tokens: Path, cache: ReadableCache, split: str, *, tokenizer: TokenizerIdentity, max_prompt_tokens: int
 ) -> DistillationData:
     """Read one split and check that it can be trained on as a whole.
 

@@ -31,8 +31,8 @@ class TrainRecipe(StrictModel):
     """Folder of the frozen student: a Transformers model and its tokenizer."""
     tokens: Path
     """Tokens file with the trajectories, both splits."""
-    cache: Path
-    """Folder of the teacher's cache."""
+    cache: Path | str
+    """Folder of the teacher's cache, or the address of a published one, such as "s3://bucket/cache"."""
     hypernetwork: HyperNetworkConfig = HyperNetworkConfig()
     targets: tuple[str, ...] | None = None
     """Projections to adapt, as paths inside a decoder layer; by default those of the student's type."""
@@ -61,9 +61,11 @@ class TrainRecipe(StrictModel):
 
     @field_validator("student", "tokens", "cache")
     @classmethod
-    def _resolve(cls, path: Path, info: ValidationInfo) -> Path:
+    def _resolve(cls, path: Path | str, info: ValidationInfo) -> Path | str:
+        if "://" in str(path):
+            return path
         base = (info.context or {}).get("base")
-        return path if base is None else (base / path).resolve()
+        return Path(path) if base is None else (base / path).resolve()
 
 
 def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecipe:

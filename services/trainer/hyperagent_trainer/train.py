@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import nn
 
 from hyperagent.cache.hot import HotTier
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.published import open_for_reading
+from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
@@ -47,12 +48,13 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = Student(recipe.student, device=device)
-    with TopKCache.open(recipe.cache, hot=HotTier.connect(redis_url) if redis_url else None) as cache:
+    hot = HotTier.connect(redis_url) if redis_url else None
+    with open_for_reading(recipe.cache, hot=hot) as cache:
         _train_from(cache, recipe, folder, stop, student)
 
 
 def _train_from(
-    cache: TopKCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
+    cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
 ) -> None:
     device = student.embeddings.device
     splits = {

@@ -17,6 +17,7 @@ from hyperagent.files import write_once
 from hyperagent.identity import TeacherIdentity
 
 FORMAT_VERSION = 2
+_NAME = "manifest.json"
 
 
 class CacheSettings(BaseModel):
@@ -77,31 +78,42 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = manifest_path(root)
     try:
-        content = json.loads(path.read_bytes())
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ConfigError(
-                f"the cache in {root} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
-            )
-        identity = TeacherIdentity(**content["identity"])
-        settings = CacheSettings(**content["settings"])
-        is_whole = identity.fingerprint == content["fingerprint"]
-    except ConfigError:
-        raise
+        return parse_manifest(path.read_bytes(), str(root))
     except FileNotFoundError:
         raise ConfigError(f"there is no cache in {root}; fill one with `hyperagent cache populate`") from None
     except OSError as error:
         raise StorageError(f"could not read {path}: {error.strerror}; check the disk and its permissions") from error
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """The manifest of the cache `name` from its bytes.
+
+    Raises:
+        ConfigError: it is of an unknown format version.
+        CorruptRecord: it is damaged.
+    """
+    try:
+        fields = json.loads(content)
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"the cache in {name} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
+            )
+        identity = TeacherIdentity(**fields["identity"])
+        settings = CacheSettings(**fields["settings"])
+        is_whole = identity.fingerprint == fields["fingerprint"]
+    except ConfigError:
+        raise
     except (ValueError, TypeError, KeyError, pydantic.ValidationError) as error:
         reason = " ".join(str(error).split())
-        raise CorruptRecord(f"{path} is damaged: {reason}; restore it, or populate a new cache") from error
+        raise CorruptRecord(f"{name}/{_NAME} is damaged: {reason}; restore it, or populate a new cache") from error
     if not is_whole:
         raise CorruptRecord(
-            f"{path} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
+            f"{name}/{_NAME} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
         )
     return Manifest(identity, settings)
 
 
 def manifest_path(root: Path) -> Path:
     """Where a cache's manifest stands."""
-    return root / "manifest.json"
+    return root / _NAME

@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from hyperagent.cache.record import HEADER_BYTES, Header, check_record
+from hyperagent.cache.record import Header, check_record
 from hyperagent.cache.shard import Location, locate
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
 
@@ -26,7 +26,7 @@ class ShardReader:
         self._shards: dict[str, _MappedShard] = {}
 
     def read(self, at: Location, key: bytes) -> tuple[Header, memoryview]:
-        """Header and payload of a record; the payload is a view, and stays readable when the shard is deleted.
+        """Header and bytes of a whole record; the bytes are a view, and stay readable when the shard is deleted.
 
         Raises:
             NotFound: the shard is gone.
@@ -38,8 +38,7 @@ class ShardReader:
             if at.offset not in shard.checked:
                 self._check(shard, at, key)
             content = shard.view(at)
-            header = Header.from_bytes(content)
-            return header, content[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
+            return Header.from_bytes(content), content
         except CorruptRecord as error:
             raise CorruptRecord(
                 f"record {key.hex()} in {shard.path} at byte {at.offset} is damaged: {error}; run "

@@ -76,6 +76,10 @@ class Header:
         )  # fmt: skip
         return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
 
+    def payload(self, content: memoryview) -> memoryview:
+        """What stands behind this header in a record's bytes."""
+        return content[HEADER_BYTES : HEADER_BYTES + self.payload_bytes]
+
     @classmethod
     def from_bytes(cls, content: memoryview) -> Header:
         """Read the header that `content` begins with.
@@ -231,7 +235,7 @@ def check_record(content: memoryview) -> tuple[Header, memoryview]:
     header = Header.from_bytes(content)
     if len(content) != header.record_bytes:
         raise CorruptRecord(f"it has {len(content)} bytes, not the {header.record_bytes} that its header says")
-    payload = content[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
+    payload = header.payload(content)
     if xxhash.xxh3_128_digest(payload) != header.checksum:
         raise CorruptRecord("its checksum does not fit")
     if any(content[HEADER_BYTES + header.payload_bytes :]):

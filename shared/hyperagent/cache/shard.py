@@ -14,7 +14,7 @@ import fcntl
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,24 +228,39 @@ def fingerprint_of(path: Path) -> str:
 
 
 def read_footer(path: Path) -> tuple[NDArray[np.void], int]:
-    """Entries of a sealed shard's footer, and where its records end.
+    """`parse_footer` of a sealed shard's file.
 
     Raises:
         CorruptRecord: there is no footer that fits the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size < SHARD_HEADER_BYTES + _TRAILER.size:
-            raise CorruptRecord(f"it has {size} bytes, fewer than a header and a footer")
-        file.seek(size - _TRAILER.size)
-        footer_at, count, checksum, _, magic = _TRAILER.unpack(file.read(_TRAILER.size))
-        if magic != _END_MAGIC or footer_at + count * _FOOTER_ENTRY.itemsize + _TRAILER.size != size:
-            raise CorruptRecord("it does not end with a footer")
-        file.seek(footer_at)
-        footer = file.read(count * _FOOTER_ENTRY.itemsize)
-        if xxhash.xxh3_64_digest(footer) != checksum:
-            raise CorruptRecord("its footer's checksum does not fit")
-        return np.frombuffer(footer, _FOOTER_ENTRY), footer_at
+
+        def read(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        return parse_footer(read, size)
+
+
+def parse_footer(read: Callable[[int, int], bytes], size: int) -> tuple[NDArray[np.void], int]:
+    """Entries of a sealed shard's footer, sorted by key, and where its records end.
+
+    Args:
+        read: the shard's bytes from one offset to before another.
+
+    Raises:
+        CorruptRecord: there is no footer that fits the shard.
+    """
+    if size < SHARD_HEADER_BYTES + _TRAILER.size:
+        raise CorruptRecord(f"it has {size} bytes, fewer than a header and a footer")
+    footer_at, count, checksum, _, magic = _TRAILER.unpack(read(size - _TRAILER.size, size))
+    if magic != _END_MAGIC or footer_at + count * _FOOTER_ENTRY.itemsize + _TRAILER.size != size:
+        raise CorruptRecord("it does not end with a footer")
+    footer = read(footer_at, size - _TRAILER.size)
+    if xxhash.xxh3_64_digest(footer) != checksum:
+        raise CorruptRecord("its footer's checksum does not fit")
+    return np.frombuffer(footer, _FOOTER_ENTRY), footer_at
 
 
 def check_seal(path: Path) -> None:

@@ -21,6 +21,7 @@ for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc
     app.command()(command)
 app.command()(cache_exchange.export)
 app.command(name="import")(cache_exchange.import_)
+app.command()(cache_exchange.publish)
 
 _FIRST_ANSWER_S = 10.0
 """How long teachers have to answer at the start, when a wrong address is likelier than a restart."""

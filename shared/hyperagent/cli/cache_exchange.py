@@ -1,4 +1,4 @@
-"""`hyperagent cache export | import`: a cache's rows in other formats, and other caches' rows in this one."""
+"""`hyperagent cache export | import | publish`: a cache's rows elsewhere, and rows from elsewhere in a cache."""
 
 from __future__ import annotations
 
@@ -76,3 +76,18 @@ def import_(
             with TopKCache.create_or_open(root, identity, settings=CacheSettings(**wanted)) as cache:
                 result = asdict(import_files(source, cache, progress))
     print_result(result, as_json=as_json)
+
+
+def publish(
+    root: Root,
+    url: Annotated[str, typer.Argument(help="Where to, as fsspec names it: s3://bucket/cache, file:///mnt/cache.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a cache's sealed shards to an object store, from which trainers read it; run again, it copies what is new."""
+    from hyperagent.cache import published
+    from hyperagent.cache.store import TopKCache
+
+    with progress_bars() as bars, TopKCache.open(root) as cache:
+        task = bars.add_task("publishing", total=None, note="bytes")
+        copied = published.publish(cache, url, lambda done, total: bars.update(task, completed=done, total=total))
+    print_result({"url": url, "bytes_copied": copied}, as_json=as_json)

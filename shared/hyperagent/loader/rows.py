@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hyperagent.cache.readable import ReadableCache
 from hyperagent.cache.record import BlockOfTrajectory, StoredRows
 from hyperagent.cache.rows import padded_rows
-from hyperagent.cache.store import TopKCache
 from hyperagent.errors import InvalidRequest
 from hyperagent.loader.decode import decode_on_device
 
@@ -56,7 +56,7 @@ class RowTensors:
 
 
 def load_rows(
-    cache: TopKCache,
+    cache: ReadableCache,
     key: str,
     *,
     first_token: int = 0,
@@ -101,7 +101,7 @@ def load_rows(
     )
 
 
-def _decode_on_host(cache: TopKCache, blocks: Sequence[BlockOfTrajectory], *, pinned: bool) -> RowTensors:
+def _decode_on_host(cache: ReadableCache, blocks: Sequence[BlockOfTrajectory], *, pinned: bool) -> RowTensors:
     rows = _empty(sum(block.num_rows for block in blocks), cache.identity.top_k, _HOST, pinned=pinned)
     start = 0
     for stored in cache.rows_of([block.key for block in blocks]):
@@ -122,7 +122,7 @@ def _write(stored: StoredRows, rows: RowTensors, start: int) -> None:
     rows.target_logprob_N.numpy()[part] = stored.target_logprob_N
 
 
-def _decode_on_device(cache: TopKCache, blocks: Sequence[BlockOfTrajectory], device: torch.device) -> RowTensors:
+def _decode_on_device(cache: ReadableCache, blocks: Sequence[BlockOfTrajectory], device: torch.device) -> RowTensors:
     vocab_size = cache.identity.vocab_size
     parts = [
         decode_on_device(header, payload, vocab_size=vocab_size, device=device)
