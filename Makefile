@@ -9,12 +9,13 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-.PHONY: help setup setup-vllm demo test test-vllm lint proto bench bench-vllm clean
+.PHONY: help setup setup-vllm demo test test-vllm coverage lint proto bench bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
 	@echo "make test                                          the tests"
 	@echo "make test-vllm                                     the tests of the vLLM engine, in .venv-vllm"
+	@echo "make coverage                                      branch coverage of the cache, which must be whole"
 	@echo "make lint                                          ruff, mypy, import-linter"
 	@echo "make bench                                         the benchmarks"
 	@echo "make bench-vllm                                    the benchmark of the vLLM engine, in .venv-vllm"
@@ -51,6 +52,13 @@ demo: $(INSTALLED)
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest
+
+# The tests of the cache alone, but for those that kill processes: what a killed one has covered is lost with it.
+coverage: $(DEV_INSTALLED)
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest -q tests/shared/test_cache_*.py tests/shared/test_loader.py \
+		-k "not random_moments and not whichever_call_is_the_last"
+	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM_BIN)/python -m pytest tests/vllm

@@ -59,6 +59,7 @@ def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows
         logprobs=logprobs,
         tail_logmass=np.log(-np.expm1(np.logaddexp.reduce(logprobs, axis=1, dtype=np.float64))).astype(np.float32),
         target_logprob=logprobs[:, 0],
+        tail_logsumexps=np.empty((num_rows, 0), np.float32),
     )
     return TeacherIdentity("t", "0" * 64, "float32", "x", "0" * 64, "0" * 64, VOCABULARY, top_k), rows
 

@@ -205,7 +205,8 @@ class ReplayEngine:
             part = positions[start : start + n]
             cut = slice(0, len(part))
             self.progress += 1
-            yield TopKRows(part, ids[cut], logprobs[cut], np.full(len(part), tail), np.full(len(part), uniform))
+            rest = np.full(len(part), tail), np.full(len(part), uniform), np.empty((len(part), 0), np.float32)
+            yield TopKRows(part, ids[cut], logprobs[cut], *rest)
 
     async def restart(self) -> None:
         """Never hangs."""
@@ -251,7 +252,7 @@ def measure_grpc(options: argparse.Namespace, folder: Path) -> dict[str, float]:
                 received = sum([part.num_rows async for part in answer])
                 assert received == len(positions)
                 best = min(best, time.perf_counter() - started)
-        return len(positions) * row_bytes(options.top_k) / best
+        return len(positions) * row_bytes(options.top_k, 0) / best
 
     speeds = {}
     for chunk_kib in CHUNK_KIB:

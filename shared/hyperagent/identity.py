@@ -77,6 +77,17 @@ class TeacherIdentity:
     """Number of real vocabulary entries; ids at or above it are padding rows and never appear."""
     top_k: int
     """Ids kept per row."""
+    temperatures: tuple[float, ...] = ()
+    """Those besides 1 at which rows can be had without error, rising."""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> TeacherIdentity:
+        """The identity whose `asdict` went through JSON.
+
+        Raises:
+            TypeError, KeyError: it is none.
+        """
+        return cls(**{**fields, "temperatures": tuple(fields["temperatures"])})
 
     @property
     def tokenizer(self) -> TokenizerIdentity:

@@ -1,12 +1,12 @@
 """The rows everybody passes on: a teacher's distribution at the supervised positions, cut to its top k.
 
-Shapes: N rows, K kept ids per row.
+Shapes: N rows, K kept ids per row, M temperatures besides 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class TopKRows:
     """[N], log of the probability mass outside the kept ids; -inf when K is the whole vocabulary."""
     target_logprob: NDArray[np.float32]
     """[N], log-probability of the token that really stands at the position, kept or not."""
+    tail_logsumexps: NDArray[np.float32]
+    """[N, M], per temperature t of the teacher's identity the log of the sum of p^(1/t) over the ids outside the kept
+    ones; -inf when there are none. With it the row is known at t without error: log p(t) is log p / t less the
+    log-sum-exp of those and it. `tail_logmass` is the same at temperature 1."""
 
     @property
     def num_rows(self) -> int:
@@ -54,22 +58,20 @@ class TopKRows:
 
     def at(self, rows: NDArray[np.integer]) -> TopKRows:
         """The rows of some indices [n]; copies."""
-        return TopKRows(
-            self.positions[rows],
-            self.ids[rows],
-            self.logprobs[rows],
-            self.tail_logmass[rows],
-            self.target_logprob[rows],
-        )
+        return self._columns(rows)
 
     def part(self, cut: slice) -> TopKRows:
         """Some consecutive rows; views, not copies."""
-        return TopKRows(
-            self.positions[cut], self.ids[cut], self.logprobs[cut], self.tail_logmass[cut], self.target_logprob[cut]
-        )
+        return self._columns(cut)
 
-    def validate(self, *, num_tokens: int, vocab_size: int) -> None:
+    def _columns(self, index: slice | NDArray[np.integer]) -> TopKRows:
+        return TopKRows(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def validate(self, *, num_tokens: int, vocab_size: int, temperatures: Sequence[float] = ()) -> None:
         """Check shapes, ranges and that each row is a distribution.
+
+        Args:
+            temperatures: the M that `tail_logsumexps` is of.
 
         Raises:
             InvalidRequest: naming the first thing that is wrong.
@@ -80,6 +82,10 @@ class TopKRows:
         shapes = (self.positions.shape, self.logprobs.shape, self.tail_logmass.shape, self.target_logprob.shape)
         if shapes != ((n,), (n, k), (n,), (n,)):
             raise InvalidRequest(f"top-k rows disagree in shape: ids {(n, k)}, the others {shapes}")
+        if self.tail_logsumexps.shape != (n, len(temperatures)):
+            raise InvalidRequest(
+                f"the tails of {n} rows at {len(temperatures)} temperatures are of shape {self.tail_logsumexps.shape}"
+            )
         if n == 0:
             return
         if (
@@ -105,6 +111,27 @@ class TopKRows:
         mass = np.exp(self.logprobs.astype(np.float64)).sum(axis=1) + np.exp(self.tail_logmass.astype(np.float64))
         if np.abs(mass - 1).max() > MASS_TOLERANCE:
             raise InvalidRequest(f"a row's probabilities sum to {mass[np.abs(mass - 1).argmax()]:.4f}, not 1")
+        for column, temperature in enumerate(temperatures):
+            self._require_possible_tail(column, temperature, vocab_size)
+
+    def _require_possible_tail(self, column: int, temperature: float, vocab_size: int) -> None:
+        """The tail at a temperature lies between all of its mass on one id and all of it spread evenly.
+
+        Raises:
+            InvalidRequest: it does not, so it is of another temperature.
+        """
+        found_N, tail_N = self.tail_logsumexps[:, column].astype(np.float64), self.tail_logmass.astype(np.float64)
+        num_others_N = np.maximum(vocab_size - self.counts, 1)
+        on_one_N = tail_N / temperature
+        spread_N = on_one_N + (1 - 1 / temperature) * np.log(num_others_N)
+        slack_N = MASS_TOLERANCE * np.maximum(1, np.abs(np.where(tail_N == -np.inf, 0, on_one_N)))
+        lowest_N, highest_N = np.minimum(on_one_N, spread_N) - slack_N, np.maximum(on_one_N, spread_N) + slack_N
+        is_possible_N = (found_N >= lowest_N) & (found_N <= highest_N)
+        if not is_possible_N.all():
+            row = int(np.argmin(is_possible_N))
+            raise InvalidRequest(
+                f"a row's tail of mass exp({tail_N[row]:.4g}) cannot be exp({found_N[row]:.4g}) at temperature {temperature}"
+            )
 
     def _require_order(self) -> None:
         """Ids stand by descending log-probability, ties by id, and each stands once.
@@ -125,19 +152,9 @@ class TopKRows:
         if (distinct[:, :-1] == distinct[:, 1:]).any():
             raise InvalidRequest("a row holds an id twice")
 
-    def normalised(self) -> TopKRows:
-        """The same rows with kept and tail mass scaled to sum to exactly 1, undoing rounding in storage."""
-        lp = self.logprobs.astype(np.float64)
-        tail = self.tail_logmass.astype(np.float64)
-        log_total = np.logaddexp(np.logaddexp.reduce(lp, axis=1), tail)
-        return TopKRows(
-            positions=self.positions,
-            ids=self.ids,
-            logprobs=(lp - log_total[:, None]).astype(np.float32),
-            tail_logmass=(tail - log_total).astype(np.float32),
-            target_logprob=self.target_logprob,
-        )
 
+DEFAULT_TEMPERATURES = (2.0,)
+"""Those besides 1 that a teacher keeps the tail at unless it is told otherwise."""
 
 MASS_TOLERANCE = 5e-3
 """How far a row's stored probabilities may sum from 1 (float16 log-probabilities are off by up to 0.4 %)."""
@@ -153,10 +170,4 @@ def concatenate(parts: Sequence[TopKRows]) -> TopKRows:
         raise InvalidRequest("there are no top-k rows to join")
     if len(parts) == 1:
         return parts[0]
-    return TopKRows(
-        positions=np.concatenate([p.positions for p in parts]),
-        ids=np.concatenate([p.ids for p in parts]),
-        logprobs=np.concatenate([p.logprobs for p in parts]),
-        tail_logmass=np.concatenate([p.tail_logmass for p in parts]),
-        target_logprob=np.concatenate([p.target_logprob for p in parts]),
-    )
+    return TopKRows(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(TopKRows)))

@@ -30,6 +30,7 @@ def uniform_rows(positions: np.ndarray) -> TopKRows:
         logprobs=np.full(shape, np.log(0.2), np.float32),
         tail_logmass=np.full(shape[0], np.log(0.2), np.float32),
         target_logprob=np.full(shape[0], np.log(0.2), np.float32),
+        tail_logsumexps=np.empty((shape[0], 0), np.float32),
     )
 
 

@@ -56,7 +56,11 @@ def at_temperature(rows: TopKRows, temperature: float) -> TopKRows:
     flat, tail = rows.logprobs / temperature, rows.tail_logmass / temperature
     total = np.logaddexp(np.logaddexp.reduce(flat, axis=1), tail)
     return replace(
-        rows, logprobs=(flat - total[:, None]).astype(np.float32), tail_logmass=(tail - total).astype(np.float32)
+        rows,
+        logprobs=(flat - total[:, None]).astype(np.float32),
+        tail_logmass=(tail - total).astype(np.float32),
+        # As if all of the tail were on one id.
+        tail_logsumexps=((tail - total)[:, None] / 2).astype(np.float32),
     )
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cache_rows import IDENTITY, TOKENS, filled, random_rows
 
+from hyperagent.cache import compact as compact_module
+from hyperagent.cache import repair as repair_module
 from hyperagent.cache.check import count, verify
 from hyperagent.cache.compact import collect_garbage, compact
 from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.repair import repair
-from hyperagent.cache.shard import OPEN, SEALED, shard_paths
+from hyperagent.cache.repair import SET_ASIDE, repair
+from hyperagent.cache.shard import OPEN, SEALED, ShardWriter, shard_paths
 from hyperagent.cache.store import TopKCache
-from hyperagent.errors import Conflict, NotFound
+from hyperagent.errors import Conflict, CorruptRecord, NotFound, StorageError
 
 SETTINGS = CacheSettings(codec="exact", block_tokens=16)
 
@@ -177,3 +183,104 @@ def test_blocks_that_are_shared_stay_for_the_one_that_is_kept(tmp_path: Path) ->
         assert cache.get(second).rows.num_rows == 20
         assert (count(cache).blocks, count(cache).shared_tokens) == (3, 0)
         assert not cache.contains(first)
+
+
+def refuse(*_: object) -> Any:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_shard_of_another_teacher_is_named_and_its_records_do_not_count(tmp_path: Path) -> None:
+    keys = make(tmp_path / "cache", 3)
+    stranger = replace(IDENTITY, weights="9" * 64)
+    with TopKCache.create_or_open(tmp_path / "other", stranger, settings=SETTINGS) as other:
+        filled(other, 3)
+        other.seal()
+    (foreign,) = shard_paths(tmp_path / "other" / "shards")
+    shutil.copy(foreign, tmp_path / "cache" / "shards")
+    with TopKCache.open(tmp_path / "cache") as cache:
+        assert ("it is of another teacher", foreign.name) in {
+            (damage.reason, damage.path.name) for damage in verify(cache).damaged
+        }
+    (tmp_path / "cache" / "index.sqlite").unlink()
+    with TopKCache.open(tmp_path / "cache") as cache:
+        assert cache.trajectory_keys() == sorted(keys)
+
+
+def test_a_record_that_stands_in_the_place_of_another_is_not_served(tmp_path: Path) -> None:
+    keys = make(tmp_path, 2, shard_bytes=1 << 20)
+    with TopKCache.open(tmp_path) as cache:
+        first, second = (cache.trajectory(key).blocks[0].key for key in keys)
+        at = {key: cache.index.find(key) for key in (first, second)}
+        entry = next(e for e in cache.index.entries(at[first].shard) if e.key == second)  # type: ignore[union-attr]
+        with cache.index.transaction():
+            cache.index.remove([first])
+            cache.index.add([replace(entry, key=first)])
+        with pytest.raises(CorruptRecord, match=f"it is the record of another key, {second.hex()}"):
+            cache.get(keys[0])
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
+    (key,) = make(tmp_path, 1)
+    with TopKCache.open(tmp_path) as cache:
+        for path in shard_paths(tmp_path / "shards"):
+            path.unlink()
+        with pytest.raises(NotFound, match="has no shard"):
+            cache.get(key)
+
+
+def test_copying_does_not_wait_for_all_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = make(tmp_path)
+    monkeypatch.setattr(compact_module, "_COPY_BYTES", 1000)
+    with TopKCache.open(tmp_path) as cache:
+        assert compact(cache).shards_before > 1
+        assert verify(cache).damaged == ()
+        assert_rows(cache, keys)
+
+
+def test_a_shard_that_cannot_be_deleted_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = make(tmp_path)
+    with TopKCache.open(tmp_path) as cache:
+        with monkeypatch.context() as patched:
+            patched.setattr(compact_module, "fsync_directory", refuse)
+            with pytest.raises(StorageError, match=r"could not delete .*\.(shard|open): Input/output error"):
+                compact(cache)
+        assert_rows(cache, keys)
+        compact(cache)
+        assert_rows(cache, keys)
+
+
+def test_repair_that_is_refused_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip_byte: Callable[[Path, int], None]
+) -> None:
+    keys = make(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(repair_module, "rebuild_index", refuse)
+        with pytest.raises(StorageError, match="could not make the index again: Input/output error"):
+            repair(tmp_path)
+    damaged = next(path for path in shard_paths(tmp_path / "shards") if path.suffix == SEALED)
+    flip_byte(damaged, 200)
+    (tmp_path / SET_ASIDE).write_bytes(b"in the way")
+    with pytest.raises(StorageError, match=f"could not set .*{damaged.name} aside"):
+        repair(tmp_path)
+    (tmp_path / SET_ASIDE).unlink()
+    assert repair(tmp_path).trajectories < len(keys)
+
+
+def test_a_shard_that_is_gone_or_shorter_than_the_index_says_has_no_next_writer(tmp_path: Path) -> None:
+    make(tmp_path, 1, shard_bytes=1 << 20)
+    (path,) = shard_paths(tmp_path / "shards")
+    assert ShardWriter.resume(path.with_name("gone.open"), end=64) is None
+    assert ShardWriter.resume(path, end=path.stat().st_size + 1) is None
+    writer = ShardWriter.resume(path, end=path.stat().st_size)
+    assert writer is not None
+    assert ShardWriter.resume(path, end=path.stat().st_size) is None
+    writer.close()
+
+
+def test_sealing_when_nothing_is_open_does_nothing(tmp_path: Path) -> None:
+    make(tmp_path, 2, shard_bytes=1 << 20)
+    with TopKCache.open(tmp_path) as cache:
+        cache.seal()
+        before = shard_paths(tmp_path / "shards")
+        cache.seal()
+        assert shard_paths(tmp_path / "shards") == before

@@ -109,7 +109,11 @@ def test_the_files_are_what_other_tools_read(tokens: Path, tmp_path: Path) -> No
     assert [place for place, row in enumerate(table) if row["indices"] is not None] == rows.positions.tolist()
     assert table[rows.positions[3]]["indices"] == rows.ids[3].tolist()
     assert table[rows.positions[3]]["tail_logmass"] == rows.tail_logmass[3]
-    assert table[0] == {"token_id": 0, "indices": None, "values": None, "tail_logmass": None, "target_logprob": None}
+    assert table[rows.positions[3]]["tail_logsumexps"] == rows.tail_logsumexps[3].tolist()
+    assert table[0] == {
+        "token_id": 0, "indices": None, "values": None, "tail_logmass": None, "target_logprob": None,
+        "tail_logsumexps": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -157,6 +161,24 @@ def test_arrays_that_are_no_rows_are_refused(
         with pytest.raises(DataError, match=reason):
             import_files(tmp_path / "out", back)
         assert back.trajectory_keys() == []
+
+
+def test_a_table_whose_rows_have_tails_at_different_temperatures_is_refused(tokens: Path, tmp_path: Path) -> None:
+    key = populate(tmp_path / "cache", tokens, EXACT)[0]
+    with TopKCache.open(tmp_path / "cache") as cache:
+        export(cache, tokens, tmp_path / "out", file_format="parquet")
+    path = tmp_path / "out" / f"{key}.parquet"
+    table = pq.read_table(path)
+    tails = table["tail_logsumexps"].to_pylist()
+    first = next(place for place, row in enumerate(tails) if row is not None)
+    tails[first] = tails[first][:1]
+    column = table.schema.get_field_index("tail_logsumexps")
+    pq.write_table(table.set_column(column, "tail_logsumexps", [tails]), path)
+    with (
+        TopKCache.create_or_open(tmp_path / "back", IDENTITY) as back,
+        pytest.raises(DataError, match="rows have tails at from 1 to 2 temperatures"),
+    ):
+        import_files(tmp_path / "out", back)
 
 
 def test_what_is_no_export_is_refused(tokens: Path, tmp_path: Path) -> None:
@@ -258,6 +280,8 @@ def test_no_import_error_is_another_than_ours(tokens: Path, tmp_path: Path) -> N
             damaged[place] ^= 0x41
             try:
                 found = file_format.decode(bytes(damaged), 8)
-                found.rows.validate(num_tokens=len(found.token_ids), vocab_size=IDENTITY.vocab_size)
+                found.rows.validate(
+                    num_tokens=len(found.token_ids), vocab_size=IDENTITY.vocab_size, temperatures=IDENTITY.temperatures
+                )
             except HyperagentError:
                 continue

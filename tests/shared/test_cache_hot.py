@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 import socketserver
 import threading
@@ -16,7 +17,7 @@ import pytest
 import redis
 from cache_rows import IDENTITY, TOKENS, random_rows
 
-from hyperagent.cache.hot import HotTier
+from hyperagent.cache.hot import HotTier, HotUse
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ConfigError
@@ -53,6 +54,36 @@ def test_a_block_is_read_from_redis_and_expires(tmp_path: Path, redis_server: An
         assert client.keys() == [name]
     assert_read(cache, key)
     assert hot.hits == 2
+    cache.close()
+
+
+def test_what_it_was_good_for_is_told(tmp_path: Path, redis_server: Any) -> None:
+    with TopKCache.create_or_open(tmp_path / "without", IDENTITY) as without:
+        assert_read(without, without.put(TOKENS, ROWS))
+        assert without.hot_use == HotUse(0, 0, False)
+    hot = HotTier.connect(redis_server.url)
+    cache, key = opened(tmp_path / "with", hot)
+    assert_read(cache, key)
+    earlier = cache.hot_use
+    assert earlier == HotUse(1, 0, False)
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.setrange(client.keys()[0], 150, b"\xff" * 8)
+        assert_read(cache, key)
+        assert cache.hot_use.since(earlier) == HotUse(0, 1, False)
+        redis_server.kill()
+    assert_read(cache, key)
+    # What is found to be damaged while Redis is left alone stays there, until it expires.
+    hot.drop("x")
+    assert cache.hot_use.since(earlier) == HotUse(-1, 3, True)
+    cache.close()
+
+
+def test_another_process_connects_for_itself(tmp_path: Path, redis_server: Any) -> None:
+    cache, key = opened(tmp_path, HotTier.connect(redis_server.url))
+    with pickle.loads(pickle.dumps(cache)) as other:  # noqa: S301  # what multiprocessing does with what is ours
+        assert_read(other, key)
+        assert other.hot_use == HotUse(1, 0, False)
+    assert cache.hot_use == HotUse(0, 0, False)
     cache.close()
 
 

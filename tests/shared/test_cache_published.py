@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -19,7 +19,8 @@ from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.published import PublishedCache, open_for_reading, publish
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
-from hyperagent.loader.rows import RowTensors, load_rows
+from hyperagent.loader.decode import DeviceRows
+from hyperagent.loader.rows import load_rows
 
 SETTINGS = CacheSettings(block_tokens=16)
 DATA = data_identity(IDENTITY.tokenizer)
@@ -51,8 +52,8 @@ def test_what_is_published_reads_like_the_cache(cache: TopKCache, url: str) -> N
             assert published.contains(key)
             assert published.stored_digest(key) == cache.stored_digest(key)
             tensors, meant = load_rows(published, key, first_token=5), load_rows(cache, key, first_token=5)
-            for field in fields(RowTensors):
-                assert torch.equal(getattr(tensors, field.name), getattr(meant, field.name))
+            for name in DeviceRows._fields:
+                assert torch.equal(getattr(tensors, name), getattr(meant, name))
         assert not published.contains("0" * 64)
         with pytest.raises(NotFound, match="publish it again"):
             published.get("0" * 64)
@@ -101,6 +102,18 @@ def test_damage_is_never_served(cache: TopKCache, url: str) -> None:
             detected += 1
     # What is left is the shard's header, its digest, and padding between them and the footer.
     assert detected * 3 > 0.8 * len(whole)
+
+
+def test_a_record_in_the_place_of_another_is_not_served(
+    cache: TopKCache, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (cache.trajectory(key).blocks[0].key for key in filled(cache, 2))
+    publish(cache, url)
+    with PublishedCache.open(url) as published:
+        place = published._at(other)
+        monkeypatch.setattr(published, "_at", lambda _key: place)
+        with pytest.raises(CorruptRecord, match=f"it is the record of another key, {other.hex()}; publish the cache"):
+            published.record(one)
 
 
 def test_what_is_not_there_or_another_cache_is_refused(cache: TopKCache, url: str, tmp_path: Path) -> None:

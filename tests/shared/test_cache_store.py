@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import structlog
 from cache_rows import IDENTITY, TOKENS, filled, random_rows
 from data_identity import data_identity
 
+from hyperagent.cache import capture as capture_module
 from hyperagent.cache.check import count, verify
 from hyperagent.cache.codecs import CODECS
 from hyperagent.cache.manifest import CacheSettings
@@ -46,7 +49,7 @@ def test_what_is_put_is_read_again(tmp_path: Path, codec: str) -> None:
         assert all(cache.contains(key) for key in keys)
         for number, key in enumerate(keys):
             put, read = random_rows(10 + number, 8, seed=number), cache.get(key)
-            read.rows.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size)
+            read.rows.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size, temperatures=IDENTITY.temperatures)
             assert read.num_tokens == 40
             np.testing.assert_array_equal(read.rows.positions, put.positions)
             np.testing.assert_array_equal(np.sort(read.rows.ids), np.sort(put.ids))
@@ -78,7 +81,7 @@ def test_adaptive_k_keeps_what_the_mass_needs(tmp_path: Path) -> None:
     with TopKCache.create_or_open(tmp_path, IDENTITY, settings=settings) as cache:
         read = cache.get(cache.put(TOKENS, rows)).rows
         stats = count(cache)
-    read.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size)
+    read.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size, temperatures=IDENTITY.temperatures)
     for n in range(15):
         mass = np.exp(rows.logprobs[n].astype(np.float64)).cumsum()
         needed = min(max(int((mass < 0.9).sum()) + 1, 2), 8)
@@ -168,6 +171,26 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, damage: bytes, re
     TopKCache.create_or_open(tmp_path, IDENTITY).close()
     (tmp_path / "manifest.json").write_bytes(damage)
     with pytest.raises(refusal, match=str(tmp_path)):
+        TopKCache.open(tmp_path)
+
+
+def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+    data = data_identity(TokenizerIdentity("1", "2"), source="3" * 64)
+    with TopKCache.create_or_open(tmp_path, IDENTITY) as cache:
+        cache.record_data(data)
+        assert cache.data_identities() == [data]
+        path = tmp_path / "data" / f"{data.fingerprint}.json"
+        for content in (b"{", path.read_bytes().replace(b"3" * 64, b"4" * 64)):
+            path.write_bytes(content)
+            with pytest.raises(CorruptRecord, match="is damaged; remove it, and populate from its tokens file again"):
+                cache.data_identities()
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(StorageError, match=f"could not read {path}: Is a directory"):
+            cache.data_identities()
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(StorageError, match=r"could not read .*manifest.json: Is a directory"):
         TopKCache.open(tmp_path)
 
 
@@ -319,6 +342,16 @@ def put_all_in_process(root: str) -> None:
         put_all(cache)
 
 
+def test_a_long_capture_is_made_durable_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "_WRITE_BYTES", 100)
+    how = CacheSettings(block_tokens=16)
+    rows = random_rows(20, 8)
+    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
+        cache.capture(TOKENS, rows.positions).add(rows.part(slice(9)))
+        # Its object is gone, but the whole blocks it was given are not.
+        assert cache.capture(TOKENS, rows.positions).first_row == 8
+
+
 def test_many_threads_and_processes_that_put_the_same_leave_one_record(tmp_path: Path) -> None:
     with TopKCache.create_or_open(tmp_path / "threads", IDENTITY, settings=SMALL_BLOCKS) as cache:
         with ThreadPoolExecutor(8) as pool:
@@ -402,6 +435,21 @@ def test_a_cache_knows_what_data_it_was_populated_from(tmp_path: Path) -> None:
     assert DataIdentity.from_json((tmp_path / "data" / f"{one.fingerprint}.json").read_bytes()) == one
     with pytest.raises(IdentityMismatch, match=f"but from {one.fingerprint}; run `hyperagent cache populate`"):
         again.require_data(other)
+
+
+def test_no_room_for_another_open_file_is_one_clear_error(tmp_path: Path) -> None:
+    with TopKCache.create_or_open(tmp_path, IDENTITY) as cache:
+        key = cache.put(TOKENS, random_rows(5, 8))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+        try:
+            with pytest.raises(StorageError, match=r"could not open shard .*: Too many open files; .*ulimit -n"):
+                cache.get(key)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        cache.get(key)
 
 
 def test_a_shard_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from hyperagent_teacher.transformers_engine import TransformersEngine
 
 TOP_K = 16
 MAX_TOKENS = 2048
+TEMPERATURES = (0.5, 2.0)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,9 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def engines(model_folders: dict[str, Path]) -> Iterator[dict[str, TransformersEngine]]:
     """An engine per architecture; none of them is ever closed by a test."""
     engines = {
-        name: TransformersEngine(folder, tokenizer_folder=folder, top_k=TOP_K, max_tokens=MAX_TOKENS)
+        name: TransformersEngine(
+            folder, tokenizer_folder=folder, top_k=TOP_K, max_tokens=MAX_TOKENS, temperatures=TEMPERATURES
+        )
         for name, folder in model_folders.items()
     }
     yield engines

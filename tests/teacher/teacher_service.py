@@ -62,6 +62,7 @@ class GatedEngine:
                     np.full((1, top_k), uniform),
                     np.log1p(np.full(1, -top_k * np.exp(uniform), np.float32)),
                     np.full(1, uniform),
+                    np.empty((1, 0), np.float32),
                 )
         finally:
             self.stopped.set()
@@ -94,5 +95,5 @@ async def drained(generator: AsyncGenerator[Any, None]) -> list[Any]:
 
 
 def assert_same_rows(left: TopKRows, right: TopKRows) -> None:
-    for name in ("positions", "ids", "logprobs", "tail_logmass", "target_logprob"):
+    for name in ("positions", "ids", "logprobs", "tail_logmass", "target_logprob", "tail_logsumexps"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))

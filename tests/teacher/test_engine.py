@@ -58,8 +58,9 @@ async def test_rows_equal_a_sort_of_the_whole_distribution(
     engine, (token_ids, positions) = engines[name], sequence
     rows = concatenate(await score_all(engine, token_ids, positions, top_k))
 
-    vocab_size = engine.identity.vocab_size
+    vocab_size, temperatures = engine.identity.vocab_size, engine.identity.temperatures
     assert vocab_size < 512
+    assert temperatures == (0.5, 2.0)
     whole = oracle_logprobs(model_folders[name], token_ids, vocab_size)[positions.astype(int) - 1]
     order = np.argsort(-whole, axis=1, kind="stable")
     kept, rest = order[:, :top_k], order[:, top_k:]
@@ -68,9 +69,12 @@ async def test_rows_equal_a_sort_of_the_whole_distribution(
     np.testing.assert_allclose(rows.logprobs, np.take_along_axis(whole, kept, 1), atol=2e-5)
     tail = np.log(np.exp(np.take_along_axis(whole, rest, 1)).sum(1))
     np.testing.assert_allclose(rows.tail_logmass, tail, atol=2e-5)
+    for column, temperature in enumerate(temperatures):
+        tail = np.log(np.exp(np.take_along_axis(whole, rest, 1) / temperature).sum(1))
+        np.testing.assert_allclose(rows.tail_logsumexps[:, column], tail, atol=2e-5 * max(1, 1 / temperature))
     target = whole[np.arange(len(positions)), token_ids[positions]]
     np.testing.assert_allclose(rows.target_logprob, target, atol=2e-5)
-    rows.validate(num_tokens=len(token_ids), vocab_size=vocab_size)
+    rows.validate(num_tokens=len(token_ids), vocab_size=vocab_size, temperatures=temperatures)
 
 
 async def test_a_long_sequence_comes_in_chunks_in_order(
@@ -90,26 +94,31 @@ async def test_rows_of_an_engine_that_keeps_the_whole_vocabulary_have_no_tail(
     model_folders: dict[str, Path], engine: TransformersEngine, sequence: Sequence
 ) -> None:
     folder, vocab_size = model_folders["qwen3_moe"], engine.identity.vocab_size
-    whole = TransformersEngine(folder, tokenizer_folder=folder, top_k=vocab_size, max_tokens=64)
+    whole = TransformersEngine(folder, tokenizer_folder=folder, top_k=vocab_size, max_tokens=64, temperatures=[2.0])
     rows = concatenate(await score_all(whole, *sequence, vocab_size))
     whole.close()
     assert (rows.tail_logmass == -np.inf).all()
+    assert (rows.tail_logsumexps == -np.inf).all()
     assert (np.sort(rows.ids, axis=1) == np.arange(vocab_size)).all()
-    rows.validate(num_tokens=60, vocab_size=vocab_size)
+    rows.validate(num_tokens=60, vocab_size=vocab_size, temperatures=[2.0])
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 40])
 def test_ties_are_broken_by_id(top_k: int) -> None:
     logits = torch.randint(0, 4, (50, 40), generator=torch.Generator().manual_seed(0)).float()
-    rows = top_k_rows(logits, torch.zeros(50, dtype=torch.int64), np.arange(1, 51, dtype=np.uint32), top_k=top_k)
+    targets, positions = torch.zeros(50, dtype=torch.int64), np.arange(1, 51, dtype=np.uint32)
+    rows = top_k_rows(logits, targets, positions, top_k=top_k, temperatures=())
     ids = np.tile(np.arange(40), (50, 1))
     np.testing.assert_array_equal(rows.ids, np.lexsort((ids, -logits.numpy()))[:, :top_k])
 
 
 def test_the_tail_keeps_its_digits_when_the_kept_ids_hold_nearly_everything() -> None:
     logits = torch.tensor([[0.0, -60.0, -61.0]])
-    rows = top_k_rows(logits, torch.zeros(1, dtype=torch.int64), np.array([1], np.uint32), top_k=1)
+    target, position = torch.zeros(1, dtype=torch.int64), np.array([1], np.uint32)
+    rows = top_k_rows(logits, target, position, top_k=1, temperatures=(0.1, 4.0))
     np.testing.assert_allclose(rows.tail_logmass, [np.logaddexp(-60.0, -61.0)], rtol=1e-6)
+    tails = [[np.logaddexp(-600.0, -610.0), np.logaddexp(-15.0, -15.25)]]
+    np.testing.assert_allclose(rows.tail_logsumexps, tails, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -117,7 +126,9 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     with pytest.raises(ServiceError, match="not finite"):
-        top_k_rows(logits, torch.zeros(3, dtype=torch.int64), np.arange(1, 4, dtype=np.uint32), top_k=2)
+        top_k_rows(
+            logits, torch.zeros(3, dtype=torch.int64), np.arange(1, 4, dtype=np.uint32), top_k=2, temperatures=()
+        )
 
 
 def test_identity_names_what_decides_the_numbers(

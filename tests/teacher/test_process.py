@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_identity import data_identity
+from pydantic import ValidationError
 
 from hyperagent.cache.check import verify
 from hyperagent.cache.store import TopKCache
@@ -24,6 +25,7 @@ from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ServiceError
 from hyperagent.wire.client import TeacherClient
 from hyperagent.wire.outcome import Outcome
+from hyperagent_teacher.config import TeacherSettings
 
 TOKEN = "a-token"
 START_TIMEOUT_S = 120.0
@@ -66,8 +68,25 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, (2.0,)), ("", ()), ("2,4", (2.0, 4.0)), (" 0.5 , 2", (0.5, 2.0))]
+)
+def test_temperatures_are_given_as_one_text(given: str | None, expected: tuple[float, ...]) -> None:
+    settings = TeacherSettings(model=Path("m"), temperatures=given)  # type: ignore[arg-type]
+    assert settings.row_temperatures == expected
+
+
+@pytest.mark.parametrize("bad", ["1", "2,2", "4,2", "0", "-2", "nan", "1e9", "warm"])
+def test_what_are_no_temperatures_is_refused(bad: str) -> None:
+    with pytest.raises(ValidationError, match="temperatures"):
+        TeacherSettings(model=Path("m"), temperatures=bad)  # type: ignore[arg-type]
+
+
+def test_the_public_interface_has_no_rows_at_temperatures() -> None:
+    assert TeacherSettings(model=Path("m"), backend="vllm", capture="flat").row_temperatures == ()
+
+
 def _serve_a_model_that_hangs(model: str, cache: str) -> None:
-    from hyperagent_teacher.config import TeacherSettings
     from hyperagent_teacher.server import serve
     from hyperagent_teacher.transformers_engine import TransformersEngine
 

@@ -22,7 +22,7 @@ from hyperagent.wire.outcome import Outcome, PopulateOutcome
 from hyperagent.wire.status import BeyondEnd, Busy, NotServing, reason_of, refusal, to_domain_error
 
 ROOT = Path(__file__).parents[2]
-ARRAYS = ("positions", "ids", "logprobs", "tail_logmass", "target_logprob")
+ARRAYS = ("positions", "ids", "logprobs", "tail_logmass", "target_logprob", "tail_logsumexps")
 
 
 def make_rows(n: int = 7, k: int = 3) -> TopKRows:
@@ -33,6 +33,7 @@ def make_rows(n: int = 7, k: int = 3) -> TopKRows:
         logprobs=generator.normal(size=(n, k)).astype(np.float32),
         tail_logmass=np.full(n, -np.inf, np.float32),
         target_logprob=generator.normal(size=n).astype(np.float32),
+        tail_logsumexps=generator.normal(size=(n, 2)).astype(np.float32),
     )
 
 
@@ -46,13 +47,14 @@ def make_teacher(**changes: object) -> TeacherIdentity:
         "template_sha256": "ef",
         "vocab_size": 300,
         "top_k": 16,
+        "temperatures": (0.5, 2.0),
     }
     return TeacherIdentity(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def encoded(rows: TopKRows, *, parts: int = 1, **options: int) -> list[pb.ScoreTokensResponse]:
     """The messages of `rows`, given to the encoder in some parts."""
-    encoder = codec.ChunkEncoder(top_k=rows.top_k, **options)
+    encoder = codec.ChunkEncoder(top_k=rows.top_k, num_temperatures=2, **options)
     size = -(-rows.num_rows // parts)
     starts = range(0, rows.num_rows, size)
     sent = [chunk for start in starts for chunk in encoder.add(rows.part(slice(start, start + size)))]
@@ -60,12 +62,12 @@ def encoded(rows: TopKRows, *, parts: int = 1, **options: int) -> list[pb.ScoreT
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
-@pytest.mark.parametrize("max_bytes", [1, 100, 36 * 7, 1 << 20])
+@pytest.mark.parametrize("max_bytes", [1, 100, 44 * 7, 1 << 20])
 def test_rows_come_out_of_chunks_as_they_went_in(max_bytes: int, parts: int) -> None:
     rows = make_rows()
     sent = [chunk.SerializeToString() for chunk in encoded(rows, parts=parts, first_row=40, max_bytes=max_bytes)]
     chunks = [pb.ScoreTokensResponse.FromString(packed) for packed in sent]
-    most = max(1, max_bytes // 36)
+    most = max(1, max_bytes // 44)
     assert [chunk.num_rows for chunk in chunks] == [most] * ((7 - 1) // most) + [(7 - 1) % most + 1]
     digest = blake3(b"".join(getattr(chunk, name) for chunk in chunks for name in ARRAYS)).digest()
     assert [chunk.digest for chunk in chunks] == [b""] * (len(chunks) - 1) + [digest]
@@ -85,11 +87,13 @@ def test_the_packed_bytes_are_little_endian_in_row_major_order() -> None:
         logprobs=np.array([[-1.0, -2.0]], np.float32),
         tail_logmass=np.array([-0.5], np.float32),
         target_logprob=np.array([-2.0], np.float32),
+        tail_logsumexps=np.array([[-1.0, -4.0]], np.float32),
     )
     (chunk,) = encoded(rows)
     assert chunk.positions == bytes([2, 1, 0, 0])
     assert chunk.ids == bytes([1, 0, 0, 0, 2, 0, 0, 0])
     assert chunk.logprobs == bytes([0, 0, 0x80, 0xBF, 0, 0, 0, 0xC0])
+    assert chunk.tail_logsumexps == bytes([0, 0, 0x80, 0xBF, 0, 0, 0x80, 0xC0])
 
 
 @pytest.mark.parametrize("name", ARRAYS)

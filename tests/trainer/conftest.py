@@ -110,6 +110,7 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
         template_sha256=tokenizer.identity.template_sha256,
         vocab_size=tokenizer.vocab_size,
         top_k=TOP_K,
+        temperatures=(2.0,),
     )
     root = tmp_path_factory.mktemp("cache") / "cache"
     cache = TopKCache.create_or_open(root, identity, settings=CacheSettings(codec="exact"))
@@ -125,6 +126,8 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
             logprobs=np.log(probabilities).astype(np.float32),
             tail_logmass=np.full(n, np.log(0.1), np.float32),
             target_logprob=np.full(n, np.log(0.8), np.float32),
+            # The rest is spread evenly over nine ids.
+            tail_logsumexps=np.full((n, 1), np.log(9 * (0.1 / 9) ** 0.5), np.float32),
         )
         cache.put(trajectory.token_ids, rows)
     cache.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hyperagent.cache.store import TopKCache
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.data.tokens import HELD_OUT, TRAIN, read_tokens, write_tokens
-from hyperagent.errors import DataError, IdentityMismatch, LimitExceeded
+from hyperagent.errors import ConfigError, DataError, IdentityMismatch, LimitExceeded
 from hyperagent.identity import TokenizerIdentity
 from hyperagent_trainer.batches import batch_order, batches_from, load_split
 from hyperagent_trainer.evaluate import foreign_prompts
@@ -67,6 +67,20 @@ def test_a_batch_points_at_the_output_before_each_position(
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
 
 
+def test_rows_are_softened_as_the_recipe_says(student_folder: Path, tokens_file: Path, cache_folder: Path) -> None:
+    identity = ChatTokenizer(student_folder).identity
+    with TopKCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64, temperature=2.0)
+        batch = data[[0]]
+    # One id has 0.8 and the other kept ones 0.1 together; the rest is spread evenly over nine ids, see `cache_folder`.
+    k = batch.ids_NK.shape[1]
+    flat = np.sqrt([0.8, *[0.1 / (k - 1)] * (k - 1), *[0.1 / 9] * 9])
+    expected = flat / flat.sum()
+    assert batch.temperature == 2
+    np.testing.assert_allclose(batch.logprobs_NK[0].exp(), expected[:k], rtol=1e-3)
+    np.testing.assert_allclose(batch.tail_logmass_N[0].exp(), expected[k:].sum(), rtol=1e-3)
+
+
 def test_what_does_not_belong_together_is_refused(
     student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +90,9 @@ def test_what_does_not_belong_together_is_refused(
         load_split(tokens_file, cache, TRAIN, tokenizer=TokenizerIdentity("a", "b"), max_prompt_tokens=64)
     with pytest.raises(LimitExceeded, match="max_prompt_tokens is 5"):
         load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=5)
+
+    with pytest.raises(ConfigError, match="has rows at temperatures 1, 2, not at 3"):
+        load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64, temperature=3.0)
 
     other = tmp_path / "other.parquet"
     with write_tokens(other, data_identity(identity, source="f" * 64)) as writer:

@@ -50,6 +50,10 @@ def of_another_type(client: redis.Redis) -> None:
         client.lpush(name, "x")
 
 
+def steps(folder: RunFolder) -> list[dict[str, Any]]:
+    return [line for line in metrics(folder) if "loss" in line]
+
+
 def full(client: redis.Redis) -> None:
     client.config_set("maxmemory-policy", "noeviction")
     client.config_set("maxmemory", 1)
@@ -88,6 +92,14 @@ def test_nothing_that_befalls_redis_changes_a_bit_of_the_loss(
     assert hits[0] > 0
     assert losses(folder) == expected
     assert len(expected) == STEPS
+    before, after = (
+        {name: sum(line[name] for line in part) for name in ("hot_hits", "hot_misses", "hot_degraded")}
+        for part in (steps(folder)[:6], steps(folder)[6:])
+    )
+    assert before["hot_hits"] > 0
+    assert before["hot_degraded"] == 0
+    assert (after["hot_degraded"] > 0) == (fault in ("killed", "frozen", "full"))
+    assert (after["hot_misses"] > 0) == (fault != "none")
 
 
 def test_batches_come_in_order_from_any_number_of_workers(
@@ -114,6 +126,6 @@ def test_a_run_with_workers_is_the_run_without(short: TrainRecipe, tmp_path: Pat
     alone = run(short, tmp_path / "alone")
     shared = run(short.model_copy(update={"loader_workers": 2}), tmp_path / "shared")
     assert losses(shared) == losses(alone)
-    waits = [line["data_wait_s"] for line in metrics(shared) if "loss" in line]
+    waits = [line["data_wait_s"] for line in steps(shared)]
     assert len(waits) == STEPS
     assert min(waits) >= 0

@@ -10,9 +10,11 @@ from hyperagent.errors import InvalidRequest
 from hyperagent_trainer.loss import compute_distillation_loss
 
 
-def oracle(hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
+def oracle(
+    hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, *, temperature: float = 1.0
+) -> Tensor:
     """Forward KL over the buckets "each kept id" and "any other id", all probabilities written out."""
-    q = (hidden.double() @ head.double().T).softmax(-1)
+    q = (hidden.double() @ head.double().T / temperature).softmax(-1)
     total = torch.zeros((), dtype=torch.float64)
     for n in range(len(ids)):
         kept = torch.zeros(q.shape[1], dtype=torch.bool)
@@ -21,7 +23,7 @@ def oracle(hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Te
         total = total + (p_kept * (logprobs[n].double() - q[n, ids[n]].log())).sum()
         if p_rest > 0:
             total = total + p_rest * (tail[n].double() - q[n, ~kept].sum().log())
-    return total
+    return total * temperature**2
 
 
 def rows(n: int, k: int, vocab: int, *, spread: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,18 +35,21 @@ def rows(n: int, k: int, vocab: int, *, spread: float = 3.0, seed: int = 0) -> t
     return ids, top.float(), rest.float()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
 @pytest.mark.parametrize(("n", "k", "vocab", "chunk"), [(1, 1, 7, 1), (5, 4, 33, 2), (9, 128, 500, 4), (6, 8, 40, 64)])
-def test_loss_and_gradient_equal_the_definition(n: int, k: int, vocab: int, chunk: int) -> None:
+def test_loss_and_gradient_equal_the_definition(n: int, k: int, vocab: int, chunk: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(vocab, 16, generator=generator)
     hidden = torch.randn(n, 16, generator=generator).requires_grad_()
     ids, logprobs, tail = rows(n, k, vocab)
 
-    loss = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=vocab, chunk_rows=chunk)
+    loss = compute_distillation_loss(
+        hidden, head, ids, logprobs, tail, vocab_size=vocab, chunk_rows=chunk, temperature=temperature
+    )
     (loss / n).backward()
 
     exact = hidden.detach().double().requires_grad_()
-    expected = oracle(exact, head, ids, logprobs, tail)
+    expected = oracle(exact, head, ids, logprobs, tail, temperature=temperature)
     (expected / n).backward()
     assert hidden.grad is not None
     assert exact.grad is not None

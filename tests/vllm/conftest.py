@@ -18,7 +18,7 @@ os.environ.update(
 
 import torch
 from tiny_models import configurations, write_model, write_tokenizer
-from vllm_world import ENGINE_ARGS, MAX_TOKENS, TOP_K, Load
+from vllm_world import ENGINE_ARGS, MAX_TOKENS, TEMPERATURES, TOP_K, Load
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent_teacher.vllm_engine import VllmEngine
@@ -56,7 +56,9 @@ def load(model_folders: dict[str, Path]) -> Load:
 
     async def load_one(name: str, **settings: Any) -> VllmEngine:
         folder = model_folders[name]
-        defaults: dict[str, Any] = {"top_k": TOP_K, "max_tokens": MAX_TOKENS, "engine_args": ENGINE_ARGS}
+        defaults: dict[str, Any] = {
+            "top_k": TOP_K, "max_tokens": MAX_TOKENS, "temperatures": TEMPERATURES, "engine_args": ENGINE_ARGS,
+        }  # fmt: skip
         return await VllmEngine.load(folder, tokenizer_folder=folder, **{**defaults, **settings})
 
     return load_one

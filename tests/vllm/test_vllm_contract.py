@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm_world import MAX_TOKENS, NUM_TOKENS, TOP_K, Load, score_all, sequence
+from vllm_world import MAX_TOKENS, NUM_TOKENS, TEMPERATURES, TOP_K, Load, score_all, sequence
 
 from hyperagent.errors import ConfigError, ServiceError
 from hyperagent.topk import TopKRows
@@ -70,7 +70,7 @@ async def test_rows_equal_stock_vllms_and_are_close_to_the_transformers_engines(
         token_ids, positions = sequence(vocab_size)
         stock = (await stock_logprobs(engine, token_ids, vocab_size))[positions - 1]
         rows = await score_all(engine, token_ids, positions)
-        rows.validate(num_tokens=NUM_TOKENS, vocab_size=vocab_size)
+        rows.validate(num_tokens=NUM_TOKENS, vocab_size=vocab_size, temperatures=TEMPERATURES)
         # The other requests of the batch, and what was asked before, change nothing beyond rounding.
         others = [score_all(engine, *sequence(vocab_size, seed)) for seed in (1, 2, 3)]
         again, *_ = await asyncio.gather(score_all(engine, token_ids, positions), *others)
@@ -79,6 +79,10 @@ async def test_rows_equal_stock_vllms_and_are_close_to_the_transformers_engines(
     np.testing.assert_allclose(rows.target_logprob, target, atol=2e-5)
     tail = np.log1p(-np.exp(np.take_along_axis(stock, rows.ids.astype(np.int64), 1)).sum(1))
     np.testing.assert_allclose(np.exp(rows.tail_logmass), np.exp(tail), atol=1e-5)
+    rest = stock.copy()
+    np.put_along_axis(rest, rows.ids.astype(np.int64), -np.inf, axis=1)
+    tails = [np.logaddexp.reduce(rest / temperature, axis=1) for temperature in TEMPERATURES]
+    np.testing.assert_allclose(rows.tail_logsumexps, np.stack(tails, axis=1), atol=1e-4)
 
     folder = model_folders[name]
     reference = TransformersEngine(folder, tokenizer_folder=folder, top_k=TOP_K, max_tokens=MAX_TOKENS)
@@ -108,7 +112,7 @@ async def test_the_public_interface_gives_the_same_rows_where_no_id_pads_the_voc
     async with loaded(load, "unpadded") as tapped:
         token_ids, positions = sequence(tapped.identity.vocab_size)
         expected = await score_all(tapped, token_ids, positions)
-    async with loaded(load, "unpadded", capture="flat") as engine:
+    async with loaded(load, "unpadded", capture="flat", temperatures=()) as engine:
         assert engine.identity.backend == tapped.identity.backend + "-flat"
         rows = await score_all(engine, token_ids, positions)
     rows.validate(num_tokens=NUM_TOKENS, vocab_size=engine.identity.vocab_size)
@@ -118,7 +122,7 @@ async def test_the_public_interface_gives_the_same_rows_where_no_id_pads_the_voc
 
 
 async def test_the_public_interface_refuses_rows_that_keep_padding(load: Load) -> None:
-    async with loaded(load, "qwen3", capture="flat") as engine:
+    async with loaded(load, "qwen3", capture="flat", temperatures=()) as engine:
         with pytest.raises(ServiceError, match="only pads the vocabulary"):
             await score_all(engine, *sequence(engine.identity.vocab_size))
 

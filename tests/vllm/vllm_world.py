@@ -13,6 +13,7 @@ from hyperagent_teacher.engine import ScoringEngine
 from hyperagent_teacher.vllm_engine import VllmEngine
 
 TOP_K = 16
+TEMPERATURES = (0.5, 2.0)
 MAX_TOKENS = 2048
 ENGINE_ARGS = {
     "enforce_eager": True,

@@ -24,4 +24,4 @@ async def score_canary(engine: ScoringEngine) -> None:
     positions = np.arange(1, CANARY_TOKENS, dtype=np.uint32)
     async with aclosing(engine.score(token_ids, positions, top_k=identity.top_k)) as parts:
         rows = concatenate([part async for part in parts])
-    rows.validate(num_tokens=CANARY_TOKENS, vocab_size=identity.vocab_size)
+    rows.validate(num_tokens=CANARY_TOKENS, vocab_size=identity.vocab_size, temperatures=identity.temperatures)

@@ -48,6 +48,13 @@ def serve(
             help="Ids kept per row in the cache, and the most a request may ask for.", envvar="HYPERAGENT_TEACHER_TOP_K"
         ),
     ] = 128,
+    temperatures: Annotated[
+        str | None,
+        typer.Option(
+            help="Those besides 1 at which rows can be trained on, such as 2,4, or '' for none; by default 2.",
+            envvar="HYPERAGENT_TEACHER_TEMPERATURES",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int,
         typer.Option(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, Json, model_validator
+from pydantic import Field, Json, field_validator, model_validator
 
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.config import StrictModel
+from hyperagent.topk import DEFAULT_TEMPERATURES
 
 
 class TeacherSettings(StrictModel):
@@ -29,6 +30,8 @@ class TeacherSettings(StrictModel):
     """0 takes a free one, which the log names."""
     top_k: int = Field(128, ge=1)
     """Ids kept per row in the cache, and the most a request may ask for."""
+    temperatures: tuple[float, ...] | None = None
+    """Those besides 1 at which rows can be trained on without error, rising; by default 2, or none with capture flat."""
     max_tokens: int = Field(131_072, ge=2, le=1 << 20)
     """Longest sequence accepted; the model's own limit holds where it is lower."""
     max_pending_requests: int = Field(8, ge=1)
@@ -77,6 +80,26 @@ class TeacherSettings(StrictModel):
         """What is said here of how rows are stored."""
         said = {"codec": self.codec, "kept_mass": self.kept_mass, "min_k": self.min_k}
         return CacheSettings(**{name: value for name, value in said.items() if value is not None})
+
+    @property
+    def row_temperatures(self) -> tuple[float, ...]:
+        """The temperatures that are said, or else the default."""
+        if self.temperatures is None:
+            return () if self.backend == "vllm" and self.capture == "flat" else DEFAULT_TEMPERATURES
+        return self.temperatures
+
+    @field_validator("temperatures", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        # On the command line and in the environment they come as one text, which may be empty.
+        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("temperatures")
+    @classmethod
+    def _are_temperatures(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is None or (all(0.1 <= t <= 100 and t != 1 for t in value) and list(value) == sorted(set(value))):
+            return value
+        raise ValueError("give different temperatures from 0.1 to 100 in rising order, without 1, such as 2,4")
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:

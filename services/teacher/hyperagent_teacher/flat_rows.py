@@ -48,4 +48,5 @@ def flat_to_rows(
         logprobs=kept,
         tail_logmass=tail.astype(np.float32),
         target_logprob=logprobs[:, 0],
+        tail_logsumexps=np.empty((len(positions), 0), np.float32),
     )

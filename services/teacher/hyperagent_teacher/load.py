@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hyperagent.errors import ConfigError
 from hyperagent_teacher.config import TeacherSettings
 from hyperagent_teacher.engine import ScoringEngine
@@ -14,33 +16,23 @@ async def load_engine(settings: TeacherSettings) -> ScoringEngine:
         ConfigError: a setting, the model or the tokenizer cannot be used, or vLLM is not installed.
         ServiceError: vLLM does not start.
     """
-    folders = {"tokenizer_folder": settings.tokenizer or settings.model}
+    common: dict[str, Any] = {
+        "tokenizer_folder": settings.tokenizer or settings.model,
+        "top_k": settings.top_k,
+        "max_tokens": settings.max_tokens,
+        "temperatures": settings.row_temperatures,
+        "dtype": settings.dtype,
+        "head_dtype": settings.head_dtype,
+    }
     # Importing either takes seconds, and only one of them need be installed.
     if settings.backend == "transformers":
         from hyperagent_teacher.transformers_engine import TransformersEngine
 
-        return TransformersEngine(
-            settings.model,
-            **folders,
-            top_k=settings.top_k,
-            max_tokens=settings.max_tokens,
-            dtype=settings.dtype,
-            head_dtype=settings.head_dtype,
-            device=settings.device,
-        )
+        return TransformersEngine(settings.model, **common, device=settings.device)
     try:
         from hyperagent_teacher.vllm_engine import VllmEngine
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--backend vllm needs vLLM in this environment ({error}); install hyperagent-teacher[vllm] in one of its own"
         ) from error
-    return await VllmEngine.load(
-        settings.model,
-        **folders,
-        top_k=settings.top_k,
-        max_tokens=settings.max_tokens,
-        dtype=settings.dtype,
-        head_dtype=settings.head_dtype,
-        capture=settings.capture,
-        engine_args=settings.engine_args,
-    )
+    return await VllmEngine.load(settings.model, **common, capture=settings.capture, engine_args=settings.engine_args)

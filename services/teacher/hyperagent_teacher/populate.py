@@ -89,7 +89,7 @@ class Populator:
         num_missing = len(positions) - capture.first_row
         if num_missing:
             async with (
-                self._row_memory.held(num_missing * row_bytes(top_k)),
+                self._row_memory.held(num_missing * row_bytes(top_k, len(self._engine.identity.temperatures))),
                 aclosing(score_from(self._engine, token_ids, positions, capture.first_row, top_k=top_k)) as parts,
             ):
                 async for part in parts:

@@ -97,11 +97,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         request: pb.ScoreTokensRequest,
     ) -> None:
         """Put a request's messages into its spool."""
-        top_k = request.top_k
-        encoder = codec.ChunkEncoder(top_k=top_k, first_row=request.first_row, max_bytes=self._chunk_bytes)
+        top_k, num_temperatures = request.top_k, len(self._engine.identity.temperatures)
+        encoder = codec.ChunkEncoder(
+            top_k=top_k, num_temperatures=num_temperatures, first_row=request.first_row, max_bytes=self._chunk_bytes
+        )
         try:
             async with (
-                self._row_memory.held((len(positions) - request.first_row) * codec.row_bytes(top_k)),
+                self._row_memory.held((len(positions) - request.first_row) * codec.row_bytes(top_k, num_temperatures)),
                 aclosing(score_from(self._engine, token_ids, positions, request.first_row, top_k=top_k)) as parts,
             ):
                 async for rows in parts:

@@ -1,10 +1,11 @@
 """From logits to top-k rows.
 
-Shapes: N rows, V real vocabulary entries, K kept ids.
+Shapes: N rows, V real vocabulary entries, K kept ids, M temperatures besides 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,12 @@ class TopKTensors(NamedTuple):
     """float32, log of the probability outside the kept ids; -inf if there is none."""
     target_N: Tensor
     """float32, log-probability of the token that really stands there."""
+    tails_NM: Tensor
+    """float32, `hyperagent.topk.TopKRows.tail_logsumexps`."""
 
 
 @torch.inference_mode()
-def top_k_tensors(logits_NV: Tensor, targets_N: Tensor, *, top_k: int) -> TopKTensors:
+def top_k_tensors(logits_NV: Tensor, targets_N: Tensor, *, top_k: int, temperatures: Sequence[float]) -> TopKTensors:
     """Cut each row's distribution to its `top_k` likeliest ids; computed in float32.
 
     Args:
@@ -43,24 +46,35 @@ def top_k_tensors(logits_NV: Tensor, targets_N: Tensor, *, top_k: int) -> TopKTe
     # 1 - sum(kept) loses all its digits when the kept ids hold nearly everything; this sum has none to lose. It is
     # taken in place and relative to its largest term, which is known: every pass over the vocabulary counts.
     shift_N = torch.where(next_N.isfinite(), next_N, 0.0)
-    rest_NV = logprobs_NV.scatter_(1, ids_NK, -torch.inf).sub_(shift_N[:, None]).exp_()
-    tail_N = shift_N + rest_NV.sum(dim=1).log()
-    return TopKTensors(ids_NK, values_NK, tail_N, target_N)
+    rest_NV = logprobs_NV.scatter_(1, ids_NK, -torch.inf).sub_(shift_N[:, None])
+    tails_NM = torch.empty(len(rest_NV), len(temperatures), device=rest_NV.device)
+    for column, temperature in enumerate(temperatures):
+        tails_NM[:, column] = shift_N / temperature + (rest_NV / temperature).exp_().sum(dim=1).log()
+    tail_N = shift_N + rest_NV.exp_().sum(dim=1).log()
+    return TopKTensors(ids_NK, values_NK, tail_N, target_N, tails_NM)
 
 
-def top_k_rows(logits_NV: Tensor, targets_N: Tensor, positions: NDArray[np.uint32], *, top_k: int) -> TopKRows:
+def top_k_rows(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    positions: NDArray[np.uint32],
+    *,
+    top_k: int,
+    temperatures: Sequence[float],
+) -> TopKRows:
     """`top_k_tensors` of the rows of `positions` [N], in the computer's own memory.
 
     Raises:
         ServiceError: a logit is not finite.
     """
-    kept = top_k_tensors(logits_NV, targets_N, top_k=top_k)
+    kept = top_k_tensors(logits_NV, targets_N, top_k=top_k, temperatures=temperatures)
     rows = TopKRows(
         positions=positions,
         ids=kept.ids_NK.cpu().numpy().astype(np.uint32),
         logprobs=kept.logprobs_NK.cpu().numpy(),
         tail_logmass=kept.tail_N.cpu().numpy(),
         target_logprob=kept.target_N.cpu().numpy(),
+        tail_logsumexps=kept.tails_NM.cpu().numpy(),
     )
     require_finite(rows)
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class TransformersEngine:
         tokenizer_folder: Path,
         top_k: int,
         max_tokens: int,
+        temperatures: Sequence[float] = (),
         dtype: str = "auto",
         head_dtype: str = "auto",
         device: str = "auto",
@@ -57,6 +58,7 @@ class TransformersEngine:
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
+            temperatures: those besides 1 at which rows can be had without error, rising.
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -89,6 +91,7 @@ class TransformersEngine:
             template_sha256=tokenizer.identity.template_sha256,
             vocab_size=self._vocab_size,
             top_k=top_k,
+            temperatures=tuple(temperatures),
         )
 
     async def score(
@@ -128,7 +131,9 @@ class TransformersEngine:
             cut = slice(start, start + self.rows_per_step)
             with torch.inference_mode():
                 logits_NV = self._head(hidden_ND[cut].to(self._head.weight.dtype))[:, : self._vocab_size]
-            yield top_k_rows(logits_NV, targets_N[cut], positions[cut], top_k=top_k)
+            yield top_k_rows(
+                logits_NV, targets_N[cut], positions[cut], top_k=top_k, temperatures=self.identity.temperatures
+            )
 
     @torch.inference_mode()
     def _hidden_states(

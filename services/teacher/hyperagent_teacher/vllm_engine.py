@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,7 @@ class VllmEngine:
         tokenizer_folder: Path,
         top_k: int,
         max_tokens: int,
+        temperatures: Sequence[float] = (),
         dtype: str = "auto",
         head_dtype: str = "auto",
         capture: Capture = "tensors",
@@ -86,6 +87,7 @@ class VllmEngine:
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
+            temperatures: those besides 1 at which rows can be had without error, rising; none with the capture "flat".
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             engine_args: further arguments of vLLM's `AsyncEngineArgs`, such as `tensor_parallel_size`.
@@ -96,6 +98,8 @@ class VllmEngine:
         """
         if capture == "tensors":
             require_supported(vllm.__version__)
+        elif temperatures:
+            raise ConfigError("--capture flat says nothing of tails at temperatures; leave out --temperatures")
         weights = weights_fingerprint(folder)
         tokenizer = ChatTokenizer(tokenizer_folder)
         arguments = _arguments(folder, max_tokens, dtype, head_dtype, capture, engine_args or {})
@@ -112,6 +116,7 @@ class VllmEngine:
             template_sha256=tokenizer.identity.template_sha256,
             vocab_size=tokenizer.vocab_size,
             top_k=top_k,
+            temperatures=tuple(temperatures),
         )
         # vLLM wants room for one token beyond the prompt, and the tap's prompt ends before the last position.
         room = 0 if capture == "tensors" else 1
@@ -193,7 +198,9 @@ class VllmEngine:
             self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, self._arguments)
             if self._capture == "tensors":
                 install_processor()
-                await self._engine.collective_rpc("install_top_k_tap", args=(self.identity.vocab_size,))
+                await self._engine.collective_rpc(
+                    "install_top_k_tap", args=(self.identity.vocab_size, self.identity.temperatures)
+                )
         except (RuntimeError, ValueError, OSError) as error:
             raise ServiceError(f"vLLM does not start: {' '.join(str(error).split())}; its log says why") from error
 
@@ -227,6 +234,7 @@ class VllmEngine:
                 logprobs=np.ascontiguousarray(captured.logprobs[cut]),
                 tail_logmass=captured.tail_logmass[cut],
                 target_logprob=captured.target_logprob[cut],
+                tail_logsumexps=np.ascontiguousarray(captured.tail_logsumexps[cut]),
             )
 
 

@@ -14,6 +14,7 @@ Requests without `POSITIONS` are vLLM's own, as ever. What is private to vLLM is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,12 @@ class TopKTap:
 
     model_runner: Any
 
-    def install_top_k_tap(self, vocab_size: int) -> str:
+    def install_top_k_tap(self, vocab_size: int, temperatures: Sequence[float]) -> str:
         """Put the tap in place of the runner's own prompt scoring; returns the runner's class name.
 
         Args:
             vocab_size: real vocabulary entries; ids at or above it are cut off before anything is normalised.
+            temperatures: those besides 1 at which the tail's log-sum-exp is wanted.
         """
         runner = self.model_runner
         stock = runner._get_prompt_logprobs_dict
@@ -77,7 +79,10 @@ class TopKTap:
                 num_tokens = num_scheduled_tokens.get(request_id)
                 if num_tokens is None:  # preempted: it starts again later
                     continue
-                tensors = _score_step(runner, request_id, hidden_states, num_tokens, top_k=top_k, vocab_size=vocab_size)
+                tensors = _score_step(
+                    runner, request_id, hidden_states, num_tokens,
+                    top_k=top_k, vocab_size=vocab_size, temperatures=temperatures,
+                )  # fmt: skip
                 if tensors is not None:
                     finished[request_id] = tensors
                     del ours[request_id]
@@ -100,7 +105,14 @@ def _split_by_kind(runner: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _score_step(
-    runner: Any, request_id: str, hidden_states: Tensor, num_tokens: int, *, top_k: int, vocab_size: int
+    runner: Any,
+    request_id: str,
+    hidden_states: Tensor,
+    num_tokens: int,
+    *,
+    top_k: int,
+    vocab_size: int,
+    temperatures: Sequence[float],
 ) -> LogprobsTensors | None:
     """Score what one step of prefill has computed of a request's wanted positions; all of them, once it is over."""
     request = runner.requests[request_id]
@@ -108,7 +120,7 @@ def _score_step(
     positions, targets = (np.frombuffer(arguments[key], "<u4").astype(np.int64) for key in (POSITIONS, TARGETS))
     tensors: LogprobsTensors | None = request.in_progress_prompt_logprobs_cpu
     if tensors is None:
-        tensors = LogprobsTensors.empty_cpu(len(positions), top_k + 1)
+        tensors = LogprobsTensors.empty_cpu(len(positions), 1 + top_k + len(temperatures))
         request.in_progress_prompt_logprobs_cpu = tensors
     start = request.num_computed_tokens
     # The row of position p is made from the output at p - 1.
@@ -120,9 +132,10 @@ def _score_step(
         rows_N = torch.from_numpy(offset + positions[cut] - 1 - start).to(hidden_states.device)
         targets_N = torch.from_numpy(targets[cut]).to(hidden_states.device)
         logits_NV = runner.model.compute_logits(hidden_states[rows_N])[:, :vocab_size]
-        kept = top_k_tensors(logits_NV, targets_N, top_k=top_k)
-        tensors.logprob_token_ids[cut, 1:].copy_(kept.ids_NK, non_blocking=True)
-        tensors.logprobs[cut, 1:].copy_(kept.logprobs_NK, non_blocking=True)
+        kept = top_k_tensors(logits_NV, targets_N, top_k=top_k, temperatures=temperatures)
+        tensors.logprob_token_ids[cut, 1 : 1 + top_k].copy_(kept.ids_NK, non_blocking=True)
+        tensors.logprobs[cut, 1 : 1 + top_k].copy_(kept.logprobs_NK, non_blocking=True)
+        tensors.logprobs[cut, 1 + top_k :].copy_(kept.tails_NM, non_blocking=True)
         tensors.logprobs[cut, 0].copy_(kept.target_N, non_blocking=True)
         # Of the three tensors that vLLM carries, the ranks are the one we have no use for: its bits are the tail's.
         tensors.selected_token_ranks[cut].copy_(kept.tail_N.view(torch.int32), non_blocking=True)
@@ -134,7 +147,7 @@ def _score_step(
 
 @dataclass(frozen=True, eq=False)
 class CapturedRows:
-    """What a tapped request gets as its `RequestOutput.prompt_logprobs`; N positions, K ids each."""
+    """What a tapped request gets as its `RequestOutput.prompt_logprobs`; N positions, K ids each, M temperatures."""
 
     ids: NDArray[np.int32]
     """[N, K]."""
@@ -144,6 +157,8 @@ class CapturedRows:
     """[N]."""
     target_logprob: NDArray[np.float32]
     """[N]."""
+    tail_logsumexps: NDArray[np.float32]
+    """[N, M]."""
 
 
 class TensorProcessor(LogprobsProcessor):
@@ -164,9 +179,13 @@ class TensorProcessor(LogprobsProcessor):
 
     def _update_prompt_logprobs(self, prompt_logprobs_tensors: LogprobsTensors) -> None:
         ids, logprobs, tail_bits, *_ = prompt_logprobs_tensors
-        values = logprobs.numpy()
+        values, end = logprobs.numpy(), 1 + self.num_prompt_logprobs
         self.prompt_logprobs = CapturedRows(
-            ids.numpy()[:, 1:], values[:, 1:], tail_bits.view(torch.float32).numpy(), values[:, 0]
+            ids.numpy()[:, 1:end],
+            values[:, 1:end],
+            tail_bits.view(torch.float32).numpy(),
+            values[:, 0],
+            values[:, end:],
         )
 
 

@@ -32,7 +32,7 @@ class AdaptedStudent:
         return weights
 
     def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:
-        """Sum over the batch's rows of KL(teacher || student), in nats; without adapters, of the bare student."""
+        """`compute_distillation_loss` of the batch; without adapters, of the bare student."""
         with self._injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return compute_distillation_loss(
@@ -42,6 +42,7 @@ class AdaptedStudent:
             batch.logprobs_NK,
             batch.tail_logmass_N,
             vocab_size=self.student.vocab_size,
+            temperature=batch.temperature,
             chunk_rows=self._loss_chunk_rows,
         )
 

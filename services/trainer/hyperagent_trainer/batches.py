@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from hyperagent.cache.hot import HotUse
 from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import TokenisedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
-from hyperagent.loader.rows import RowTensors, load_rows
+from hyperagent.loader.rows import RowTensors, load_rows, require_temperature
 
 # Batches drawn together before they are sorted by length: enough to cut padding, too few to order an epoch.
 _BATCHES_PER_GROUP = 8
@@ -44,9 +46,13 @@ class Batch:
     ids_NK: Tensor
     """int64, the teacher's kept ids."""
     logprobs_NK: Tensor
-    """float32, normalised together with the tail."""
+    """float32, at the temperature, normalised together with the tail."""
     tail_logmass_N: Tensor
     """float32."""
+    temperature: float
+    """Of the softmax that the teacher's rows are under, and the student's belong under."""
+    hot_use: HotUse
+    """What the cache's hot tier did for it."""
 
     @property
     def num_rows(self) -> int:
@@ -61,31 +67,41 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, indices=self.indices, num_tokens=self.num_tokens, **tensors)
+        fields: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **fields)
 
 
 class DistillationData(Dataset[Batch]):
     """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
 
     def __init__(
-        self, trajectories: Sequence[TokenisedTrajectory], cache: ReadableCache, identity: DataIdentity
+        self,
+        trajectories: Sequence[TokenisedTrajectory],
+        cache: ReadableCache,
+        identity: DataIdentity,
+        *,
+        temperature: float = 1.0,
     ) -> None:
         self.identity = identity
+        self.temperature = temperature
         self.trajectories = tuple(trajectories)
         self._cache = cache
 
     def rows(self, index: int) -> RowTensors:
-        """The teacher's rows of one trajectory, normalised.
+        """The teacher's rows of one trajectory at the temperature, normalised.
 
         Raises:
             CorruptRecord: the record is damaged.
         """
         trajectory = self.trajectories[index]
-        return load_rows(self._cache, self._cache.key(trajectory.token_ids, trajectory.positions)).normalised()
+        rows = load_rows(self._cache, self._cache.key(trajectory.token_ids, trajectory.positions))
+        return rows.at_temperature(self.temperature)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         """The trajectories at `indices`, joined into one batch on the host."""
+        before = self._cache.hot_use
         chosen = [self.trajectories[i] for i in indices]
         rows = [self.rows(i) for i in indices]
         sample = np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])
@@ -100,6 +116,8 @@ class DistillationData(Dataset[Batch]):
             ids_NK=torch.cat([r.ids_NK for r in rows]).long(),
             logprobs_NK=torch.cat([r.logprobs_NK for r in rows]),
             tail_logmass_N=torch.cat([r.tail_logmass_N for r in rows]),
+            temperature=self.temperature,
+            hot_use=self._cache.hot_use.since(before),
         )
 
     def batches(self, order: Iterable[Sequence[int]], device: torch.device, *, workers: int) -> Iterator[Batch]:
@@ -125,7 +143,13 @@ class DistillationData(Dataset[Batch]):
 
 
 def load_split(
-    tokens: Path, cache: ReadableCache, split: str, *, tokenizer: TokenizerIdentity, max_prompt_tokens: int
+    tokens: Path,
+    cache: ReadableCache,
+    split: str,
+    *,
+    tokenizer: TokenizerIdentity,
+    max_prompt_tokens: int,
+    temperature: float = 1.0,
 ) -> DistillationData:
     """Read one split and check that it can be trained on as a whole.
 
@@ -134,6 +158,7 @@ def load_split(
             populated from other data.
         DataError: the split is empty, or the cache lacks trajectories of it.
         LimitExceeded: a prompt is longer than the hypernetwork reads.
+        ConfigError: the cache has no rows at the temperature.
     """
     data = read_data_identity(tokens)
     require_same(
@@ -150,6 +175,7 @@ def load_split(
         remedy="the student and the teacher must share one tokenizer",
     )
     cache.require_data(data)
+    require_temperature(temperature, teacher.temperatures)
     trajectories = list(read_tokens(tokens, split=split))
     if not trajectories:
         raise DataError(f"{tokens} has no trajectory in the {split} split")
@@ -161,7 +187,7 @@ def load_split(
         )
     if longest := max(len(t.prompt_ids) for t in trajectories if len(t.prompt_ids)) > max_prompt_tokens:
         raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
-    return DistillationData(trajectories, cache, data)
+    return DistillationData(trajectories, cache, data, temperature=temperature)
 
 
 def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

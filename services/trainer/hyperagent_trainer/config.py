@@ -50,6 +50,8 @@ class TrainRecipe(StrictModel):
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.1, le=100)
+    """Of both softmaxes in training's loss (held-out KL is always at 1). The cache must have rows at it."""
     loss_chunk_rows: int = Field(256, ge=1)
     """Supervised rows per chunk of the loss, whose workspace is this many times the vocabulary."""
     loader_workers: int = Field(0, ge=0, le=64)

@@ -35,8 +35,12 @@ def compute_distillation_loss(
     *,
     vocab_size: int,
     chunk_rows: int,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Sum over rows of KL(teacher || student), in nats; a float32 scalar.
+
+    At a temperature t it is that of the softmaxes at t, times t**2, which keeps gradients the size they are at 1
+    (Hinton et al., arXiv:1503.02531, section 2).
 
     Divide by the number of supervised rows of the whole optimiser step to get nats per supervised token.
 
@@ -44,10 +48,11 @@ def compute_distillation_loss(
         hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype.
         head_VD: the student's frozen output head.
         ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
-        logprobs_NK: float32, natural, normalised together with the tail; -inf at padding.
+        logprobs_NK: float32, natural, at the temperature, normalised together with the tail; -inf at padding.
         tail_logmass_N: float32; -inf where nothing is left outside the kept ids.
         vocab_size: real entries; the head's rows from there on are padding and take no part.
         chunk_rows: rows whose logits exist at once.
+        temperature: of both softmaxes, above 0.
 
     Raises:
         InvalidRequest: the head is not frozen, there are no rows, or shapes or ids do not fit.
@@ -68,7 +73,7 @@ def compute_distillation_loss(
             f"of which {vocab_size} should be real; they belong to different tokenizers"
         )
     loss: Tensor = _ChunkedForwardKL.apply(
-        hidden_ND, head_VD[:vocab_size], ids_NK, logprobs_NK, tail_logmass_N, chunk_rows
+        hidden_ND, head_VD[:vocab_size], ids_NK, logprobs_NK, tail_logmass_N, chunk_rows, temperature
     )
     return loss
 
@@ -83,24 +88,26 @@ class _ChunkedForwardKL(torch.autograd.Function):
         logprobs_NK: Tensor,
         tail_logmass_N: Tensor,
         chunk_rows: int,
+        temperature: float,
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits_CV = (hidden_ND[rows] @ head_VD.T).float()
+            logits_CV = (hidden_ND[rows] @ head_VD.T).float().div_(temperature)
             total += _forward_kl_(logits_CV, ids_NK[rows], logprobs_NK[rows], tail_logmass_N[rows], wants_grad)
             if grad_ND is not None:
                 grad_ND[rows] = logits_CV.to(head_VD.dtype) @ head_VD
         if grad_ND is not None:
-            ctx.save_for_backward(grad_ND)
-        return total
+            # The chain rule divides by the temperature, the loss is multiplied by its square.
+            ctx.save_for_backward(grad_ND.mul_(temperature))
+        return total * temperature**2
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad_total.to(grad_ND.dtype), None, None, None, None, None
+        return grad_ND * grad_total.to(grad_ND.dtype), None, None, None, None, None, None
 
 
 def _forward_kl_(z_CV: Tensor, ids_CK: Tensor, logp_CK: Tensor, logp_R_C: Tensor, wants_grad: bool) -> Tensor:

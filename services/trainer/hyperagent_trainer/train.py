@@ -64,6 +64,7 @@ def _train_from(
             split,
             tokenizer=student.tokenizer.identity,
             max_prompt_tokens=recipe.max_prompt_tokens,
+            temperature=recipe.temperature if split == TRAIN else 1.0,
         )
         for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)
         if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
@@ -163,6 +164,9 @@ def _run_steps(
             num_tokens=batch.num_tokens,
             grad_norm=grad_norm,
             data_wait_s=data_wait_s,
+            hot_hits=batch.hot_use.hits,
+            hot_misses=batch.hot_use.misses,
+            hot_degraded=batch.hot_use.is_degraded,
             learning_rate=optimizer.param_groups[0]["lr"],
         )
         if step % recipe.evaluate_every == 0 or step == recipe.num_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,15 @@ import numpy as np
 from hyperagent.topk import TopKRows
 
 
-def keep_mass(rows: TopKRows, *, kept_mass: float, min_k: int) -> TopKRows:
+def keep_mass(rows: TopKRows, *, kept_mass: float, min_k: int, temperatures: Sequence[float]) -> TopKRows:
     """`rows` with the fewest most likely ids whose probabilities sum to `kept_mass`, and padding behind them.
 
-    What is left out goes to the tail, so a row's mass stays 1. A row whose ids do not reach `kept_mass` keeps all.
+    What is left out goes to the tail, at every temperature, so a row's mass stays 1. A row whose ids do not reach `kept_mass` keeps all.
 
     Args:
         kept_mass: above 0, at most 1.
         min_k: ids that a row keeps in any case, if it has as many.
+        temperatures: those of `rows.tail_logsumexps`.
     """
     cumulated_NK = np.cumsum(np.exp(rows.logprobs, dtype=np.float64), axis=1)
     needed_N = (cumulated_NK < kept_mass).sum(axis=1) + 1
@@ -26,9 +28,14 @@ def keep_mass(rows: TopKRows, *, kept_mass: float, min_k: int) -> TopKRows:
     keeps_NK = np.arange(rows.top_k) < counts_N[:, None]
     dropped_NK = np.where(keeps_NK, -np.inf, rows.logprobs.astype(np.float64))
     tail_N = np.logaddexp(np.logaddexp.reduce(dropped_NK, axis=1), rows.tail_logmass)
+    tails_NM = rows.tail_logsumexps.copy()
+    for column, temperature in enumerate(temperatures):
+        dropped_N = np.logaddexp.reduce(dropped_NK / temperature, axis=1)
+        tails_NM[:, column] = np.logaddexp(dropped_N, rows.tail_logsumexps[:, column])
     return replace(
         rows,
         ids=np.where(keeps_NK, rows.ids, rows.ids[:, :1]),
         logprobs=np.where(keeps_NK, rows.logprobs, np.float32(-np.inf)),
         tail_logmass=tail_N.astype(np.float32),
+        tail_logsumexps=tails_NM,
     )

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hyperagent.cache.adaptive import keep_mass
 from hyperagent.cache.keys import BlockPlan
 from hyperagent.cache.manifest import Manifest
-from hyperagent.cache.record import BlockOfTrajectory, encode_block, encode_trajectory
+from hyperagent.cache.record import BlockOfTrajectory, encode_trajectory
+from hyperagent.cache.rows import to_record
 from hyperagent.errors import InvalidRequest
 from hyperagent.topk import TopKRows, concatenate
 
@@ -39,8 +39,7 @@ class Capture:
         self.key = key
         """The trajectory's."""
         self._blocks = blocks
-        self._identity = manifest.identity
-        self._settings = manifest.settings
+        self._manifest = manifest
         self._num_tokens = num_tokens
         self._write = write
         self._next_block = first_missing
@@ -63,10 +62,11 @@ class Capture:
             InvalidRequest: the rows are not distributions over this teacher's vocabulary, or not of its top k.
             StorageError: the file system refused; blocks that were written before stay.
         """
-        rows.validate(num_tokens=self._num_tokens, vocab_size=self._identity.vocab_size)
-        if rows.top_k != self._identity.top_k:
+        identity = self._manifest.identity
+        rows.validate(num_tokens=self._num_tokens, vocab_size=identity.vocab_size, temperatures=identity.temperatures)
+        if rows.top_k != identity.top_k:
             raise InvalidRequest(
-                f"the rows keep {rows.top_k} ids, the cache holds rows of {self._identity.top_k}; ask for as many"
+                f"the rows keep {rows.top_k} ids, the cache holds rows of {identity.top_k}; ask for as many"
             )
         self._waiting.append(rows)
         while self._next_block < len(self._blocks):
@@ -111,13 +111,4 @@ class Capture:
             raise InvalidRequest(
                 f"rows at positions from {rows.positions[0]} came where those from {block.positions[0]} are due"
             )
-        if self._settings.kept_mass < 1:
-            rows = keep_mass(rows, kept_mass=self._settings.kept_mass, min_k=self._settings.min_k)
-        return encode_block(
-            block.key,
-            rows,
-            first_token=block.first_token,
-            num_tokens=block.num_tokens,
-            codec=self._settings.row_codec,
-            vocab_size=self._identity.vocab_size,
-        )
+        return to_record(block.key, rows, self._manifest, first_token=block.first_token, num_tokens=block.num_tokens)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import redis.asyncio
 import structlog
@@ -29,6 +29,20 @@ _MOST_WAITING_BYTES = 64 << 20
 DEFAULT_TTL_S = 86_400
 _T = TypeVar("_T")
 log = structlog.get_logger()
+
+
+class HotUse(NamedTuple):
+    """What a hot tier was good for."""
+
+    hits: int = 0
+    misses: int = 0
+    """Values that it did not have, or did not give in time."""
+    is_degraded: bool = False
+    """Whether it is left alone at the moment."""
+
+    def since(self, earlier: HotUse) -> HotUse:
+        """What has come after `earlier`."""
+        return HotUse(self.hits - earlier.hits, self.misses - earlier.misses, self.is_degraded)
 
 
 class HotTier:
@@ -83,11 +97,15 @@ class HotTier:
         """Whether Redis is left alone at the moment."""
         return time.monotonic() < self._left_alone_until
 
+    @property
+    def use(self) -> HotUse:
+        """What it was good for until now."""
+        return HotUse(self.hits, self.misses, self.is_degraded)
+
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         """The bytes under each name, where Redis has them and answers in time."""
-        if self.is_degraded:
-            return [None] * len(names)
-        found = self._wait(self._guarded(self._get(names), _TIMEOUT_S)) or [None] * len(names)
+        answer = None if self.is_degraded else self._wait(self._guarded(self._get(names), _TIMEOUT_S))
+        found = answer or [None] * len(names)
         self.hits += sum(value is not None for value in found)
         self.misses += sum(value is None for value in found)
         return found
@@ -103,7 +121,9 @@ class HotTier:
         future.add_done_callback(lambda _: self._has_been_put(size))
 
     def drop(self, name: str) -> None:
-        """Forget what is under `name`; returns at once."""
+        """Forget what `get` found under `name`, because it is damaged; returns at once."""
+        self.hits -= 1
+        self.misses += 1
         if not self.is_degraded:
             asyncio.run_coroutine_threadsafe(self._guarded(self._drop(name), _TIMEOUT_S), self._loop)
 

@@ -99,7 +99,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
             raise ConfigError(
                 f"the cache in {name} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
             )
-        identity = TeacherIdentity(**fields["identity"])
+        identity = TeacherIdentity.from_fields(fields["identity"])
         settings = CacheSettings(**fields["settings"])
         is_whole = identity.fingerprint == fields["fingerprint"]
     except ConfigError:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from hyperagent.cache.adaptive import keep_mass
 from hyperagent.cache.codecs import EXACT
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.record import BlockOfTrajectory, decode_block, encode_block
-from hyperagent.cache.rows import to_top_k_rows
+from hyperagent.cache.manifest import CacheSettings, Manifest
+from hyperagent.cache.record import BlockOfTrajectory
+from hyperagent.cache.rows import decode_rows, to_record, to_top_k_rows
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ConfigError
 from hyperagent.identity import require_same
@@ -83,20 +82,11 @@ def _records(source: TopKCache, target: TopKCache, blocks: Iterable[BlockOfTraje
     if source.settings == target.settings:
         return [source.record(block.key) for block in blocks]
     keys = [block.key for block in blocks]
-    identity, settings = target.identity, target.settings
+    manifest = Manifest(target.identity, target.settings)
     records = []
     for header, payload in source.records_of(keys):
-        rows = to_top_k_rows(decode_block(header, payload, vocab_size=identity.vocab_size), identity.top_k)
-        if settings.kept_mass < 1:
-            rows = keep_mass(rows, kept_mass=settings.kept_mass, min_k=settings.min_k)
+        rows = to_top_k_rows(decode_rows(header, payload, source.identity), source.identity.top_k)
         records.append(
-            encode_block(
-                header.key,
-                rows,
-                first_token=header.first_token,
-                num_tokens=header.num_tokens,
-                codec=settings.row_codec,
-                vocab_size=identity.vocab_size,
-            )
+            to_record(header.key, rows, manifest, first_token=header.first_token, num_tokens=header.num_tokens)
         )
     return records

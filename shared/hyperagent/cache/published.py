@@ -76,8 +76,6 @@ class PublishedCache(ReadableCache):
         return True
 
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
-        if not keys:
-            return
         at = [self._at(key) for key in keys]
         with _storage_errors(self.name):
             contents = self._files.cat_ranges(

@@ -12,7 +12,7 @@ import structlog
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from hyperagent.cache.hot import HotTier
+from hyperagent.cache.hot import HotTier, HotUse
 from hyperagent.cache.keys import trajectory_key
 from hyperagent.cache.manifest import Manifest
 from hyperagent.cache.record import (
@@ -20,10 +20,9 @@ from hyperagent.cache.record import (
     Header,
     StoredRows,
     check_record,
-    decode_block,
     decode_trajectory,
 )
-from hyperagent.cache.rows import to_top_k_rows
+from hyperagent.cache.rows import decode_rows, to_top_k_rows
 from hyperagent.errors import CorruptRecord, IdentityMismatch, NotFound
 from hyperagent.identity import DataIdentity
 from hyperagent.topk import TopKRows, concatenate
@@ -73,6 +72,11 @@ class ReadableCache(ABC):
     @abstractmethod
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         """Headers and bytes of whole records, checked; raises as `rows_of`."""
+
+    @property
+    def hot_use(self) -> HotUse:
+        """What the hot tier was good for until now, in this process; nothing if there is none."""
+        return self._hot.use if self._hot else HotUse()
 
     def close(self) -> None:
         """Let go of what is open, of the hot tier too."""
@@ -140,7 +144,7 @@ class ReadableCache(ABC):
             StorageError: the file system refused.
         """
         for header, payload in self.records_of(block_keys):
-            yield decode_block(header, payload, vocab_size=self.identity.vocab_size)
+            yield decode_rows(header, payload, self.identity)
 
     def records_of(self, block_keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         """Blocks' records, for who decodes them elsewhere; from the hot tier where it has them.
@@ -179,7 +183,8 @@ class ReadableCache(ABC):
         return bytes(self._read_one(key)[1])
 
     def _read_one(self, key: bytes) -> tuple[Header, memoryview]:
-        return next(self._read([key]))
+        (found,) = self._read([key])
+        return found
 
     def _copies(self, keys: Sequence[bytes]) -> list[tuple[Header, memoryview] | None]:
         """What the hot tier has of whole records; None in the place of each other."""

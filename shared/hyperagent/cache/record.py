@@ -3,7 +3,7 @@
 A *block* record holds the rows of up to `block_tokens` consecutive tokens; a *trajectory* record names the blocks of one
 trajectory. Numbers are little-endian; arrays are row-major.
 
-Legend of shape suffixes: N rows of a block, n kept ids of all rows together.
+Legend of shape suffixes: N rows of a block, n kept ids of all rows together, M temperatures besides 1.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class StoredRows:
     kept: KeptIds
     tail_logmass_N: NDArray[np.floating]
     target_logprob_N: NDArray[np.floating]
+    tail_logsumexps_NM: NDArray[np.floating]
+    """At the teacher's temperatures; see `hyperagent.topk.TopKRows`."""
     by_rank: bool
     """Whether a row's ids come by descending log-probability, ties by id; otherwise they come by id."""
 
@@ -146,13 +148,16 @@ def encode_block(
     scalar = np.dtype(codec.scalar).newbyteorder("<")
     is_ragged = len(kept.ids_n) != rows.num_rows * rows.top_k
     content, stored_n = codec.encode(kept, vocab_size=vocab_size)
-    tail_N = np.maximum(rows.tail_logmass, LOWEST_F16, where=rows.tail_logmass > -np.inf, out=rows.tail_logmass.copy())
-    tail_N = tail_N.astype(scalar)
+    tail_N, tails_NM = (
+        np.maximum(tail, LOWEST_F16, where=tail > -np.inf, out=tail.copy()).astype(scalar)
+        for tail in (rows.tail_logmass, rows.tail_logsumexps)
+    )
     payload = b"".join(
         [
             content,
             tail_N.tobytes(),
             np.maximum(rows.target_logprob, LOWEST_F16).astype(scalar).tobytes(),
+            tails_NM.tobytes(),
             counts_N.astype("<u2").tobytes() if is_ragged else b"",
             np.packbits(supervised, bitorder="little").tobytes(),
         ]
@@ -167,7 +172,7 @@ def encode_block(
     return _record(header, payload)
 
 
-def decode_block(header: Header, payload: memoryview, *, vocab_size: int) -> StoredRows:
+def decode_block(header: Header, payload: memoryview, *, vocab_size: int, num_temperatures: int) -> StoredRows:
     """The rows of a block whose payload's checksum fits; arrays may share memory with `payload`.
 
     Raises:
@@ -176,10 +181,11 @@ def decode_block(header: Header, payload: memoryview, *, vocab_size: int) -> Sto
     codec = CODEC_OF_CODE.get(header.codec)
     if header.kind is not Kind.BLOCK or codec is None:
         raise CorruptRecord(f"it is no block of a known codec: kind {header.kind}, codec {header.codec}")
-    N = header.num_rows
+    N, M = header.num_rows, num_temperatures
     scalar = np.dtype(codec.scalar).newbyteorder("<")
     is_ragged = header.num_kept != N * header.top_k
-    sizes = [scalar.itemsize * N, scalar.itemsize * N, 2 * N * is_ragged, -(-header.num_tokens // 8)]
+    of_scalar = scalar.itemsize * N
+    sizes = [of_scalar, of_scalar, of_scalar * M, 2 * N * is_ragged, -(-header.num_tokens // 8)]
     parts = []
     end = len(payload)
     for size in reversed(sizes):
@@ -187,7 +193,7 @@ def decode_block(header: Header, payload: memoryview, *, vocab_size: int) -> Sto
             raise CorruptRecord(f"its payload has {len(payload)} bytes, too few for {N} rows")
         parts.append(payload[end - size : end])
         end -= size
-    bitmap, counts, target, tail = parts
+    bitmap, counts, tails, target, tail = parts
     offsets = np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
     counts_N = np.frombuffer(counts, "<u2").astype(np.int64) if is_ragged else np.full(N, header.top_k, np.int64)
     if len(offsets) != N or counts_N.sum() != header.num_kept or (N and counts_N.min() < 1):
@@ -197,6 +203,7 @@ def decode_block(header: Header, payload: memoryview, *, vocab_size: int) -> Sto
         kept=codec.decode(payload[:end], counts_N, vocab_size=vocab_size),
         tail_logmass_N=np.frombuffer(tail, scalar),
         target_logprob_N=np.frombuffer(target, scalar),
+        tail_logsumexps_NM=np.frombuffer(tails, scalar).reshape(N, M),
         by_rank=codec.by_rank,
     )
 

@@ -47,13 +47,15 @@ def plan(
     from hyperagent.cache.codecs import CODECS
     from hyperagent.cache.sizes import bytes_per_row
     from hyperagent.data.tokens import read_tokens
+    from hyperagent.topk import DEFAULT_TEMPERATURES
 
     trajectories = num_tokens = rows = 0
     for trajectory in read_tokens(tokens):
         trajectories += 1
         num_tokens += len(trajectory.token_ids)
         rows += len(trajectory.positions)
-    per_row = {codec: bytes_per_row(codec, top_k=top_k, vocab_size=vocab_size) for codec in CODECS}
+    row = {"top_k": top_k, "vocab_size": vocab_size, "num_temperatures": len(DEFAULT_TEMPERATURES)}
+    per_row = {codec: bytes_per_row(codec, **row) for codec in CODECS}
     print_result(
         {
             "trajectories": trajectories,

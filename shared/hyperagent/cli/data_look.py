@@ -152,6 +152,7 @@ def plan(
     from hyperagent.data.tokenise import measure_rows
     from hyperagent.data.tokenizer import ChatTokenizer
     from hyperagent.data.views import ViewSettings
+    from hyperagent.topk import DEFAULT_TEMPERATURES
 
     chosen = machine_named(machine)
     views = parse(
@@ -178,7 +179,9 @@ def plan(
         machine=chosen,
         epochs=epochs,
     )
-    row_bytes = bytes_per_row(COMPACT.name, top_k=top_k, vocab_size=VOCABULARY)
+    row_bytes = bytes_per_row(
+        COMPACT.name, top_k=top_k, vocab_size=VOCABULARY, num_temperatures=len(DEFAULT_TEMPERATURES)
+    )
     cache = estimate(np.asarray(measured.supervised, dtype=np.float64) * row_bytes, measured.num_wanted)
     print_result(_plan_result(made, cache, machine=machine, epochs=epochs, as_json=as_json), as_json=as_json)
 

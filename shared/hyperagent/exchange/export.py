@@ -93,7 +93,7 @@ def read_description(folder: Path) -> ExportDescription:
     path = folder / DESCRIPTION
     try:
         content = json.loads(path.read_bytes())
-        identity = TeacherIdentity(**content["identity"])
+        identity = TeacherIdentity.from_fields(content["identity"])
         data = DataIdentity.from_json(json.dumps(content["data"]))
         file_format = content["format"]
         is_whole = identity.fingerprint == content["fingerprint"] and file_format in FORMATS
@@ -122,7 +122,11 @@ def import_files(folder: Path, cache: TopKCache, progress: Progress = lambda _do
         try:
             content = path.read_bytes()
             trajectory = source.decode(content, cache.identity.top_k)
-            trajectory.rows.validate(num_tokens=len(trajectory.token_ids), vocab_size=cache.identity.vocab_size)
+            trajectory.rows.validate(
+                num_tokens=len(trajectory.token_ids),
+                vocab_size=cache.identity.vocab_size,
+                temperatures=cache.identity.temperatures,
+            )
             key = cache.key(trajectory.token_ids, trajectory.rows.positions)
             if key != path.stem:
                 raise DataError(f"its tokens and positions are those of {key}")

@@ -1,13 +1,13 @@
 """One trajectory's rows as a file: .npz, Parquet or safetensors.
 
 `indices` and `values` are the names under which comparable tools keep a teacher's top k. Legend of shape suffixes: T tokens,
-N supervised positions, K ids per row.
+N supervised positions, K ids per row, M temperatures besides 1.
 
     npz, safetensors   token_ids u32 [T], positions u32 [N], indices i32 [N, K], values [N, K], tail_logmass f32 [N],
-                       target_logprob f32 [N]; `values`, the log-probabilities, are float16 in .npz and float32 in
-                       safetensors; a row that keeps fewer ids ends in its first id with a value of -inf
-    parquet            a row per token: token_id, and, where it is supervised, indices and values as lists,
-                       tail_logmass and target_logprob
+                       target_logprob f32 [N], tail_logsumexps f32 [N, M]; `values`, the log-probabilities, are float16
+                       in .npz and float32 in safetensors; a row that keeps fewer ids ends in its first id with a value of -inf
+    parquet            a row per token: token_id, and, where it is supervised, indices, values and tail_logsumexps as
+                       lists, tail_logmass and target_logprob
 """
 
 from __future__ import annotations
@@ -85,24 +85,27 @@ def _to_parquet(trajectory: ExportedTrajectory) -> bytes:
     is_kept_NK = np.arange(rows.top_k) < counts_N[:, None]
     supervised_T = np.zeros(len(trajectory.token_ids), bool)
     supervised_T[rows.positions] = True
-    # A token without a row is null, and takes no values.
     counts_T = np.zeros(len(trajectory.token_ids), np.int64)
     counts_T[rows.positions] = counts_N
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts_T)]).astype(np.int32))
-    nulls = pa.array(~supervised_T)
 
     def scalars(values_N: NDArray[np.float32]) -> pa.Array:
         values_T = np.zeros(len(trajectory.token_ids), np.float32)
         values_T[rows.positions] = values_N
         return pa.array(values_T, mask=~supervised_T)
 
+    def lists(values: NDArray[np.generic], counts_T: NDArray[np.int64]) -> pa.Array:
+        # A token without a row is null, and takes no values.
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts_T)]).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array(~supervised_T))
+
     table = pa.table(
         {
             "token_id": pa.array(trajectory.token_ids),
-            "indices": pa.ListArray.from_arrays(offsets, pa.array(rows.ids[is_kept_NK].astype(np.int32)), mask=nulls),
-            "values": pa.ListArray.from_arrays(offsets, pa.array(rows.logprobs[is_kept_NK]), mask=nulls),
+            "indices": lists(rows.ids[is_kept_NK].astype(np.int32), counts_T),
+            "values": lists(rows.logprobs[is_kept_NK], counts_T),
             "tail_logmass": scalars(rows.tail_logmass),
             "target_logprob": scalars(rows.target_logprob),
+            "tail_logsumexps": lists(rows.tail_logsumexps.ravel(), supervised_T * rows.tail_logsumexps.shape[1]),
         }
     )
     buffer = io.BytesIO()
@@ -131,7 +134,16 @@ def _from_parquet(content: bytes, top_k: int) -> dict[str, Any]:
         "values": logprobs_NK,
         "tail_logmass": supervised["tail_logmass"].to_numpy(),
         "target_logprob": supervised["target_logprob"].to_numpy(),
+        "tail_logsumexps": _matrix(supervised["tail_logsumexps"].combine_chunks()),
     }
+
+
+def _matrix(lists: pa.ListArray) -> NDArray[Any]:
+    widths = np.unique(np.diff(lists.offsets.to_numpy()))
+    if len(widths) > 1:
+        raise ValueError(f"rows have tails at from {widths[0]} to {widths[-1]} temperatures")
+    width = int(widths[0]) if len(widths) else 0
+    return np.asarray(lists.flatten().to_numpy()).reshape(len(lists), width)
 
 
 NPZ = FileFormat(".npz", _to_npz, _from_npz)
@@ -139,7 +151,10 @@ SAFETENSORS = FileFormat(".safetensors", _to_safetensors, _from_safetensors)
 PARQUET = FileFormat(".parquet", _to_parquet, _from_parquet)
 FORMATS: dict[str, FileFormat] = {"npz": NPZ, "parquet": PARQUET, "safetensors": SAFETENSORS}
 
-_DIMENSIONS = {"token_ids": 1, "positions": 1, "indices": 2, "values": 2, "tail_logmass": 1, "target_logprob": 1}
+_DIMENSIONS = {
+    "token_ids": 1, "positions": 1, "indices": 2, "values": 2, "tail_logmass": 1, "target_logprob": 1,
+    "tail_logsumexps": 2,
+}  # fmt: skip
 
 
 def _arrays(trajectory: ExportedTrajectory, values: type[np.floating]) -> dict[str, NDArray[np.generic]]:
@@ -153,6 +168,7 @@ def _arrays(trajectory: ExportedTrajectory, values: type[np.floating]) -> dict[s
         "values": np.where(np.isneginf(rows.logprobs), -np.inf, np.maximum(rows.logprobs, lowest)).astype(values),
         "tail_logmass": rows.tail_logmass,
         "target_logprob": rows.target_logprob,
+        "tail_logsumexps": rows.tail_logsumexps,
     }
 
 
@@ -184,5 +200,6 @@ def _from_arrays(arrays: dict[str, Any]) -> ExportedTrajectory:
         logprobs=logprobs_NK,
         tail_logmass=arrays["tail_logmass"].astype(np.float32),
         target_logprob=arrays["target_logprob"].astype(np.float32),
+        tail_logsumexps=arrays["tail_logsumexps"].astype(np.float32),
     )
     return ExportedTrajectory(arrays["token_ids"].astype(np.uint32), rows)

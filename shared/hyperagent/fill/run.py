@@ -103,10 +103,8 @@ def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
         num_tokens += item.num_tokens
         num_rows += item.num_rows
     facts = teacher.identity
-    sizes = {
-        codec: round(num_rows * bytes_per_row(codec, top_k=facts.top_k, vocab_size=facts.vocab_size))
-        for codec in CODECS
-    }
+    row = {"top_k": facts.top_k, "vocab_size": facts.vocab_size, "num_temperatures": len(facts.temperatures)}
+    sizes = {codec: round(num_rows * bytes_per_row(codec, **row)) for codec in CODECS}
     return PopulatePlan(trajectories, num_tokens, num_rows, sizes, tuple(too_long))
 
 

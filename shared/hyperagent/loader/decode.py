@@ -2,7 +2,7 @@
 
 The bytes are specified in docs/cache-format.md; `hyperagent.cache.codecs` is the host's decoder of the same.
 
-Legend of shape suffixes: N rows, K the most ids that a row keeps, n kept ids of all rows together.
+Legend of shape suffixes: N rows, K the most ids that a row keeps, n kept ids of all rows together, M temperatures besides 1.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ class DeviceRows(NamedTuple):
     logprobs_NK: Tensor
     tail_logmass_N: Tensor
     target_logprob_N: Tensor
+    tail_logsumexps_NM: Tensor
 
 
-def decode_on_device(header: Header, payload: memoryview, *, vocab_size: int, device: torch.device) -> DeviceRows:
+def decode_on_device(
+    header: Header, payload: memoryview, *, vocab_size: int, num_temperatures: int, device: torch.device
+) -> DeviceRows:
     """The rows of a block whose payload's checksum fits.
 
     Raises:
@@ -41,13 +44,14 @@ def decode_on_device(header: Header, payload: memoryview, *, vocab_size: int, de
     N, K, n = header.num_rows, header.top_k, header.num_kept
     scalar = torch.float32 if codec is EXACT else torch.float16
     is_ragged = n != N * K
-    sizes = [scalar.itemsize * N, scalar.itemsize * N, 2 * N * is_ragged, -(-header.num_tokens // 8)]
+    of_scalar = scalar.itemsize * N
+    sizes = [of_scalar, of_scalar, of_scalar * num_temperatures, 2 * N * is_ragged, -(-header.num_tokens // 8)]
     content_bytes = len(payload) - sum(sizes)
     if content_bytes < 0:
         raise CorruptRecord(f"its payload has {len(payload)} bytes, too few for {N} rows")
     # A copy, because a tensor cannot be of bytes that must not be written.
     packed = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-    content, tail, target, counts, bitmap = torch.split(packed, [content_bytes, *sizes])
+    content, tail, target, tails, counts, bitmap = torch.split(packed, [content_bytes, *sizes])
     offsets_N = _bits(bitmap).nonzero().flatten()
     counts_N = (
         _as(counts, torch.int16).long() & 0xFFFF if is_ragged else torch.full((N,), K, dtype=torch.int64, device=device)
@@ -59,7 +63,7 @@ def decode_on_device(header: Header, payload: memoryview, *, vocab_size: int, de
     ids_NK, logprobs_NK = _pad(ids_n, logprobs_n, counts_N, K)
     return DeviceRows(
         (offsets_N + header.first_token).int(), ids_NK, logprobs_NK, _as(tail, scalar).float(),
-        _as(target, scalar).float(),
+        _as(target, scalar).float(), _as(tails, scalar).float().view(N, num_temperatures),
     )  # fmt: skip
 
 

@@ -62,13 +62,14 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
 class ChunkEncoder:
     """Cuts the rows of one answer into messages of about `max_bytes` each; the last one carries the digest of all."""
 
-    def __init__(self, *, top_k: int, first_row: int = 0, max_bytes: int = 1 << 19) -> None:
+    def __init__(self, *, top_k: int, num_temperatures: int, first_row: int = 0, max_bytes: int = 1 << 19) -> None:
         """Begin an answer.
 
         Args:
+            num_temperatures: of the teacher's identity.
             first_row: index of its first row among the request's positions.
         """
-        self._rows_per_chunk = max(1, max_bytes // row_bytes(top_k))
+        self._rows_per_chunk = max(1, max_bytes // row_bytes(top_k, num_temperatures))
         self._next_row = first_row
         self._pending: list[TopKRows] = []
         self._num_pending = 0
@@ -107,6 +108,7 @@ class ChunkEncoder:
             logprobs=rows.logprobs.astype(_F4, copy=False).tobytes(),
             tail_logmass=rows.tail_logmass.astype(_F4, copy=False).tobytes(),
             target_logprob=rows.target_logprob.astype(_F4, copy=False).tobytes(),
+            tail_logsumexps=rows.tail_logsumexps.astype(_F4, copy=False).tobytes(),
             id_dtype=pb.DTYPE_UINT32,
             logprob_dtype=pb.DTYPE_FLOAT32,
         )
@@ -116,9 +118,9 @@ class ChunkEncoder:
         return chunk
 
 
-def row_bytes(top_k: int) -> int:
+def row_bytes(top_k: int, num_temperatures: int) -> int:
     """Bytes of one row, on the wire and in memory."""
-    return 8 * top_k + 12
+    return 8 * top_k + 12 + 4 * num_temperatures
 
 
 def update_digest(digest: blake3, chunk: pb.ScoreTokensResponse) -> None:
@@ -145,12 +147,15 @@ def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
             "run the same version of hyperagent on both sides"
         )
     n, k = chunk.num_rows, chunk.top_k
+    # As many as the teacher has temperatures besides 1.
+    m = len(chunk.tail_logsumexps) // (_F4.itemsize * n) if n else 0
     return TopKRows(
         positions=_array(chunk.positions, _U4, (n,), "positions").astype(np.uint32, copy=False),
         ids=_array(chunk.ids, _U4, (n, k), "ids").astype(np.uint32, copy=False),
         logprobs=_array(chunk.logprobs, _F4, (n, k), "logprobs").astype(np.float32, copy=False),
         tail_logmass=_array(chunk.tail_logmass, _F4, (n,), "tail_logmass").astype(np.float32, copy=False),
         target_logprob=_array(chunk.target_logprob, _F4, (n,), "target_logprob").astype(np.float32, copy=False),
+        tail_logsumexps=_array(chunk.tail_logsumexps, _F4, (n, m), "tail_logsumexps").astype(np.float32, copy=False),
     )
 
 
@@ -162,7 +167,9 @@ def _checksum(chunk: pb.ScoreTokensResponse) -> int:
 
 
 def _arrays(chunk: pb.ScoreTokensResponse) -> tuple[bytes, ...]:
-    return chunk.positions, chunk.ids, chunk.logprobs, chunk.tail_logmass, chunk.target_logprob
+    return (
+        chunk.positions, chunk.ids, chunk.logprobs, chunk.tail_logmass, chunk.target_logprob, chunk.tail_logsumexps,
+    )  # fmt: skip
 
 
 def _array(packed: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
@@ -223,6 +230,7 @@ def teacher_to_proto(identity: TeacherIdentity) -> pb.TeacherIdentity:
         ),
         vocab_size=identity.vocab_size,
         top_k=identity.top_k,
+        temperatures=identity.temperatures,
         fingerprint=identity.fingerprint,
     )
 
@@ -243,6 +251,7 @@ def teacher_from_proto(message: pb.TeacherIdentity) -> TeacherIdentity:
         template_sha256=message.tokenizer.template_sha256,
         vocab_size=message.vocab_size,
         top_k=message.top_k,
+        temperatures=tuple(message.temperatures),
     )
     require_same(
         "the teacher's fingerprint",

@@ -24,41 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhyperagent/wire/teacher.proto\x12\x15hyperagent.teacher.v1\"F\n\x11TokenizerIdentity\x12\x18\n\x10tokenizer_sha256\x18\x01 \x01(\t\x12\x17\n\x0ftemplate_sha256\x18\x02 \x01(\t\"\x82\x01\n\x0c\x44\x61taIdentity\x12;\n\ttokenizer\x18\x01 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08settings\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\xc6\x01\n\x0fTeacherIdentity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12;\n\ttokenizer\x18\x05 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\"\x13\n\x11GetTeacherRequest\"\x80\x01\n\x12GetTeacherResponse\x12\x38\n\x08identity\x18\x01 \x01(\x0b\x32&.hyperagent.teacher.v1.TeacherIdentity\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x1c\n\x14max_pending_requests\x18\x03 \x01(\r\"\x99\x01\n\x12ScoreTokensRequest\x12;\n\ttokenizer\x18\x01 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tfirst_row\x18\x05 \x01(\r\"\xb0\x02\n\x13ScoreTokensResponse\x12\x11\n\tfirst_row\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tpositions\x18\x04 \x01(\x0c\x12\x0b\n\x03ids\x18\x05 \x01(\x0c\x12\x10\n\x08logprobs\x18\x06 \x01(\x0c\x12\x14\n\x0ctail_logmass\x18\x07 \x01(\x0c\x12\x16\n\x0etarget_logprob\x18\x08 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12.\n\x08id_dtype\x18\n \x01(\x0e\x32\x1c.hyperagent.teacher.v1.Dtype\x12\x33\n\rlogprob_dtype\x18\x0b \x01(\x0e\x32\x1c.hyperagent.teacher.v1.Dtype\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\"\xce\x01\n\x14PopulateCacheRequest\x12\x39\n\x07options\x18\x01 \x01(\x0b\x32&.hyperagent.teacher.v1.PopulateOptionsH\x00\x12@\n\ntrajectory\x18\x02 \x01(\x0b\x32*.hyperagent.teacher.v1.TokenisedTrajectoryH\x00\x12\x31\n\x04\x66ile\x18\x03 \x01(\x0b\x32!.hyperagent.teacher.v1.TokensFileH\x00\x42\x06\n\x04item\"J\n\x0fPopulateOptions\x12\x31\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32#.hyperagent.teacher.v1.DataIdentityJ\x04\x08\x01\x10\x02\"R\n\x13TokenisedTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\"\x1a\n\nTokensFile\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xb8\x02\n\x15PopulateCacheResponse\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x45\n\x07outcome\x18\x02 \x01(\x0e\x32\x34.hyperagent.teacher.v1.PopulateCacheResponse.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\tcache_key\x18\x06 \x01(\t\x12\x15\n\rrecord_digest\x18\x07 \x01(\x0c\"a\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_WRITTEN\x10\x01\x12\x13\n\x0fOUTCOME_PRESENT\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03*C\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x44TYPE_UINT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x32\xcb\x02\n\x0eTeacherService\x12\x61\n\nGetTeacher\x12(.hyperagent.teacher.v1.GetTeacherRequest\x1a).hyperagent.teacher.v1.GetTeacherResponse\x12\x66\n\x0bScoreTokens\x12).hyperagent.teacher.v1.ScoreTokensRequest\x1a*.hyperagent.teacher.v1.ScoreTokensResponse0\x01\x12n\n\rPopulateCache\x12+.hyperagent.teacher.v1.PopulateCacheRequest\x1a,.hyperagent.teacher.v1.PopulateCacheResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhyperagent/wire/teacher.proto\x12\x15hyperagent.teacher.v1\"F\n\x11TokenizerIdentity\x12\x18\n\x10tokenizer_sha256\x18\x01 \x01(\t\x12\x17\n\x0ftemplate_sha256\x18\x02 \x01(\t\"\x82\x01\n\x0c\x44\x61taIdentity\x12;\n\ttokenizer\x18\x01 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08settings\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\xdc\x01\n\x0fTeacherIdentity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12;\n\ttokenizer\x18\x05 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x14\n\x0ctemperatures\x18\t \x03(\x01\"\x13\n\x11GetTeacherRequest\"\x80\x01\n\x12GetTeacherResponse\x12\x38\n\x08identity\x18\x01 \x01(\x0b\x32&.hyperagent.teacher.v1.TeacherIdentity\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x1c\n\x14max_pending_requests\x18\x03 \x01(\r\"\x99\x01\n\x12ScoreTokensRequest\x12;\n\ttokenizer\x18\x01 \x01(\x0b\x32(.hyperagent.teacher.v1.TokenizerIdentity\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tfirst_row\x18\x05 \x01(\r\"\xc9\x02\n\x13ScoreTokensResponse\x12\x11\n\tfirst_row\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tpositions\x18\x04 \x01(\x0c\x12\x0b\n\x03ids\x18\x05 \x01(\x0c\x12\x10\n\x08logprobs\x18\x06 \x01(\x0c\x12\x14\n\x0ctail_logmass\x18\x07 \x01(\x0c\x12\x16\n\x0etarget_logprob\x18\x08 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12.\n\x08id_dtype\x18\n \x01(\x0e\x32\x1c.hyperagent.teacher.v1.Dtype\x12\x33\n\rlogprob_dtype\x18\x0b \x01(\x0e\x32\x1c.hyperagent.teacher.v1.Dtype\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\x12\x17\n\x0ftail_logsumexps\x18\r \x01(\x0c\"\xce\x01\n\x14PopulateCacheRequest\x12\x39\n\x07options\x18\x01 \x01(\x0b\x32&.hyperagent.teacher.v1.PopulateOptionsH\x00\x12@\n\ntrajectory\x18\x02 \x01(\x0b\x32*.hyperagent.teacher.v1.TokenisedTrajectoryH\x00\x12\x31\n\x04\x66ile\x18\x03 \x01(\x0b\x32!.hyperagent.teacher.v1.TokensFileH\x00\x42\x06\n\x04item\"J\n\x0fPopulateOptions\x12\x31\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32#.hyperagent.teacher.v1.DataIdentityJ\x04\x08\x01\x10\x02\"R\n\x13TokenisedTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\"\x1a\n\nTokensFile\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xb8\x02\n\x15PopulateCacheResponse\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x45\n\x07outcome\x18\x02 \x01(\x0e\x32\x34.hyperagent.teacher.v1.PopulateCacheResponse.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\tcache_key\x18\x06 \x01(\t\x12\x15\n\rrecord_digest\x18\x07 \x01(\x0c\"a\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_WRITTEN\x10\x01\x12\x13\n\x0fOUTCOME_PRESENT\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03*C\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x44TYPE_UINT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x32\xcb\x02\n\x0eTeacherService\x12\x61\n\nGetTeacher\x12(.hyperagent.teacher.v1.GetTeacherRequest\x1a).hyperagent.teacher.v1.GetTeacherResponse\x12\x66\n\x0bScoreTokens\x12).hyperagent.teacher.v1.ScoreTokensRequest\x1a*.hyperagent.teacher.v1.ScoreTokensResponse0\x01\x12n\n\rPopulateCache\x12+.hyperagent.teacher.v1.PopulateCacheRequest\x1a,.hyperagent.teacher.v1.PopulateCacheResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hyperagent.wire.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1789
-  _globals['_DTYPE']._serialized_end=1856
+  _globals['_DTYPE']._serialized_start=1836
+  _globals['_DTYPE']._serialized_end=1903
   _globals['_TOKENIZERIDENTITY']._serialized_start=56
   _globals['_TOKENIZERIDENTITY']._serialized_end=126
   _globals['_DATAIDENTITY']._serialized_start=129
   _globals['_DATAIDENTITY']._serialized_end=259
   _globals['_TEACHERIDENTITY']._serialized_start=262
-  _globals['_TEACHERIDENTITY']._serialized_end=460
-  _globals['_GETTEACHERREQUEST']._serialized_start=462
-  _globals['_GETTEACHERREQUEST']._serialized_end=481
-  _globals['_GETTEACHERRESPONSE']._serialized_start=484
-  _globals['_GETTEACHERRESPONSE']._serialized_end=612
-  _globals['_SCORETOKENSREQUEST']._serialized_start=615
-  _globals['_SCORETOKENSREQUEST']._serialized_end=768
-  _globals['_SCORETOKENSRESPONSE']._serialized_start=771
-  _globals['_SCORETOKENSRESPONSE']._serialized_end=1075
-  _globals['_POPULATECACHEREQUEST']._serialized_start=1078
-  _globals['_POPULATECACHEREQUEST']._serialized_end=1284
-  _globals['_POPULATEOPTIONS']._serialized_start=1286
-  _globals['_POPULATEOPTIONS']._serialized_end=1360
-  _globals['_TOKENISEDTRAJECTORY']._serialized_start=1362
-  _globals['_TOKENISEDTRAJECTORY']._serialized_end=1444
-  _globals['_TOKENSFILE']._serialized_start=1446
-  _globals['_TOKENSFILE']._serialized_end=1472
-  _globals['_POPULATECACHERESPONSE']._serialized_start=1475
-  _globals['_POPULATECACHERESPONSE']._serialized_end=1787
-  _globals['_POPULATECACHERESPONSE_OUTCOME']._serialized_start=1690
-  _globals['_POPULATECACHERESPONSE_OUTCOME']._serialized_end=1787
-  _globals['_TEACHERSERVICE']._serialized_start=1859
-  _globals['_TEACHERSERVICE']._serialized_end=2190
+  _globals['_TEACHERIDENTITY']._serialized_end=482
+  _globals['_GETTEACHERREQUEST']._serialized_start=484
+  _globals['_GETTEACHERREQUEST']._serialized_end=503
+  _globals['_GETTEACHERRESPONSE']._serialized_start=506
+  _globals['_GETTEACHERRESPONSE']._serialized_end=634
+  _globals['_SCORETOKENSREQUEST']._serialized_start=637
+  _globals['_SCORETOKENSREQUEST']._serialized_end=790
+  _globals['_SCORETOKENSRESPONSE']._serialized_start=793
+  _globals['_SCORETOKENSRESPONSE']._serialized_end=1122
+  _globals['_POPULATECACHEREQUEST']._serialized_start=1125
+  _globals['_POPULATECACHEREQUEST']._serialized_end=1331
+  _globals['_POPULATEOPTIONS']._serialized_start=1333
+  _globals['_POPULATEOPTIONS']._serialized_end=1407
+  _globals['_TOKENISEDTRAJECTORY']._serialized_start=1409
+  _globals['_TOKENISEDTRAJECTORY']._serialized_end=1491
+  _globals['_TOKENSFILE']._serialized_start=1493
+  _globals['_TOKENSFILE']._serialized_end=1519
+  _globals['_POPULATECACHERESPONSE']._serialized_start=1522
+  _globals['_POPULATECACHERESPONSE']._serialized_end=1834
+  _globals['_POPULATECACHERESPONSE_OUTCOME']._serialized_start=1737
+  _globals['_POPULATECACHERESPONSE_OUTCOME']._serialized_end=1834
+  _globals['_TEACHERSERVICE']._serialized_start=1906
+  _globals['_TEACHERSERVICE']._serialized_end=2237
 # @@protoc_insertion_point(module_scope)

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -36,7 +37,7 @@ class DataIdentity(_message.Message):
     def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., source: _Optional[str] = ..., settings: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class TeacherIdentity(_message.Message):
-    __slots__ = ("model", "weights", "dtype", "backend", "tokenizer", "vocab_size", "top_k", "fingerprint")
+    __slots__ = ("model", "weights", "dtype", "backend", "tokenizer", "vocab_size", "top_k", "fingerprint", "temperatures")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +46,7 @@ class TeacherIdentity(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights: str
     dtype: str
@@ -53,7 +55,8 @@ class TeacherIdentity(_message.Message):
     vocab_size: int
     top_k: int
     fingerprint: str
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., vocab_size: _Optional[int] = ..., top_k: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    temperatures: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., vocab_size: _Optional[int] = ..., top_k: _Optional[int] = ..., fingerprint: _Optional[str] = ..., temperatures: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetTeacherRequest(_message.Message):
     __slots__ = ()
@@ -84,7 +87,7 @@ class ScoreTokensRequest(_message.Message):
     def __init__(self, tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., top_k: _Optional[int] = ..., first_row: _Optional[int] = ...) -> None: ...
 
 class ScoreTokensResponse(_message.Message):
-    __slots__ = ("first_row", "num_rows", "top_k", "positions", "ids", "logprobs", "tail_logmass", "target_logprob", "checksum", "id_dtype", "logprob_dtype", "digest")
+    __slots__ = ("first_row", "num_rows", "top_k", "positions", "ids", "logprobs", "tail_logmass", "target_logprob", "checksum", "id_dtype", "logprob_dtype", "digest", "tail_logsumexps")
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +100,7 @@ class ScoreTokensResponse(_message.Message):
     ID_DTYPE_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_DTYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TAIL_LOGSUMEXPS_FIELD_NUMBER: _ClassVar[int]
     first_row: int
     num_rows: int
     top_k: int
@@ -109,7 +113,8 @@ class ScoreTokensResponse(_message.Message):
     id_dtype: Dtype
     logprob_dtype: Dtype
     digest: bytes
-    def __init__(self, first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., top_k: _Optional[int] = ..., positions: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., tail_logmass: _Optional[bytes] = ..., target_logprob: _Optional[bytes] = ..., checksum: _Optional[int] = ..., id_dtype: _Optional[_Union[Dtype, str]] = ..., logprob_dtype: _Optional[_Union[Dtype, str]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    tail_logsumexps: bytes
+    def __init__(self, first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., top_k: _Optional[int] = ..., positions: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., tail_logmass: _Optional[bytes] = ..., target_logprob: _Optional[bytes] = ..., checksum: _Optional[int] = ..., id_dtype: _Optional[_Union[Dtype, str]] = ..., logprob_dtype: _Optional[_Union[Dtype, str]] = ..., digest: _Optional[bytes] = ..., tail_logsumexps: _Optional[bytes] = ...) -> None: ...
 
 class PopulateCacheRequest(_message.Message):
     __slots__ = ("options", "trajectory", "file")
