@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.adapter import AdapterWeights
+from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
 from hyperagent.model.targets import LayerInfo
 
 LAYERS = (

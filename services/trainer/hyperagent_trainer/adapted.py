@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork
+from hyperagent.model.adapter import AdapterWeights
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.batches import Batch, pad_prompts
 from hyperagent_trainer.loss import compute_distillation_loss

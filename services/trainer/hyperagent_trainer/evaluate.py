@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
-from hyperagent.model.hypernetwork import AdapterWeights
+from hyperagent.model.adapter import AdapterWeights
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
 

@@ -25,7 +25,8 @@ from hyperagent.config import StrictModel, parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
 from hyperagent.files import new_directory
 from hyperagent.identity import DataIdentity, canonical_json
-from hyperagent.model.hypernetwork import AdapterWeights, AgenticHyperNetwork, HyperNetworkConfig, LoRAPair
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
 from hyperagent.model.targets import LayerInfo
 
 FORMAT_VERSION = 2

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperagent.config import StrictModel
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.targets import LayerInfo
 
 
@@ -57,20 +57,6 @@ class HyperNetworkConfig(StrictModel):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-@dataclass(frozen=True, eq=False)
-class LoRAPair:
-    """The two factors of one layer's delta, scale * b @ a; with a leading batch axis when they belong to a batch."""
-
-    a: Tensor
-    """[(B,) R, I]."""
-    b: Tensor
-    """[(B,) O, R]."""
-
-
-AdapterWeights = dict[str, LoRAPair]
-"""Factors by full module name."""
 
 
 class _Attention(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperagent.errors import InvalidRequest
-from hyperagent.model.hypernetwork import AdapterWeights, LoRAPair
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
 
 ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 

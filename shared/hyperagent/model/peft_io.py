@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from safetensors.torch import save
 
 from hyperagent.errors import CorruptRecord, InvalidRequest
-from hyperagent.model.hypernetwork import AdapterWeights
+from hyperagent.model.adapter import AdapterWeights
 
 
 @dataclass(frozen=True)
