@@ -1,85 +1,65 @@
-"""What the cache's codecs cost and how fast they are read, beside numpy's .npz and a copy of as many bytes.
+"""What the cache's codecs cost and how fast they are read, beside numpy's .npz, a copy of as many bytes, and Redis.
 
     python benchmarks/cache.py [--rows 20000] [--top-k 128] [--json]
-    python benchmarks/cache.py --teacher runs/demo/teacher --tokens runs/demo/tokens.parquet
+    python benchmarks/cache.py --data trajectories.parquet --tokenizer FOLDER
 
-Rows are synthetic (a random set of ids, log-probabilities that fall like a language model's) or, with --teacher and
---tokens, a real teacher's. `kl_nats` compares what is read with what was put in, in float64, over the kept ids and the
-tail. `loader` fills torch tensors on the host, `decode` stops at arrays, which with the codec exact are views of the file;
-`1,024 tokens` is a random read by the loader. `npz` is an uncompressed file per 1,024 tokens with int32 ids and float16 log-probabilities, 768 bytes a token at
-top 128; `memcpy` copies as many bytes as a codec's records take. Reading is from the page cache and after a first read,
-which checks the bytes: what is compared is a reader's work, not the disk's.
+Rows are a real teacher's: a tiny Qwen3-MoE with the tokenizer's whole vocabulary, trained for `--train-s` seconds on the
+trajectories (kept in runs/benchmark for the next time), asked about repositories it has not seen. Beside them stand
+`synthetic` rows, a random set of ids and log-probabilities that fall like a language model's, which are the worst case for
+the ids; without trajectories there are these alone.
+
+`kl_nats` compares what is read with what was put in, in float64, over the kept ids and the tail. `loader` fills torch tensors
+on the host, `decode` stops at arrays, which with the codec exact are views of the file; `random_read_ms` is a read of 1,024
+tokens by the loader, `random_view_ms` by the decoder. `npz` is an uncompressed file per 1,024 tokens with int32 ids and
+float16 log-probabilities, 768 bytes a token at top 128; `memcpy` copies as many bytes as a codec's records take. Reading is
+from the page cache and after a first read, which checks the bytes: what is compared is a reader's work, not the disk's.
+
+`adaptive` keeps 0.999 of a row's probability with at least 8 ids, and `by_entropy` tells what that takes for rows of each
+entropy: a tiny teacher is unsure of most tokens, a large one of few, so its mean is to be read off there.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import itertools
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from teacher_rows import entropy_nats, synthetic_rows, teacher_rows
 
 from hyperagent.cache.check import count
 from hyperagent.cache.codecs import CODECS
+from hyperagent.cache.hot import HotTier
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import read_tokens
 from hyperagent.identity import TeacherIdentity
 from hyperagent.loader.rows import load_rows
-from hyperagent.topk import TopKRows, concatenate
-from hyperagent_teacher.transformers_engine import TransformersEngine
+from hyperagent.topk import TopKRows
 
-VOCABULARY = 151_936
 BLOCK = 1024
 REPETITIONS = 5
-KEPT_MASS = 0.999
-
-
-def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
-    """Rows whose ids have no pattern, which is the worst case for a codec."""
-    generator = np.random.default_rng(0)
-    # No two alike, so that their order needs no ids.
-    logits = -(1e-3 + generator.exponential(0.15, size=(num_rows, top_k))).cumsum(axis=1)
-    logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) - 0.01).astype(np.float32)
-    # A random offset for each row of a random subset of a coarser grid, with a random remainder: distinct, and uniform.
-    cells = np.argpartition(generator.random((num_rows, 8 * top_k)), top_k, axis=1)[:, :top_k]
-    width = VOCABULARY // (8 * top_k)
-    ids = cells * width + generator.integers(0, width, size=cells.shape)
-    rows = TopKRows(
-        positions=np.arange(1, num_rows + 1, dtype=np.uint32),
-        ids=ids.astype(np.uint32),
-        logprobs=logprobs,
-        tail_logmass=np.log(-np.expm1(np.logaddexp.reduce(logprobs, axis=1, dtype=np.float64))).astype(np.float32),
-        target_logprob=logprobs[:, 0],
-        tail_logsumexps=np.empty((num_rows, 0), np.float32),
-    )
-    return TeacherIdentity("t", "0" * 64, "float32", "x", "0" * 64, "0" * 64, VOCABULARY, top_k), rows
-
-
-def teacher_rows(teacher: Path, tokens: Path, num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
-    """A real teacher's rows, of trajectory after trajectory, as those of one long sequence."""
-    engine = TransformersEngine(teacher, tokenizer_folder=teacher, top_k=top_k, max_tokens=131_072)
-
-    async def collect() -> list[TopKRows]:
-        parts: list[TopKRows] = []
-        for trajectory in read_tokens(tokens):
-            async for rows in engine.score(trajectory.token_ids, trajectory.positions, top_k=top_k):
-                parts.append(rows)
-            if sum(part.num_rows for part in parts) >= num_rows:
-                break
-        return parts
-
-    rows = concatenate(asyncio.run(collect()))
-    engine.close()
-    return engine.identity, replace(rows, positions=np.arange(1, rows.num_rows + 1, dtype=np.uint32))
+ADAPTIVE = {"kept_mass": 0.999, "min_k": 8}
+ENTROPIES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
+"""Bounds of `by_entropy`, in nats."""
+FEWEST_ROWS = 100
+"""Fewer of one entropy say nothing of it."""
+PUBLISHED = {
+    # Its README states about 300 bytes at a vocabulary of 50,000; the same layout with ids of 18 bits takes this.
+    "distillkit_bytes_per_token": 344,
+}
+DATA = Path("../shared/data")
 
 
 def kl_nats(true: TopKRows, read: TopKRows) -> float:
@@ -135,8 +115,8 @@ def measure_codec(root: Path, settings: CacheSettings, identity: TeacherIdentity
             "random_view_ms": 1e3 * median_s(lambda: next(cache.rows_of(blocks[len(blocks) // 2 :][:1]))),
             "memcpy_tokens_per_s": rows.num_rows / median_s(lambda: _copy(stats.bytes)),
         }
-        if settings.kept_mass == 1:
-            result["kl_nats"] = kl_nats(rows, read)
+        # With adaptive k there is nothing to compare id by id; the cache has recorded what storing has cost.
+        result["kl_nats"] = kl_nats(rows, read) if settings.kept_mass == 1 else stats.kl_nats
         return result
 
 
@@ -167,43 +147,138 @@ def measure_npz(root: Path, rows: TopKRows) -> dict[str, float]:
     }
 
 
+def measure_redis(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float | str]:
+    """Reading through a Redis that holds all of it, and from the disk alone, with the default codec."""
+    if shutil.which("redis-server") is None:
+        return {"not_measured": "there is no redis-server"}
+    token_ids = np.zeros(rows.num_rows + 1, np.uint32)
+    with redis_server(root) as url:
+        hot = HotTier.connect(url)
+        with TopKCache.create_or_open(root / "cache", identity, hot=hot) as cache:
+            key = cache.put(token_ids, rows)
+            load_rows(cache, key)
+            hot.flush()
+            before = cache.hot_use
+            middle = rows.num_rows // BLOCK // 2 * BLOCK
+            found: dict[str, float | str] = {
+                "get_tokens_per_s": rows.num_rows / median_s(lambda: load_rows(cache, key)),
+                "get_random_read_ms": 1e3 * median_s(lambda: load_rows(cache, key, first_token=middle, end_token=middle + BLOCK)),
+            }  # fmt: skip
+            assert cache.hot_use.since(before).misses == 0, "Redis did not have everything; this is not its figure"
+    with TopKCache.open(root / "cache") as cache:
+        found["disk_tokens_per_s"] = rows.num_rows / median_s(lambda: load_rows(cache, key))
+        found["disk_random_read_ms"] = 1e3 * median_s(
+            lambda: load_rows(cache, key, first_token=middle, end_token=middle + BLOCK)
+        )
+    return found
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A Redis of its own on a Unix socket, empty and not written to disk; its URL."""
+    folder.mkdir()
+    socket = folder / "redis.sock"
+    command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not socket.exists():
+            assert process.poll() is None, "redis-server has ended"
+            time.sleep(0.01)
+        yield f"unix://{socket}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[dict[str, float]]:
+    """What adaptive k takes for rows of each entropy, as real files of rows like these alone."""
+    entropy_N = entropy_nats(rows)
+    table = []
+    for place, (low, high) in enumerate(itertools.pairwise(ENTROPIES)):
+        chosen = np.flatnonzero((entropy_N >= low) & (entropy_N < high))
+        if len(chosen) < FEWEST_ROWS:
+            continue
+        part = replace(rows.at(chosen), positions=np.arange(1, len(chosen) + 1, dtype=np.uint32))
+        line = {"from_nats": low, "to_nats": high if np.isfinite(high) else None, "share": len(chosen) / rows.num_rows}
+        for codec in ("compact", "archive"):
+            with TopKCache.create_or_open(
+                root / f"{place}-{codec}", identity, settings=CacheSettings(codec=codec, **ADAPTIVE)
+            ) as cache:
+                cache.put(np.zeros(part.num_rows + 1, np.uint32), part)
+                stats = count(cache)
+            line |= {
+                "mean_k": stats.mean_k,
+                "kept_mass": stats.kept_mass,
+                f"{codec}_bytes_per_token": stats.bytes_per_token,
+            }
+        table.append(line)
+    return table
+
+
+def measure(identity: TeacherIdentity, rows: TopKRows) -> dict[str, Any]:
+    """Everything about one set of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        settings = {name: CacheSettings(codec=name) for name in CODECS}
+        settings |= {f"{name}, adaptive": CacheSettings(codec=name, **ADAPTIVE) for name in ("compact", "archive")}
+        codecs = {name: measure_codec(root / name, each, identity, rows) for name, each in settings.items()}
+        npz = measure_npz(root / "npz", rows)
+        return {
+            "vocabulary": identity.vocab_size,
+            "top_k": rows.top_k,
+            "supervised_tokens": rows.num_rows,
+            "mean_entropy_nats": float(entropy_nats(rows).mean()),
+            "codecs": codecs,
+            "npz": npz,
+            "random_read_ms": codecs["exact"]["random_read_ms"],
+            "npz_random_read_ms": npz["random_read_ms"],
+            "redis": measure_redis(root / "redis", identity, rows),
+            "by_entropy": by_entropy(root / "entropy", identity, rows),
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in facts.splitlines() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--top-k", type=int, default=128)
-    parser.add_argument("--teacher", type=Path, help="folder of a teacher")
-    parser.add_argument("--tokens", type=Path, help="tokens file with trajectories to score")
+    parser.add_argument("--data", type=Path, default=DATA / "trajectories/dev.parquet", help="trajectories in Parquet")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / "qwen-tokenizer", help="folder of a tokenizer")
+    parser.add_argument("--train-s", type=float, default=240.0, help="seconds of the teacher's training")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if (options.teacher is None) != (options.tokens is None):
-        parser.error("--teacher and --tokens belong together")
-    if options.teacher:
-        identity, rows = teacher_rows(options.teacher, options.tokens, options.rows, options.top_k)
+    synthetic = measure(*synthetic_rows(options.rows, options.top_k))
+    report: dict[str, Any] = {"machine": machine(), "published": PUBLISHED}
+    if options.data.is_file():
+        teacher = teacher_rows(
+            options.data, options.tokenizer, store=Path("runs/benchmark"), num_rows=options.rows, top_k=options.top_k,
+            train_s=options.train_s,
+        )  # fmt: skip
+        report |= {"rows": "teacher", **measure(*teacher), "synthetic": synthetic}
     else:
-        identity, rows = synthetic_rows(options.rows, options.top_k)
-    with tempfile.TemporaryDirectory() as folder:
-        codecs = {
-            name: measure_codec(Path(folder) / name, CacheSettings(codec=name), identity, rows) for name in CODECS
-        }
-        codecs["compact, adaptive"] = measure_codec(
-            Path(folder) / "adaptive", CacheSettings(kept_mass=KEPT_MASS), identity, rows
-        )
-        npz = measure_npz(Path(folder) / "npz", rows)
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "rows": "teacher" if options.teacher else "synthetic",
-        "vocabulary": identity.vocab_size,
-        "top_k": options.top_k,
-        "supervised_tokens": rows.num_rows,
-        "codecs": codecs,
-        "npz": npz,
-        "random_read_ms": codecs["exact"]["random_read_ms"],
-        "npz_random_read_ms": npz["random_read_ms"],
-    }
-    print(json.dumps(report, indent=2) if options.json else _table(report))
+        report |= {"rows": "synthetic", **synthetic}
+    print(json.dumps(report, indent=2) if options.json else _text(report))
 
 
-def _table(report: dict[str, Any]) -> str:
+def _text(report: dict[str, Any]) -> str:
+    parts = [f"{report['machine']['processor']}, {report['machine']['cores']} cores", _table(report["rows"], report)]
+    if "synthetic" in report:
+        parts.append(_table("synthetic", report["synthetic"]))
+    return "\n\n".join(parts)
+
+
+def _table(name: str, part: dict[str, Any]) -> str:
     columns = {
         "bytes_per_token": ("B/token", ".1f"), "kl_nats": ("KL, nats", ".1e"), "mean_k": ("mean k", ".1f"),
         "kept_mass": ("mass", ".4f"), "write_tokens_per_s": ("write/s", ",.0f"),
@@ -211,13 +286,21 @@ def _table(report: dict[str, Any]) -> str:
         "memcpy_tokens_per_s": ("memcpy/s", ",.0f"), "random_read_ms": ("1,024 tokens, ms", ".3f"),
     }  # fmt: skip
     lines = [
-        f"{report['supervised_tokens']:,} rows ({report['rows']}), top {report['top_k']} of {report['vocabulary']:,}, "
-        f"{report['machine']}",
+        f"{part['supervised_tokens']:,} {name} rows, top {part['top_k']} of {part['vocabulary']:,}, mean entropy "
+        f"{part['mean_entropy_nats']:.2f} nats",
         f"{'':18}" + "".join(f"{title:>17}" for title, _ in columns.values()),
     ]
-    for name, found in [*report["codecs"].items(), ("npz", report["npz"])]:
+    for title, found in [*part["codecs"].items(), ("npz", part["npz"])]:
         cells = [f"{found[column]:{form}}" if column in found else "" for column, (_, form) in columns.items()]
-        lines.append(f"{name:18}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{title:18}" + "".join(f"{cell:>17}" for cell in cells))
+    lines.append("redis: " + ", ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{value}" for key, value in part["redis"].items()))  # fmt: skip
+    lines.append("adaptive k by entropy, nats: share, mean k, kept mass, bytes per token compact and archive")
+    for line in part["by_entropy"]:
+        upper = f"{line['to_nats']:g}" if line["to_nats"] is not None else "above"
+        lines.append(
+            f"  {line['from_nats']:g} to {upper:5} {line['share']:8.1%} {line['mean_k']:7.1f} {line['kept_mass']:8.4f} "
+            f"{line['compact_bytes_per_token']:8.1f} {line['archive_bytes_per_token']:8.1f}"
+        )
     return "\n".join(lines)
 
 

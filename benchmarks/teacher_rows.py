@@ -1,0 +1,104 @@
+"""Rows for the cache's benchmark: a tiny teacher's, trained on real trajectories, and synthetic ones."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from hyperagent.data.split import SplitSettings
+from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
+from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.tokens import HELD_OUT, read_tokens
+from hyperagent.data.views import ViewSettings
+from hyperagent.identity import TeacherIdentity
+from hyperagent.topk import DEFAULT_TEMPERATURES, TopKRows, concatenate
+from hyperagent_demo.config import PretrainConfig
+from hyperagent_demo.pretrain import PretrainJob, pretrain
+from hyperagent_teacher.transformers_engine import TransformersEngine
+
+VOCABULARY = 151_936
+MAX_TOKENS = 2048
+
+
+def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
+    """Rows whose ids have no pattern, which is the worst case for a codec."""
+    generator = np.random.default_rng(0)
+    # No two alike, so that their order needs no ids.
+    logits = -(1e-3 + generator.exponential(0.15, size=(num_rows, top_k))).cumsum(axis=1)
+    logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) - 0.01).astype(np.float32)
+    # A random offset for each row of a random subset of a coarser grid, with a random remainder: distinct, and uniform.
+    cells = np.argpartition(generator.random((num_rows, 8 * top_k)), top_k, axis=1)[:, :top_k]
+    width = VOCABULARY // (8 * top_k)
+    ids = cells * width + generator.integers(0, width, size=cells.shape)
+    tail = np.log(-np.expm1(np.logaddexp.reduce(logprobs, axis=1, dtype=np.float64))).astype(np.float32)
+    rows = TopKRows(
+        positions=np.arange(1, num_rows + 1, dtype=np.uint32),
+        ids=ids.astype(np.uint32),
+        logprobs=logprobs,
+        tail_logmass=tail,
+        target_logprob=logprobs[:, 0],
+        # As if all of the tail were spread evenly over a thousand ids.
+        tail_logsumexps=np.stack(
+            [tail / t + (1 - 1 / t) * np.log(1000) for t in DEFAULT_TEMPERATURES], axis=1, dtype=np.float32
+        ),
+    )
+    identity = TeacherIdentity(
+        "t", "0" * 64, "float32", "x", "0" * 64, "0" * 64, VOCABULARY, top_k, temperatures=DEFAULT_TEMPERATURES
+    )
+    return identity, rows
+
+
+def teacher_rows(
+    data: Path, tokenizer: Path, *, store: Path, num_rows: int, top_k: int, train_s: float
+) -> tuple[TeacherIdentity, TopKRows]:
+    """A teacher's rows of trajectories it was not trained on, joined as if they were those of one long sequence.
+
+    Args:
+        store: keeps tokens files and trained teachers from one run to the next.
+        train_s: seconds of training.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    settings = TokeniseSettings(
+        views=ViewSettings(max_tokens=MAX_TOKENS, max_prompt_tokens=MAX_TOKENS, cut=True),
+        split=SplitSettings(held_out_share=0.2),
+    )
+    config = PretrainConfig(
+        hidden_size=128, num_layers=4, num_experts=8, num_steps=100_000, batch_size=1, learning_rate=3e-3, max_seconds=train_s
+    )  # fmt: skip
+    of_data = blake3(data.read_bytes() + (tokenizer / "tokenizer.json").read_bytes()).hexdigest()[:16]
+    tokens, teacher = store / f"tokens-{of_data}.parquet", store / f"teacher-{of_data}-{train_s:g}s"
+    if not tokens.is_file():
+        tokenise_file(data, tokens, ChatTokenizer(tokenizer), settings)
+    if not (teacher / "pretraining.json").is_file():
+        pretrain(
+            PretrainJob(
+                role="teacher", config=config, tokens=tokens, tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=0, target=teacher
+            )
+        )  # fmt: skip
+    engine = TransformersEngine(
+        teacher, tokenizer_folder=teacher, top_k=top_k, max_tokens=MAX_TOKENS, temperatures=DEFAULT_TEMPERATURES
+    )
+
+    async def collect() -> list[TopKRows]:
+        parts: list[TopKRows] = []
+        for trajectory in read_tokens(tokens, split=HELD_OUT):
+            async for rows in engine.score(trajectory.token_ids, trajectory.positions, top_k=top_k):
+                parts.append(rows)
+            if sum(part.num_rows for part in parts) >= num_rows:
+                break
+        return parts
+
+    rows = concatenate(asyncio.run(collect())).part(slice(0, num_rows))
+    engine.close()
+    return engine.identity, replace(rows, positions=np.arange(1, rows.num_rows + 1, dtype=np.uint32))
+
+
+def entropy_nats(rows: TopKRows) -> np.ndarray:
+    """[N], each row's entropy with its tail as one more outcome, in nats: a lower bound, close where the tail is small."""
+    logp = np.concatenate([rows.logprobs, rows.tail_logmass[:, None]], axis=1).astype(np.float64)
+    p = np.exp(logp)
+    return -np.where(p > 0, p * np.maximum(logp, -1e3), 0).sum(axis=1)
