@@ -97,8 +97,8 @@ def teacher_rows(
     return engine.identity, replace(rows, positions=np.arange(1, rows.num_rows + 1, dtype=np.uint32))
 
 
-def entropy_nats(rows: TopKRows) -> np.ndarray:
-    """[N], each row's entropy with its tail as one more outcome, in nats: a lower bound, close where the tail is small."""
-    logp = np.concatenate([rows.logprobs, rows.tail_logmass[:, None]], axis=1).astype(np.float64)
-    p = np.exp(logp)
-    return -np.where(p > 0, p * np.maximum(logp, -1e3), 0).sum(axis=1)
+def entropy_nats(rows: TopKRows, vocab_size: int) -> np.ndarray:
+    """[N], each row's entropy in nats if its tail is spread evenly over all other ids: an upper bound."""
+    logp, tail = rows.logprobs.astype(np.float64), rows.tail_logmass.astype(np.float64)
+    spread = np.maximum(tail, -1e3) - np.log(max(vocab_size - rows.top_k, 1))
+    return -(np.exp(logp) * np.maximum(logp, -1e3)).sum(axis=1) - np.exp(tail) * spread

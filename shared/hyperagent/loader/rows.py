@@ -130,7 +130,7 @@ def load_rows(
         rows = _decode_on_device(cache, blocks, device)
     if (first_token, end) != (0, trajectory.num_tokens):
         # Blocks are whole, the range need not be.
-        low, high = torch.searchsorted(rows.positions_N, torch.tensor([first_token, end], device=device)).tolist()
+        low, high = np.searchsorted(rows.positions_N.cpu().numpy(), (first_token, end))
         rows = DeviceRows(*(column[low:high] for column in rows))
     return RowTensors(*rows, cache.identity.temperatures)
 

@@ -1,0 +1,140 @@
+"""Do the cache's tests notice when its code is changed? Run by hand; docs/reliability.md has the outcome.
+
+    python tests/shared/mutants.py [--count 120] [--seed 0]
+
+Draws changes of one place each (a comparison, an operator, a constant, a condition, a raise) in the code of the codecs and of
+recovery, and runs the tests that are fast on a copy with that change. A change that no test notices is printed: either it
+changes nothing that matters, or a test is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("adaptive", "codecs", "elias_fano", "record", "rows", "shard", "rebuild", "repair", "reader", "writer")
+TESTS = ("cache_format", "cache_care", "cache_store", "topk", "cache_published")
+# What the first three of these find, they find in seconds; these take a minute each.
+SLOW = "flipped_bit or damaged_shard or cut_shard or many_threads"
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.Mod: ast.Mult,
+}  # fmt: skip
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """What can stand in the place of `node`, with a name for people."""
+    changed = copy.deepcopy(node)
+    match changed:
+        case ast.Compare(ops=[operator]) if type(operator) in COMPARISONS:
+            changed.ops = [COMPARISONS[type(operator)]()]
+            yield "comparison", changed
+        case ast.BinOp(op=operator) if type(operator) in OPERATORS and not _is_type(changed):
+            changed.op = OPERATORS[type(operator)]()
+            yield "operator", changed
+        case ast.BoolOp(op=operator):
+            changed.op = ast.Or() if isinstance(operator, ast.And) else ast.And()
+            yield "and, or", changed
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield "not", operand
+        case ast.Constant(value=bool(value)):
+            yield "constant", ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            yield "constant", ast.Constant(value + 1)
+        case ast.Raise():
+            yield "raise", ast.Pass()
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, str]]:
+    """Line, kind and source of every mutant."""
+    tree = ast.parse(source)
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if field in ("annotation", "returns"):
+                continue
+            places = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+            for place, node in places:
+                if not isinstance(node, ast.AST):
+                    continue
+                for kind, changed in changes(node):
+                    ast.copy_location(changed, node)
+                    _put(parent, field, place, changed)
+                    yield getattr(node, "lineno", 0), kind, ast.unparse(ast.fix_missing_locations(tree))
+                    _put(parent, field, place, node)
+
+
+def is_noticed(copy_of_shared: Path, timeout_s: float) -> bool:
+    """Whether the tests fail on what stands in `copy_of_shared`, or do not end."""
+    tests = [str(ROOT / f"tests/shared/test_{name}.py") for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({SLOW})", *tests]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy_of_shared),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    return done.returncode != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout-s", type=float, default=120)
+    options = parser.parse_args()
+    found = [
+        (module, *mutant)
+        for module in MODULES
+        for mutant in mutants((ROOT / f"shared/hyperagent/cache/{module}.py").read_text(encoding="utf-8"))
+    ]
+    chosen = random.Random(options.seed).sample(found, min(options.count, len(found)))
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Path(folder) / "shared"
+        shutil.copytree(ROOT / "shared", shared)
+        if is_noticed(shared, options.timeout_s):
+            sys.exit("the tests fail on the code as it is; mend that first")
+        unnoticed = 0
+        for module, line, kind, source in chosen:
+            path = shared / f"hyperagent/cache/{module}.py"
+            original = path.read_text(encoding="utf-8")
+            path.write_text(source, encoding="utf-8")
+            if not is_noticed(shared, options.timeout_s):
+                unnoticed += 1
+                sys.stdout.write(f"not noticed: {module}.py, line {line}, {kind}\n")
+                sys.stdout.flush()
+            path.write_text(original, encoding="utf-8")
+    sys.stdout.write(f"{len(chosen) - unnoticed} of {len(chosen)} noticed, of {len(found)} that there are\n")
+
+
+def _is_type(node: ast.BinOp) -> bool:
+    # X | None in a cast or an annotation.
+    return isinstance(node.right, ast.Constant) and node.right.value is None
+
+
+def _put(parent: ast.AST, field: str, place: int | None, node: ast.AST) -> None:
+    if place is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[place] = node
+
+
+if __name__ == "__main__":
+    main()
