@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,11 +76,12 @@ def teacher_rows(
     if not tokens.is_file():
         tokenise_file(data, tokens, ChatTokenizer(tokenizer), settings)
     if not (teacher / "pretraining.json").is_file():
-        pretrain(
-            PretrainJob(
-                role="teacher", config=config, tokens=tokens, tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=0, target=teacher
-            )
+        job = PretrainJob(
+            role="teacher", config=config, tokens=tokens, tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=0, target=teacher
         )  # fmt: skip
+        # It tells its progress on standard output, which belongs to the report.
+        with redirect_stdout(sys.stderr):
+            pretrain(job)
     engine = TransformersEngine(
         teacher, tokenizer_folder=teacher, top_k=top_k, max_tokens=MAX_TOKENS, temperatures=DEFAULT_TEMPERATURES
     )
