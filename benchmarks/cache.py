@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=128)
     parser.add_argument("--data", type=Path, default=DATA / "trajectories/dev.parquet", help="trajectories in Parquet")
     parser.add_argument("--tokenizer", type=Path, default=DATA / "qwen-tokenizer", help="folder of a tokenizer")
-    parser.add_argument("--train-s", type=float, default=240.0, help="seconds of the teacher's training")
+    parser.add_argument("--train-s", type=float, default=420.0, help="seconds of the teacher's training")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     synthetic = measure(*synthetic_rows(options.rows, options.top_k))

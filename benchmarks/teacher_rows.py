@@ -23,7 +23,7 @@ from hyperagent_demo.pretrain import PretrainJob, pretrain
 from hyperagent_teacher.transformers_engine import TransformersEngine
 
 VOCABULARY = 151_936
-MAX_TOKENS = 2048
+MAX_TOKENS = 3072
 
 
 def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
@@ -66,7 +66,7 @@ def teacher_rows(
     store.mkdir(parents=True, exist_ok=True)
     settings = TokeniseSettings(
         views=ViewSettings(max_tokens=MAX_TOKENS, max_prompt_tokens=MAX_TOKENS, cut=True),
-        split=SplitSettings(held_out_share=0.2),
+        split=SplitSettings(held_out_share=0.3),
     )
     config = PretrainConfig(
         hidden_size=128, num_layers=4, num_experts=8, num_steps=100_000, batch_size=1, learning_rate=3e-3, max_seconds=train_s

@@ -144,7 +144,8 @@ def test_a_broken_packing_is_refused() -> None:
 def test_identities_and_outcomes_travel() -> None:
     tokenizer = TokenizerIdentity("cd", "ef")
     assert codec.tokenizer_from_proto(codec.tokenizer_to_proto(tokenizer)) == tokenizer
-    assert codec.teacher_from_proto(codec.teacher_to_proto(make_teacher())) == make_teacher()
+    for teacher in (make_teacher(), make_teacher(temperatures=(0.7, 2.0))):
+        assert codec.teacher_from_proto(codec.teacher_to_proto(teacher)) == teacher
     for outcome in Outcome:
         line = PopulateOutcome("t", outcome, num_rows=2, num_tokens=3, cache_key="k", reason="r")
         assert codec.outcome_from_proto(codec.outcome_to_proto(line)) == line
@@ -154,6 +155,13 @@ def test_a_teacher_that_states_more_than_this_side_knows_is_refused() -> None:
     message = codec.teacher_to_proto(make_teacher())
     message.fingerprint = make_teacher(dtype="bfloat16").fingerprint
     with pytest.raises(IdentityMismatch, match="same version"):
+        codec.teacher_from_proto(message)
+
+
+def test_temperatures_that_are_no_numbers_are_refused() -> None:
+    message = codec.teacher_to_proto(make_teacher(temperatures=(2.0,)))
+    message.temperatures += b"\0"
+    with pytest.raises(ServiceError, match="9 bytes, which are no float64"):
         codec.teacher_from_proto(message)
 
 

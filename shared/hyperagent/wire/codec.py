@@ -230,7 +230,7 @@ def teacher_to_proto(identity: TeacherIdentity) -> pb.TeacherIdentity:
         ),
         vocab_size=identity.vocab_size,
         top_k=identity.top_k,
-        temperatures=identity.temperatures,
+        temperatures=np.array(identity.temperatures, "<f8").tobytes(),
         fingerprint=identity.fingerprint,
     )
 
@@ -241,7 +241,13 @@ def teacher_from_proto(message: pb.TeacherIdentity) -> TeacherIdentity:
     Raises:
         IdentityMismatch: its fingerprint is not that of its fields, so the teacher knows fields that this side
             does not.
+        ServiceError: its temperatures are not packed float64.
     """
+    if len(message.temperatures) % 8:
+        raise ServiceError(
+            f"the teacher's temperatures take {len(message.temperatures)} bytes, which are no float64; "
+            "run the same version of hyperagent on both sides"
+        )
     identity = TeacherIdentity(
         model=message.model,
         weights=message.weights,
@@ -251,7 +257,7 @@ def teacher_from_proto(message: pb.TeacherIdentity) -> TeacherIdentity:
         template_sha256=message.tokenizer.template_sha256,
         vocab_size=message.vocab_size,
         top_k=message.top_k,
-        temperatures=tuple(message.temperatures),
+        temperatures=tuple(np.frombuffer(message.temperatures, "<f8").tolist()),
     )
     require_same(
         "the teacher's fingerprint",

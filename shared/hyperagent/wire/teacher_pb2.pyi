@@ -1,8 +1,7 @@
-from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -55,8 +54,8 @@ class TeacherIdentity(_message.Message):
     vocab_size: int
     top_k: int
     fingerprint: str
-    temperatures: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., vocab_size: _Optional[int] = ..., top_k: _Optional[int] = ..., fingerprint: _Optional[str] = ..., temperatures: _Optional[_Iterable[float]] = ...) -> None: ...
+    temperatures: bytes
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerIdentity, _Mapping]] = ..., vocab_size: _Optional[int] = ..., top_k: _Optional[int] = ..., fingerprint: _Optional[str] = ..., temperatures: _Optional[bytes] = ...) -> None: ...
 
 class GetTeacherRequest(_message.Message):
     __slots__ = ()
