@@ -23,7 +23,8 @@ from hyperagent.identity import (
 def test_every_field_but_the_name_changes_the_fingerprint() -> None:
     for field in fields(IDENTITY):
         value = getattr(IDENTITY, field.name)
-        changed = replace(IDENTITY, **{field.name: value + 1 if isinstance(value, int) else value + "x"})
+        other = {int: 1, str: "x", tuple: (3.0,)}[type(value)]
+        changed = replace(IDENTITY, **{field.name: value + other})
         assert (changed.fingerprint == IDENTITY.fingerprint) == (field.name == "model"), field.name
 
 

@@ -50,6 +50,7 @@ class GatedEngine:
     ) -> AsyncGenerator[TopKRows, None]:
         self.started.set()
         uniform = np.float32(-np.log(self.identity.vocab_size))
+        tails = [np.log(self.identity.vocab_size - top_k) + uniform / t for t in self.identity.temperatures]
         try:
             for place in range(len(positions)):
                 await self.permits.acquire()
@@ -62,7 +63,7 @@ class GatedEngine:
                     np.full((1, top_k), uniform),
                     np.log1p(np.full(1, -top_k * np.exp(uniform), np.float32)),
                     np.full(1, uniform),
-                    np.empty((1, 0), np.float32),
+                    np.array([tails], np.float32),
                 )
         finally:
             self.stopped.set()
