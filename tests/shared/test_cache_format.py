@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hyperagent.cache import elias_fano
 from hyperagent.cache.adaptive import keep_mass
 from hyperagent.cache.check import verify
-from hyperagent.cache.codecs import CODECS
+from hyperagent.cache.codecs import ARCHIVE, CODECS, KeptIds
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.record import (
     BlockOfTrajectory,
@@ -447,3 +447,14 @@ def test_a_log_probability_below_float16_stays_finite() -> None:
         content = encode_block(KEY, low, first_token=0, num_tokens=9, codec=codec, vocab_size=VOCABULARY)
         read = decode_block(*check_record(memoryview(content)), vocab_size=VOCABULARY, num_temperatures=2)
         assert read.target_logprob_N.tolist() == [-65504]
+
+
+def test_archive_keeps_gaps_and_steps_of_every_size() -> None:
+    """Gaps of one, two and three bytes, and log-probabilities so low that their step takes two."""
+    counts_N = np.array([4], np.int64)
+    ids_n, logprobs_n = np.array([3, 700, 70_700, 151_935], np.uint32), np.array([-0.01, -6, -50, -90], np.float32)
+    content, read_n = ARCHIVE.encode(KeptIds(counts_N, ids_n, logprobs_n), vocab_size=151_936)
+    back = ARCHIVE.decode(memoryview(content), counts_N, vocab_size=151_936)
+    np.testing.assert_array_equal(back.ids_n, ids_n)
+    np.testing.assert_array_equal(back.logprobs_n, read_n)
+    np.testing.assert_allclose(back.logprobs_n, logprobs_n, atol=0.126)

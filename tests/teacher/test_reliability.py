@@ -189,9 +189,10 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(
 ) -> None:
     real_encoder = codec.ChunkEncoder
 
-    def small_chunks(*, top_k: int, first_row: int, max_bytes: int) -> codec.ChunkEncoder:
+    def small_chunks(*, top_k: int, num_temperatures: int, first_row: int, max_bytes: int) -> codec.ChunkEncoder:
         assert max_bytes == 1 << 19
-        return real_encoder(top_k=top_k, first_row=first_row, max_bytes=140 * 3)
+        three_rows = 3 * codec.row_bytes(top_k, num_temperatures)
+        return real_encoder(top_k=top_k, num_temperatures=num_temperatures, first_row=first_row, max_bytes=three_rows)
 
     monkeypatch.setattr(codec, "ChunkEncoder", small_chunks)
     asked: list[int] = []
