@@ -13,18 +13,18 @@ from hyperagent.model.adapter import AdapterWeights
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.batches import Batch, pad_prompts
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
 from hyperagent_trainer.student import Student
 
 
 class AdaptedStudent:
     """Everything one step computes, from prompts to the sum of the loss."""
 
-    def __init__(self, student: Student, hypernetwork: AgenticHyperNetwork, *, loss_chunk_rows: int) -> None:
+    def __init__(self, student: Student, hypernetwork: AgenticHyperNetwork, *, loss_workspace_bytes: int | None = None) -> None:
         self.student = student
         self.hypernetwork = hypernetwork
         self._injector = HookBasedLoRAInjector(student.model, scale=hypernetwork.config.scale)
-        self._loss_chunk_rows = loss_chunk_rows
+        self._loss_workspace_bytes = loss_workspace_bytes
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
         """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
@@ -32,8 +32,8 @@ class AdaptedStudent:
         weights: AdapterWeights = self.hypernetwork(self.student.embeddings[ids_BP], mask_BP)
         return weights
 
-    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:
-        """`compute_distillation_loss` of the batch; without adapters, of the bare student."""
+    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions | None = None) -> Tensor:
+        """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
         with self._injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return compute_distillation_loss(
@@ -43,8 +43,10 @@ class AdaptedStudent:
             batch.logprobs_NK,
             batch.tail_logmass_N,
             vocab_size=self.student.vocab_size,
+            options=options,
             temperature=batch.temperature,
-            chunk_rows=self._loss_chunk_rows,
+            target_ids_N=batch.target_ids_N,
+            workspace_bytes=self._loss_workspace_bytes,
         )
 
     @torch.no_grad()
