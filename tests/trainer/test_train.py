@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     with pytest.raises(IdentityMismatch, match=f"the data of the checkpoint .* found {data}; restore the tokens file"):
         run(recipe, tmp_path / "run")
     manifest.write_text(whole)
-    path = folder.checkpoint / "hypernetwork.safetensors"
+    path = folder.checkpoint / "network.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
