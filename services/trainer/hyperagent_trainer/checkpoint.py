@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 from pydantic import Field
+from pydantic_core import to_jsonable_python
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -89,13 +90,10 @@ def load_checkpoint(
     if manifest.recipe != _digest(recipe):
         raise ConfigError(f"the checkpoint in {folder} is of another recipe; start a new run")
     for name in type(belongs_to).model_fields:
-        expected, found = getattr(manifest, name), getattr(belongs_to, name)
-        if name == "data":
-            expected, found = expected.fingerprint, found.fingerprint
         require_same(
-            f"the {name.replace('_', ' ')} of the checkpoint in {folder}",
-            expected=expected,
-            found=found,
+            f"{name} of the checkpoint in {folder}",
+            expected=_brief(getattr(manifest, name)),
+            found=_brief(getattr(belongs_to, name)),
             remedy="restore what the run was started with, or start a new run",
         )
     contents = {}
@@ -124,6 +122,13 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise ConfigError(f"the checkpoint in {folder} is of another release's format; start a new run")
     return parse(raw, CheckpointManifest, source=str(path))
+
+
+def _brief(value: object) -> object:
+    """A field as one shows it: long ones by their digests."""
+    if value is None or isinstance(value, str):
+        return value
+    return blake3(canonical_json(to_jsonable_python(value))).hexdigest()
 
 
 def _digest(recipe: TrainRecipe) -> str:

@@ -53,10 +53,14 @@ class HyperNetworkConfig(StrictModel):
         generator  M S D + generator_blocks (20 D^2 + 7 D) + D          flat: 16 D^2 + 5 D per block
         heads      D * sum of (I + O) over the groups                   flat: R times that
 
-    On the 48-layer student (E = 2,048, M = 120, rank 16, shapes 2,048 -> 512, 8,192 and 12,288, 4,096 -> 2,048):
+    For the 48-layer student (E = 2,048, M = 120, rank 16; shapes 2,048 -> 512, 8,192 and 12,288, and 4,096 -> 2,048,
+    together 33,280 inputs and outputs):
 
-        preset      D    L   encoder      generator     heads         total
-        tiny       64    8        PLACEHOLDER
+        preset      D   L      encoder    generator        heads        total
+        tiny       64   8      265,344      205,312    2,129,920    2,600,576
+        small     256  32    2,634,240    3,116,800    8,519,680   14,270,720
+        base    1,024  64   69,294,080   64,903,168   34,078,720  168,275,968
+        flat      256  32    2,634,240    2,130,688  136,314,880  141,079,808
     """
 
     width: int = Field(1024, ge=16, multiple_of=16)
@@ -216,15 +220,7 @@ class ShapeGroupedLoRAGenerator(nn.Module):
 
     def forward(self, latents_BLD: Tensor) -> AdapterWeights:
         """Factors a [B, R, I] and b [B, O, R] of every target layer."""
-        features_BMSD = self.features(latents_BLD)
-        weights: AdapterWeights = {}
-        for group, members in self._members.items():
-            read_BMSD = features_BMSD[:, members]
-            a_BMRI = self.a_heads[group](read_BMSD).reshape(len(latents_BLD), len(members), self.rank, -1)
-            b_BMRO = self.b_heads[group](read_BMSD).reshape(len(latents_BLD), len(members), self.rank, -1)
-            for place, m in enumerate(members):
-                weights[self.layers[m].name] = LoRAPair(a_BMRI[:, place], b_BMRO[:, place].transpose(1, 2))
-        return {layer.name: weights[layer.name] for layer in self.layers}
+        return self.factors(self.features(latents_BLD))
 
     def features(self, latents_BLD: Tensor) -> Tensor:
         """[B, M, S, D]: what the heads read, each of L2 norm `feature_norm`, so that no prompt makes a large adapter."""
@@ -232,6 +228,18 @@ class ShapeGroupedLoRAGenerator(nn.Module):
         for block in self.blocks:
             x_BMSD = block(x_BMSD, latents_BLD)
         return F.normalize(self.norm(x_BMSD), dim=-1) * self.feature_norm
+
+    def factors(self, features_BMSD: Tensor) -> AdapterWeights:
+        """What the heads make of `features`: a [B, R, I] and b [B, O, R] of every target layer."""
+        num = len(features_BMSD)
+        weights: AdapterWeights = {}
+        for group, members in self._members.items():
+            read_BMSD = features_BMSD[:, members]
+            a_BMRI = self.a_heads[group](read_BMSD).reshape(num, len(members), self.rank, -1)
+            b_BMRO = self.b_heads[group](read_BMSD).reshape(num, len(members), self.rank, -1)
+            for place, m in enumerate(members):
+                weights[self.layers[m].name] = LoRAPair(a_BMRI[:, place], b_BMRO[:, place].transpose(1, 2))
+        return {layer.name: weights[layer.name] for layer in self.layers}
 
 
 class AgenticHyperNetwork(nn.Module):

@@ -102,9 +102,7 @@ _LLAMA_LIKE = _Architecture(_dense_shapes, _ATTENTION)
 ARCHITECTURES: dict[str, _Architecture] = {
     # in_proj_ba steers the recurrence's decay with 64 outputs, and not every server applies an adapter to it; the
     # shared expert adds a third to the adapter. Both are there by choice.
-    "qwen3_next": _Architecture(
-        _qwen3_next_shapes, (*_ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.out_proj")
-    ),
+    "qwen3_next": _Architecture(_qwen3_next_shapes, (*_ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.out_proj")),
     "qwen3_moe": _Architecture(_attention, _ATTENTION),
     "qwen3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
