@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Qwen3NextForCausalLM
 from typer.testing import CliRunner
 
 from hyperagent.http.client import ApiClient
-from hyperagent.model.bundle import load_bundle
 from hyperagent.model.adapter import LoRAPair
+from hyperagent.model.bundle import load_bundle
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_adapter_api.cli import serve
 from hyperagent_adapter_api.generator import AdapterGenerator

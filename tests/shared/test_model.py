@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
-from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.peft_io import encode_adapter
