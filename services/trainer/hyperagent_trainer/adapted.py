@@ -23,7 +23,7 @@ class AdaptedStudent:
     def __init__(self, student: Student, hypernetwork: AgenticHyperNetwork, *, loss_chunk_rows: int) -> None:
         self.student = student
         self.hypernetwork = hypernetwork
-        self._injector = HookBasedLoRAInjector(student.model, scale=hypernetwork.config.scale)
+        self.injector = HookBasedLoRAInjector(student.model, scale=hypernetwork.config.scale)
         self._loss_chunk_rows = loss_chunk_rows
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
@@ -34,7 +34,7 @@ class AdaptedStudent:
 
     def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:
         """`compute_distillation_loss` of the batch; without adapters, of the bare student."""
-        with self._injector.inject(adapters or {}):
+        with self.injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return compute_distillation_loss(
             hidden_BTD[batch.sample_N, batch.index_N],
@@ -51,6 +51,6 @@ class AdaptedStudent:
     def logits(self, token_ids: NDArray[np.uint32], prompt: NDArray[np.uint32]) -> Tensor:
         """Logits [T, V] of one sequence under the adapter of one prompt."""
         ids_1T = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.student.head.device)
-        with self._injector.inject(self.adapters([prompt])):
+        with self.injector.inject(self.adapters([prompt])):
             hidden_1TD = self.student.hidden_states(ids_1T)
         return hidden_1TD[0] @ self.student.head.T

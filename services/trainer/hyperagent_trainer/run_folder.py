@@ -5,6 +5,7 @@ recipe.json       the resolved recipe; the supervisor writes it, the training pr
 process.json      which process trains, or last did; the supervisor's own
 status.json       the training process's last word about itself, replaced as a whole; while no process
                   lives, the supervisor's
+preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; only ever appended
 log.txt           the training process's stdout and stderr
 checkpoint/       the last checkpoint: hypernetwork, optimiser, step
@@ -61,6 +62,7 @@ class RunFolder:
         self.process = root / "process.json"
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
+        self.preflight = root / "preflight.json"
         self.log = root / "log.txt"
         self.checkpoint = root / "checkpoint"
         self.bundle = root / "bundle"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
+from functools import partial
 
 import structlog
 import torch
@@ -19,13 +21,15 @@ from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
-from hyperagent.model.targets import discover_target_layers
+from hyperagent.model.targets import LayerInfo, discover_target_layers
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluate import Evaluation
+from hyperagent_trainer.memory_estimate import MemoryBudget
 from hyperagent_trainer.metrics import RunReporter
+from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.student import Student
 
@@ -56,7 +60,6 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
 def _train_from(
     cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
 ) -> None:
-    device = student.embeddings.device
     splits = {
         split: load_split(
             recipe.tokens,
@@ -71,8 +74,9 @@ def _train_from(
     }
     training = splits.pop(TRAIN)
     identity = training.identity
-    layers = discover_target_layers(student.model, recipe.targets)
-    hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1]).to(device)
+    adapted, layers = assemble(recipe, student)
+    _preflight(adapted, recipe, folder, training)
+    hypernetwork = adapted.hypernetwork
     optimizer = make_optimizer(hypernetwork, recipe)
     step = 0
     if folder.checkpoint.exists():
@@ -80,7 +84,6 @@ def _train_from(
             folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe, data=identity.fingerprint
         )
         log.info("resumed", step=step)
-    adapted = AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows)
     evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
@@ -120,6 +123,33 @@ def _train_from(
         )
         _save_probe(folder, adapted, splits[HELD_OUT])
         report.state("done")
+
+
+def assemble(recipe: TrainRecipe, student: Student) -> tuple[AdaptedStudent, list[LayerInfo]]:
+    """The untrained hypernetwork of a recipe in front of its student, and the layers that it adapts.
+
+    Raises:
+        ConfigError: the recipe's targets are not the student's.
+    """
+    layers = discover_target_layers(student.model, recipe.targets)
+    hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1])
+    hypernetwork.to(student.embeddings.device)
+    return AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows), layers
+
+
+def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
+    """The size of a step of this recipe."""
+    workspace = recipe.loss_chunk_rows * student.vocab_size * torch.float32.itemsize
+    return MemoryBudget(recipe.batch_size, tokens_per_sample, loss_workspace_bytes=workspace)
+
+
+def _preflight(adapted: AdaptedStudent, recipe: TrainRecipe, folder: RunFolder, data: DistillationData) -> None:
+    """Prove the parts before the first step, and leave what was measured in the run's folder."""
+    longest = max(len(t.student_ids) for t in data.trajectories)
+    budget = memory_budget(recipe, adapted.student, tokens_per_sample=longest)
+    report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+    write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
+    report.require_passed()
 
 
 def _run_steps(
