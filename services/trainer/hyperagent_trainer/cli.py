@@ -61,7 +61,9 @@ def serve(
 
 
 def preflight(
-    student: Annotated[Path | None, typer.Option(help="Folder of a student; all else as a recipe has it by default.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Folder of a student; all else as a recipe has it by default.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe; its tokens and cache are not read.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per trajectory, for the estimate of the memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

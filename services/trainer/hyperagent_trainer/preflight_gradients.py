@@ -103,7 +103,10 @@ def _balance(probe: Probe) -> Check:
     return Check(
         "gradient_balance",
         0 < least and largest < math.inf and largest / least <= _MAX_IMBALANCE,
-        {**{f"{path} rms": spread for path, spread in spreads.items()}, "ratio": largest / least if least else math.inf},
+        {
+            **{f"{path} rms": spread for path, spread in spreads.items()},
+            "ratio": largest / least if least else math.inf,
+        },
         f"every group above 0, the largest at most {_MAX_IMBALANCE:g} times the least",
         "a group whose gradients vanish beside the others' is clipped away with them; leave it out or look at its layers",
     )

@@ -78,7 +78,9 @@ def _routing(probe: Probe) -> Check:
     for adapters in (None, zero, small):
         with outputs_of(found) as calls:
             probe.hidden(adapters)
-        picks.append(torch.cat([_indices(output) for outputs in calls.values() for output in outputs]) if found else None)
+        picks.append(
+            torch.cat([_indices(output) for outputs in calls.values() for output in outputs]) if found else None
+        )
     bare, with_zero, with_small = picks
     if bare is None or with_zero is None or with_small is None:
         return Check("routing", True, {"routers": 0}, "no router, nothing to compare", "")
@@ -142,14 +144,22 @@ def _checkpointing(probe: Probe) -> Check:
         recomputed, twice = _gradients_within(probe)
     scale = max((float(g.abs().max()) for g in plain if g is not None), default=0.0)
     difference = max(
-        (float("inf") if (a is None) != (b is None) else float((a - b).abs().max()) for a, b in zip(plain, recomputed, strict=True) if a is not None and b is not None),
+        (
+            float("inf") if (a is None) != (b is None) else float((a - b).abs().max())
+            for a, b in zip(plain, recomputed, strict=True)
+            if a is not None and b is not None
+        ),
         default=float("inf"),
     ) / (scale or 1.0)
     bound = resolution(probe.student.head)
     return Check(
         name,
         difference <= bound and twice == 2 * once,
-        {"largest difference, of the largest gradient": difference, "runs of a target": once, "with checkpointing": twice},
+        {
+            "largest difference, of the largest gradient": difference,
+            "runs of a target": once,
+            "with checkpointing": twice,
+        },
         f"{bound_text}; at most {bound:.1g}",
         remedy,
     )
@@ -180,6 +190,8 @@ def _checkpointed(probe: Probe) -> Iterator[None]:
         finally:
             model.train(was_training)
             model.gradient_checkpointing_disable()
+            # Enabling also hooks the embeddings, so that inputs ask for gradients, and disabling leaves that behind.
+            model.disable_input_require_grads()
 
 
 def _indices(output: object) -> Tensor:

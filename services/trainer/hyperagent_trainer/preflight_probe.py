@@ -61,7 +61,9 @@ class Probe:
     def zero_leaves(self) -> AdapterWeights:
         """A of the hypernetwork and B of zeros, cut from its graph; B asks for its gradient."""
         with torch.no_grad():
-            return {n: LoRAPair(p.a.clone(), torch.zeros_like(p.b).requires_grad_()) for n, p in self.generate().items()}
+            return {
+                n: LoRAPair(p.a.clone(), torch.zeros_like(p.b).requires_grad_()) for n, p in self.generate().items()
+            }
 
     def module(self, name: str) -> nn.Module:
         """The student's module of that name."""

@@ -65,7 +65,11 @@ def _targets_exist(student: Student, names: list[str]) -> Check:
     return Check(
         "targets_exist",
         bool(names) and not wrong,
-        {"targets": len(names), "not a linear layer of the student": len(wrong), **({"first": wrong[0]} if wrong else {})},
+        {
+            "targets": len(names),
+            "not a linear layer of the student": len(wrong),
+            **({"first": wrong[0]} if wrong else {}),
+        },
         "at least one target, each a linear layer of the student",
         "the hypernetwork was made for another student; discover the targets on this one",
     )

@@ -48,6 +48,8 @@ class RunStatus(StrictModel):
     """Seconds until the last step, at the present speed."""
     held_out_kl: dict[str, float] = Field(default_factory=dict)
     """The last evaluation: nats per supervised token, by arm."""
+    conditioning: dict[str, str] = Field(default_factory=dict)
+    """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.conditioning`)."""
     updated_at: float = Field(default_factory=time.time)
     """Seconds since the epoch."""
 

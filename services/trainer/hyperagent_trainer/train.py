@@ -84,7 +84,7 @@ def _train_from(
             folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe, data=identity.fingerprint
         )
         log.info("resumed", step=step)
-    evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
+    evaluation = Evaluation(splits, training, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
         report.state("running")

@@ -1,0 +1,204 @@
+"""The arms of a world: a hypernetwork and a static LoRA, trained alike and compared on held-out combinations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from worlds import Latent, World
+
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.targets import LayerInfo, discover_target_layers
+from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.conditioning import ConditioningReport, conditioning_report
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.student import Student
+from hyperagent_trainer.train import learning_rate_factor, make_optimizer
+
+SAMPLES_PER_COMBINATION = 4
+
+
+class StaticArm(nn.Module):
+    """A LoRA of plain parameters, started as PEFT does, called as a hypernetwork is and blind to the prompt."""
+
+    def __init__(self, config: HyperNetworkConfig, layers: Sequence[LayerInfo]) -> None:
+        super().__init__()
+        self.config = config
+        self.names = [layer.name for layer in layers]
+        self.a = nn.ParameterList(torch.empty(config.rank, layer.in_features) for layer in layers)
+        self.b = nn.ParameterList(torch.zeros(layer.out_features, config.rank) for layer in layers)
+        for a_RI in self.a:
+            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
+
+    def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:
+        num = len(embeddings_BPE)
+        return {
+            name: LoRAPair(a.expand(num, -1, -1), b.expand(num, -1, -1))
+            for name, a, b in zip(self.names, self.a, self.b, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the arms of one world are trained."""
+
+    hypernetwork: HyperNetworkConfig
+    num_steps: int
+    learning_rate: float
+    b_head_learning_rate_factor: float
+    static_learning_rates: tuple[float, ...]
+    """Each is tried, and the best on the held-out samples taken: the choice favours the baseline."""
+    static_steps: int
+    batch_size: int = 16
+    warmup_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one world."""
+
+    report: ConditioningReport
+    static_gap_closed: dict[float, float]
+    """By learning rate."""
+    hypernetwork_seconds: float
+    static_seconds: float
+
+
+def run_world(world: World, student: Student, settings: Settings, *, seed: int) -> Outcome:
+    """Train both arms on the world's training combinations and compare them on the others."""
+    layers = discover_target_layers(student.model)
+    held_out = [latent for latent in world.held_out for _ in range(SAMPLES_PER_COMBINATION)]
+    generator = np.random.default_rng([seed, 2])
+    prompts = [world.prompt(latent, generator) for latent in held_out]
+    foreign = [world.prompt(_other(latent, world.held_out, generator), generator) for latent in held_out]
+    samples = _Samples(world, held_out, seed)
+
+    torch.manual_seed(seed)
+    network = AgenticHyperNetwork(settings.hypernetwork, layers, student.embeddings.shape[1])
+    started = time.perf_counter()
+    adapted = _train(world, student, network, settings, settings.learning_rate, settings.num_steps, seed)
+    hypernetwork_seconds = time.perf_counter() - started
+    frozen, own = samples.kl(adapted, None), samples.kl(adapted, prompts)
+    shuffled = samples.kl(adapted, foreign)
+
+    started = time.perf_counter()
+    static_kl = {}
+    for rate in settings.static_learning_rates:
+        torch.manual_seed(seed)
+        arm = StaticArm(settings.hypernetwork, layers)
+        static_kl[rate] = samples.kl(
+            _train(world, student, arm, settings, rate, settings.static_steps, seed), prompts
+        )
+    static_seconds = time.perf_counter() - started
+    report = conditioning_report(
+        frozen=frozen,
+        own=own,
+        shuffled=shuffled,
+        static=min(static_kl.values(), key=np.sum),
+        rows=np.full(len(held_out), samples.rows),
+        clusters=held_out,
+        seed=seed,
+    )
+    gaps = {rate: float(1 - kl.sum() / frozen.sum()) for rate, kl in static_kl.items()}
+    return Outcome(report, gaps, hypernetwork_seconds, static_seconds)
+
+
+class _Samples:
+    """The held-out samples, one batch each."""
+
+    def __init__(self, world: World, latents: Sequence[Latent], seed: int) -> None:
+        generator = np.random.default_rng([seed, 3])
+        self._batches = [world.batch([latent], generator) for latent in latents]
+        self.rows = self._batches[0].num_rows
+
+    @torch.no_grad()
+    def kl(self, adapted: AdaptedStudent, prompts: Sequence[NDArray[np.uint32]] | None) -> NDArray[np.float64]:
+        """Summed KL of every sample, in nats; of the bare student without prompts."""
+        return np.array(
+            [
+                float(adapted.loss_sum(batch, None if prompts is None else adapted.adapters([prompts[i]])))
+                for i, batch in enumerate(self._batches)
+            ]
+        )
+
+
+def _train(
+    world: World,
+    student: Student,
+    network: nn.Module,
+    settings: Settings,
+    learning_rate: float,
+    num_steps: int,
+    seed: int,
+) -> AdaptedStudent:
+    """The trainer's own step, on batches of the world."""
+    folder = student.folder
+    recipe = TrainRecipe(
+        student=folder,
+        tokens=folder,
+        cache=folder,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        b_head_learning_rate_factor=settings.b_head_learning_rate_factor,
+        warmup_steps=settings.warmup_steps,
+    )
+    adapted = AdaptedStudent(student, network, loss_chunk_rows=4096)
+    optimizer = _optimizer(network, recipe)
+    generator = np.random.default_rng([seed, 4])
+    for step in range(1, num_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
+        latents = [world.train[i] for i in generator.integers(len(world.train), size=settings.batch_size)]
+        batch = world.batch(latents, generator)
+        adapters = adapted.adapters([world.prompt(latent, generator) for latent in latents])
+        loss = adapted.loss_sum(batch, adapters) / batch.num_rows
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+    return adapted
+
+
+def _optimizer(network: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
+    if isinstance(network, AgenticHyperNetwork):
+        return make_optimizer(network, recipe)
+    return torch.optim.AdamW(
+        [{"params": list(network.parameters()), "peak_lr": recipe.learning_rate}],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+
+
+def _other(latent: Latent, pool: Sequence[Latent], generator: np.random.Generator) -> Latent:
+    """Another combination of the pool, as foreign as there is: with the fewest values in common."""
+    common = [sum(a == b for a, b in zip(latent, other, strict=True)) for other in pool]
+    most_foreign = [other for other, n in zip(pool, common, strict=True) if n == min(common)]
+    return most_foreign[int(generator.integers(len(most_foreign)))]
+
+
+_SHAPE = HyperNetworkConfig(
+    width=64, num_latents=8, encoder_blocks=2, generator_blocks=1, num_heads=4, rank=8, alpha=16
+)
+PROMPT_SETTINGS = Settings(
+    hypernetwork=_SHAPE,
+    num_steps=600,
+    learning_rate=3e-3,
+    b_head_learning_rate_factor=1.0,
+    static_learning_rates=(1e-3, 1e-2),
+    static_steps=100,
+)
+CONSTANT_SETTINGS = Settings(
+    hypernetwork=_SHAPE,
+    num_steps=100,
+    learning_rate=3e-3,
+    b_head_learning_rate_factor=1.0,
+    static_learning_rates=(1e-3, 1e-2),
+    static_steps=100,
+)
