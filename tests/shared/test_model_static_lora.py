@@ -15,9 +15,7 @@ from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo
 
 LAYERS = (LayerInfo("layers.0.in", 48, 80), LayerInfo("layers.0.out", 80, 48), LayerInfo("layers.1.in", 48, 80))
-CONFIG = HyperNetworkConfig(
-    width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8
-)
+CONFIG = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)
 MASK = torch.ones(3, 5, dtype=torch.bool)
 
 

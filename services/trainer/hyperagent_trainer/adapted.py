@@ -18,7 +18,6 @@ from hyperagent_trainer.batches import Batch, pad_prompts
 from hyperagent_trainer.loss import compute_distillation_loss
 from hyperagent_trainer.student import Student
 
-
 AdapterNetwork = AgenticHyperNetwork | StaticLoRA
 """What is trained: it makes adapters, of prompts or regardless of them."""
 

@@ -64,7 +64,8 @@ class HiddenStateFeaturizer:
         early.config = copy.copy(decoder.config)
         early.config.num_hidden_layers = num_layers
         self._early = early
-        self.num_ids = student.get_input_embeddings().weight.shape[0]
+        table_VE: Tensor = student.get_input_embeddings().weight  # type: ignore[assignment]
+        self.num_ids = len(table_VE)
 
     @torch.no_grad()
     def __call__(self, ids_BP: Tensor) -> Tensor:
