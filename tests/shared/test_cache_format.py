@@ -458,3 +458,20 @@ def test_archive_keeps_gaps_and_steps_of_every_size() -> None:
     np.testing.assert_array_equal(back.ids_n, ids_n)
     np.testing.assert_array_equal(back.logprobs_n, read_n)
     np.testing.assert_allclose(back.logprobs_n, logprobs_n, atol=0.126)
+
+
+def test_a_row_keeps_all_its_ids_where_all_of_its_mass_is_asked_for(tmp_path: Path) -> None:
+    """Also one whose mass rounding has brought to 1 before its last id."""
+    logprobs = np.log(np.array([[0.6, 0.402, 0.001]], np.float32))
+    rows = TopKRows(
+        positions=np.array([1], np.uint32),
+        ids=np.array([[5, 6, 7]], np.uint32),
+        logprobs=logprobs,
+        tail_logmass=np.full(1, -np.inf, np.float32),
+        target_logprob=logprobs[:, 0],
+        tail_logsumexps=np.full((1, len(TEMPERATURES)), -np.inf, np.float32),
+    )
+    settings = CacheSettings(codec="exact", kept_mass=1, min_k=1)
+    with TopKCache.create_or_open(tmp_path / "cache", replace(IDENTITY, top_k=3), settings=settings) as cache:
+        read = cache.get(cache.put(np.array([1, 5], np.uint32), rows)).rows
+    np.testing.assert_array_equal(read.ids, rows.ids)

@@ -24,7 +24,6 @@ from hyperagent.topk import TopKRows
 MAGIC = b"HATKREC2"
 ALIGNMENT = 32
 """Records begin at multiples of it, so that a reader finds the next one behind damage."""
-KEY_BYTES = 32
 _HEADER = struct.Struct("<8s B B H I I I I I 32s 16s f f")
 """Magic, kind, codec, top k, bytes of payload, first token, tokens, rows, kept ids, key, payload's checksum, KL, mass."""
 _CHECKSUM = struct.Struct("<Q")
