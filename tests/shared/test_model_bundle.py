@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from data_identity import data_identity
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, StorageError
+from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import TOKENIZER_FILES, BundleManifest, load_bundle, save_bundle
+from hyperagent.model.featurizer import EmbeddingFeaturizer, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
 from hyperagent.model.targets import LayerInfo
 
@@ -21,11 +26,20 @@ LAYERS = (LayerInfo("model.layers.0.self_attn.q_proj", 16, 24),)
 CONFIG = HyperNetworkConfig(width=16, num_latents=2, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=2, alpha=4)
 
 
-def save(folder: Path, tokenizer: ChatTokenizer, *, seed: int = 0, **changes: Any) -> BundleManifest:
+def save(
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    *,
+    seed: int = 0,
+    config: HyperNetworkConfig = CONFIG,
+    mode: Any = "from_zero",
+    warm_start: str | None = None,
+    **changes: Any,
+) -> BundleManifest:
     torch.manual_seed(seed)
     manifest = BundleManifest(
-        base_model="student", student_weights="w", teacher="t", data=data_identity(tokenizer.identity), condition=("task",), hypernetwork=CONFIG,
-        layers=LAYERS, max_prompt_tokens=20, step=seed,
+        base_model="student", student_weights="w", teacher="t", data=data_identity(tokenizer.identity), condition=("task",), hypernetwork=config,
+        layers=LAYERS, max_prompt_tokens=20, step=seed, mode=mode, warm_start=warm_start,
     )  # fmt: skip
     parts = {
         "hypernetwork": AgenticHyperNetwork(CONFIG, LAYERS, 16),
@@ -97,7 +111,7 @@ def test_a_flipped_byte_anywhere_is_refused(name: str, folder: Path, flip_byte: 
         load_bundle(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 2}', "{}", '{"format_version": 1, "rank": 4}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 3}', "{}", '{"format_version": 2, "rank": 4}'])
 def test_another_manifest_is_one_line(content: str, folder: Path) -> None:
     (folder / "bundle.json").write_text(content)
     with pytest.raises(ConfigError) as refused:
@@ -125,3 +139,59 @@ def test_a_failed_export_leaves_the_old_bundle(folder: Path, tokenizer: ChatToke
     assert (tmp_path / "file").read_text() == "x"
     assert load_bundle(folder).fingerprint == true
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "empty", "file"}
+
+
+def test_a_bundle_that_reads_hidden_states_needs_the_student(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    student = AutoModelForCausalLM.from_config(Qwen3Config(**shape, **attention)).eval()
+    config = CONFIG.model_copy(update={"featurizer": "hidden@1"})
+    save(tmp_path / "bundle", tokenizer, config=config, hypernetwork=AgenticHyperNetwork(config, LAYERS, 16))
+    assert not (tmp_path / "bundle" / "embeddings.safetensors").exists()
+    with pytest.raises(ConfigError, match=r"reads hidden@1 of the student, which is not here; train one with `feat"):
+        load_bundle(tmp_path / "bundle")
+    featurizer = make_featurizer("hidden@1", student)
+    ids = np.arange(9, dtype=np.uint32)
+    made = load_bundle(tmp_path / "bundle", featurizer).generate(ids)
+    hidden = student(input_ids=torch.arange(9)[None], output_hidden_states=True).hidden_states[1]
+    torch.manual_seed(0)
+    other = load_bundle(tmp_path / "bundle", EmbeddingFeaturizer(torch.randn(30, 16))).generate(ids)
+    name = LAYERS[0].name
+    expected = load_file(tmp_path / "bundle" / "hypernetwork.safetensors")
+    network = AgenticHyperNetwork(config, LAYERS, 16)
+    network.load_state_dict(expected)
+    torch.testing.assert_close(made[name].a, network(hidden, torch.ones(1, 9, dtype=torch.bool))[name].a[0])
+    assert not torch.allclose(made[name].a, other[name].a, atol=1e-3)
+
+
+def test_a_bundle_holds_the_static_adapter_it_started_from(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = {LAYERS[0].name: LoRAPair(torch.randn(2, 16), torch.randn(24, 2))}
+    network = AgenticHyperNetwork(CONFIG, LAYERS, 16, warm_start=base)
+    save(tmp_path / "bundle", tokenizer, hypernetwork=network, mode="warm_start", warm_start="ab" * 32)
+    bundle = load_bundle(tmp_path / "bundle")
+    made = bundle.generate(np.arange(5, dtype=np.uint32))
+    assert torch.equal(made[LAYERS[0].name].a, base[LAYERS[0].name].a)
+    assert torch.equal(made[LAYERS[0].name].b, base[LAYERS[0].name].b)
+    assert (bundle.manifest.mode, bundle.manifest.warm_start) == ("warm_start", "ab" * 32)
+    # A manifest that says otherwise than the weights.
+    save(tmp_path / "bundle", tokenizer, hypernetwork=network)
+    with pytest.raises(CorruptRecord, match="does not fit its manifest"):
+        load_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"mode": "warm_start"}, "mode 'warm_start' does not go with the static adapter None"),
+        ({"mode": "from_zero", "warm_start": "ab"}, "mode 'from_zero' does not go with the static adapter ab"),
+        ({"mode": "static"}, "a static adapter needs no bundle"),
+        ({"mode": "cold"}, "'from_zero', 'warm_start' or 'static'"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    fields: dict[str, str], reason: str, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        save(tmp_path / "bundle", tokenizer, **fields)

@@ -22,6 +22,7 @@ from tiny_runs import losses, metrics, run
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch
 from hyperagent.model.bundle import load_bundle
+from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
 from hyperagent_trainer.run_folder import RunFolder
@@ -105,17 +106,60 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
         run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
     manifest = folder.checkpoint / "checkpoint.json"
     whole = manifest.read_text()
-    data = json.loads(whole)["data"]
-    manifest.write_text(whole.replace(data, "0" * 64))
-    with pytest.raises(IdentityMismatch, match=f"the data of the checkpoint .* found {data}; restore the tokens file"):
+    for field, changed in (
+        ("data", {**json.loads(whole)["data"], "source": "1" * 64}),
+        ("student_weights", "0" * 64),
+        ("layers", json.loads(whole)["layers"][1:]),
+        ("mode", "static"),
+    ):
+        manifest.write_text(json.dumps({**json.loads(whole), field: changed}))
+        with pytest.raises(IdentityMismatch, match=f"{field} of the checkpoint .* restore what the run was started"):
+            run(recipe, tmp_path / "run")
+    manifest.write_text(whole.replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(ConfigError, match="another release's format; start a new run"):
+        run(recipe, tmp_path / "run")
+    manifest.write_text(whole[:40])
+    with pytest.raises(CorruptRecord, match=r"checkpoint\.json cannot be read"):
         run(recipe, tmp_path / "run")
     manifest.write_text(whole)
-    path = folder.checkpoint / "hypernetwork.safetensors"
+    path = folder.checkpoint / "network.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptRecord, match="not the file that was written"):
         run(recipe, tmp_path / "run")
+
+
+def test_a_static_adapter_is_trained_by_the_same_code(recipe: TrainRecipe, tmp_path: Path) -> None:
+    static = recipe.model_copy(update={"arm": "static", "num_steps": 60, "evaluate_every": 60})
+    folder = run(static, tmp_path / "run")
+    before, after = (line["held_out_kl"] for line in metrics(folder) if "held_out_kl" in line)
+    # It is the same whatever the prompt, so there is nothing to shuffle.
+    assert list(before) == list(after) == ["frozen", "adapter"]
+    assert before["adapter"] == pytest.approx(before["frozen"], abs=1e-6)
+    assert after["adapter"] < 0.95 * after["frozen"]
+    assert not folder.bundle.exists()
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    probe = load_file(folder.probe)
+    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32).eval()
+    adapted = PeftModel.from_pretrained(student, folder.adapter).eval()
+    with torch.no_grad():
+        logits = adapted(input_ids=probe["token_ids"][None]).logits[0]
+    torch.testing.assert_close(logits, probe["logits"], rtol=0, atol=1e-5)
+
+
+def test_a_stopped_static_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
+    static = recipe.model_copy(update={"arm": "static"})
+    straight, stopped = run(static, tmp_path / "straight"), run(static, tmp_path / "stopped", StopAfter(3))
+    assert json.loads((stopped.checkpoint / "checkpoint.json").read_text())["mode"] == "static"
+    assert not stopped.adapter.exists()
+    run(static, tmp_path / "stopped")
+    assert losses(stopped) == losses(straight)
+    files = [(f.adapter / "adapter_model.safetensors").read_bytes() for f in (straight, stopped)]
+    assert files[0] == files[1]
 
 
 def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -190,6 +234,12 @@ def test_a_recipe_file_resolves_its_paths_and_names_every_bad_field(tmp_path: Pa
     assert recipe.tokens == Path("/abs/tokens.parquet")
     assert recipe.cache == tmp_path.parent / "cache"
     assert recipe.num_steps == 7
+    path.write_text("student: a\ntokens: b\ncache: c\nhypernetwork: {preset: tiny, rank: 4}\nwarm_start: ../adapter\n")
+    assert load_recipe(path).hypernetwork == HyperNetworkConfig.preset("tiny", rank=4)
+    assert load_recipe(path).warm_start == tmp_path.parent / "adapter"
+    path.write_text("student: a\ntokens: b\ncache: c\narm: static\nwarm_start: ../adapter\n")
+    with pytest.raises(ConfigError, match="warm_start is for a hypernetwork"):
+        load_recipe(path)
     path.write_text("student: a\ntokens: b\ncache: c\nlearning_rate: -1\nlearnin_rate: 1\n")
     with pytest.raises(ConfigError, match=r"learning_rate: .*; learnin_rate: "):
         load_recipe(path)

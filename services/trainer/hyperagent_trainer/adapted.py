@@ -1,4 +1,4 @@
-"""The adapted student: a hypernetwork in front of a frozen student, and the distillation loss behind both."""
+"""The adapted student: a source of adapters in front of a frozen student, and the distillation loss behind both."""
 
 from __future__ import annotations
 
@@ -10,26 +10,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hyperagent.model.adapter import AdapterWeights
+from hyperagent.model.featurizer import EMBEDDINGS, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.batches import Batch, pad_prompts
 from hyperagent_trainer.loss import compute_distillation_loss
 from hyperagent_trainer.student import Student
+
+AdapterNetwork = AgenticHyperNetwork | StaticLoRA
+"""What is trained: it makes adapters, of prompts or regardless of them."""
 
 
 class AdaptedStudent:
     """Everything one step computes, from prompts to the sum of the loss."""
 
-    def __init__(self, student: Student, hypernetwork: AgenticHyperNetwork, *, loss_chunk_rows: int) -> None:
+    def __init__(self, student: Student, network: AdapterNetwork, *, loss_chunk_rows: int) -> None:
+        """Put a network in front of a student.
+
+        Raises:
+            ConfigError: the network reads more of the student's layers than it has.
+        """
         self.student = student
-        self.hypernetwork = hypernetwork
-        self._injector = HookBasedLoRAInjector(student.model, scale=hypernetwork.config.scale)
+        self.network = network
+        self.reads_prompt = isinstance(network, AgenticHyperNetwork)
+        """Whether its adapters depend on the prompt."""
+        featurizer = network.config.featurizer if isinstance(network, AgenticHyperNetwork) else EMBEDDINGS
+        self._featurizer = make_featurizer(featurizer, student.model)
+        self._injector = HookBasedLoRAInjector(student.model, scale=network.scale)
         self._loss_chunk_rows = loss_chunk_rows
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
         """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
         ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
-        weights: AdapterWeights = self.hypernetwork(self.student.embeddings[ids_BP], mask_BP)
+        weights: AdapterWeights = self.network(self._featurizer(ids_BP), mask_BP)
         return weights
 
     def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hyperagent.config import StrictModel, load_yaml
 from hyperagent.model.hypernetwork import HyperNetworkConfig
@@ -21,7 +21,7 @@ class RunOverrides(StrictModel):
     learning_rate: float | None = Field(None, gt=0, le=1)
     """Peak learning rate."""
     seed: int | None = Field(None, ge=0, lt=2**31)
-    """Seeds the hypernetwork's start and the order of the data."""
+    """Seeds the network's start and the order of the data."""
 
 
 class TrainRecipe(StrictModel):
@@ -33,7 +33,11 @@ class TrainRecipe(StrictModel):
     """Tokens file with the trajectories, both splits."""
     cache: Path | str
     """Folder of the teacher's cache, or the address of a published one, such as "s3://bucket/cache"."""
+    arm: Literal["hypernetwork", "static"] = "hypernetwork"
+    """What is trained: a hypernetwork, or one adapter for every prompt, of the hypernetwork's rank and alpha."""
     hypernetwork: HyperNetworkConfig = HyperNetworkConfig()
+    warm_start: Path | None = None
+    """Folder of a PEFT adapter, as a static run leaves it, to which the hypernetwork adds; without, it starts from zero."""
     targets: tuple[str, ...] | None = None
     """Projections to adapt, as paths inside a decoder layer; by default those of the student's type."""
     max_prompt_tokens: int = Field(32_768, ge=1)
@@ -45,7 +49,7 @@ class TrainRecipe(StrictModel):
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     b_head_learning_rate_factor: float = Field(1.0, gt=0)
-    """Multiplies the learning rate of the heads that make B, which start at zero (LoRA+, arXiv:2402.12354)."""
+    """Multiplies the learning rate of what makes B, which starts at zero (LoRA+, arXiv:2402.12354)."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     weight_decay: float = Field(0.01, ge=0)
@@ -61,13 +65,19 @@ class TrainRecipe(StrictModel):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; there is always one at the end."""
 
-    @field_validator("student", "tokens", "cache")
+    @field_validator("student", "tokens", "cache", "warm_start")
     @classmethod
-    def _resolve(cls, path: Path | str, info: ValidationInfo) -> Path | str:
-        if "://" in str(path):
+    def _resolve(cls, path: Path | str | None, info: ValidationInfo) -> Path | str | None:
+        if path is None or "://" in str(path):
             return path
         base = (info.context or {}).get("base")
         return Path(path) if base is None else (base / path).resolve()
+
+    @model_validator(mode="after")
+    def _only_a_hypernetwork_starts_from_an_adapter(self) -> TrainRecipe:
+        if self.arm == "static" and self.warm_start is not None:
+            raise ValueError("warm_start is for a hypernetwork; leave it out, or set arm: hypernetwork")
+        return self
 
 
 def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecipe:

@@ -1,10 +1,11 @@
-"""Held-out KL of three arms, on what training never saw: other repositories, and other tasks of its own repositories.
+"""Held-out KL of the arms, on what training never saw: other repositories, and other tasks of its own repositories.
 
     frozen                   the student as it is
     adapter                  with the adapter of the trajectory's own prompt
     adapter_shuffled_prompt  with the adapter of a prompt from another repository
 
-Where tasks of training's own repositories are held out as well, their arms end in `_tasks`.
+A static adapter is the same whatever the prompt, so it has no arm with a shuffled one. Where tasks of training's own
+repositories are held out as well, their arms end in `_tasks`.
 
 The gap between the last two is what conditioning on the prompt is worth; what they share would be learned by a
 single static adapter too.
@@ -59,7 +60,8 @@ class SplitEvaluation:
     @torch.no_grad()
     def run(self, adapted: AdaptedStudent) -> dict[str, float]:
         """Nats per supervised token of every arm."""
-        arms = [ADAPTER, SHUFFLED] if self._frozen_kl is not None else [FROZEN, ADAPTER, SHUFFLED]
+        adapter_arms = [ADAPTER, SHUFFLED] if adapted.reads_prompt else [ADAPTER]
+        arms = adapter_arms if self._frozen_kl is not None else [FROZEN, *adapter_arms]
         sums = dict.fromkeys(arms, 0.0)
         num_rows = 0
         for indices in self._batches:
@@ -70,7 +72,7 @@ class SplitEvaluation:
         if self._frozen_kl is None:
             # The frozen student answers the same every time.
             self._frozen_kl = sums[FROZEN] / num_rows
-        return {FROZEN: self._frozen_kl, ADAPTER: sums[ADAPTER] / num_rows, SHUFFLED: sums[SHUFFLED] / num_rows}
+        return {FROZEN: self._frozen_kl, **{arm: sums[arm] / num_rows for arm in adapter_arms}}
 
     def _adapters(self, adapted: AdaptedStudent, arm: str, indices: list[int]) -> AdapterWeights | None:
         if arm == FROZEN:

@@ -7,8 +7,9 @@ status.json       the training process's last word about itself, replaced as a w
                   lives, the supervisor's
 metrics.jsonl     one line per step, one per evaluation; only ever appended
 log.txt           the training process's stdout and stderr
-checkpoint/       the last checkpoint: hypernetwork, optimiser, step
-bundle/           at the end: all that the adapter service needs
+checkpoint/       the last checkpoint: network, optimiser, step
+bundle/           at the end of a hypernetwork's run: all that the adapter service needs
+adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
 """
 
@@ -64,6 +65,7 @@ class RunFolder:
         self.log = root / "log.txt"
         self.checkpoint = root / "checkpoint"
         self.bundle = root / "bundle"
+        self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
 
     def write_status(self, status: RunStatus) -> None:

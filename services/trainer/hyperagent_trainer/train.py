@@ -8,7 +8,6 @@ import time
 
 import structlog
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from hyperagent.cache.hot import HotTier
@@ -16,20 +15,19 @@ from hyperagent.cache.published import open_for_reading
 from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
-from hyperagent.files import write_atomically
-from hyperagent.model.bundle import BundleManifest, save_bundle
-from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.targets import discover_target_layers
-from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluate import Evaluation
+from hyperagent_trainer.export import export
 from hyperagent_trainer.metrics import RunReporter
+from hyperagent_trainer.network import make_network
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.student import Student
 
-_PROBE_TOKENS = 64
 log = structlog.get_logger()
 
 
@@ -56,7 +54,6 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
 def _train_from(
     cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
 ) -> None:
-    device = student.embeddings.device
     splits = {
         split: load_split(
             recipe.tokens,
@@ -70,55 +67,32 @@ def _train_from(
         if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
     }
     training = splits.pop(TRAIN)
-    identity = training.identity
     layers = discover_target_layers(student.model, recipe.targets)
-    hypernetwork = AgenticHyperNetwork(recipe.hypernetwork, layers, student.embeddings.shape[1]).to(device)
-    optimizer = make_optimizer(hypernetwork, recipe)
+    network, belongs_to = make_network(recipe, student, layers, data=training.identity, warm_start=None)
+    optimizer = make_optimizer(network, recipe)
     step = 0
     if folder.checkpoint.exists():
         step = load_checkpoint(
-            folder.checkpoint, hypernetwork=hypernetwork, optimizer=optimizer, recipe=recipe, data=identity.fingerprint
+            folder.checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to
         )
         log.info("resumed", step=step)
-    adapted = AdaptedStudent(student, hypernetwork, loss_chunk_rows=recipe.loss_chunk_rows)
+    adapted = AdaptedStudent(student, network, loss_chunk_rows=recipe.loss_chunk_rows)
     evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
         report.state("running")
         if step == 0:
             report.evaluation(0, evaluation.run(adapted))
-        step = _run_steps(recipe, folder, stop, adapted, optimizer, training, evaluation, report, step)
+        step = _run_steps(recipe, folder, stop, adapted, optimizer, training, evaluation, report, step, belongs_to)
         report.state("saving")
         save_checkpoint(
-            folder.checkpoint,
-            hypernetwork=hypernetwork,
-            optimizer=optimizer,
-            step=step,
-            recipe=recipe,
-            data=identity.fingerprint,
+            folder.checkpoint, network=network, optimizer=optimizer, step=step, recipe=recipe, belongs_to=belongs_to
         )
         if step < recipe.num_steps:
             report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
             return
-        manifest = BundleManifest(
-            base_model=str(recipe.student),
-            student_weights=student.weights,
-            teacher=cache.identity.fingerprint,
-            data=identity,
-            condition=identity.settings["views"]["condition"],
-            hypernetwork=recipe.hypernetwork,
-            layers=tuple(layers),
-            max_prompt_tokens=recipe.max_prompt_tokens,
-            step=step,
-        )
-        save_bundle(
-            folder.bundle,
-            manifest,
-            hypernetwork=hypernetwork,
-            embeddings=student.embeddings,
-            tokenizer_folder=student.folder,
-        )
-        _save_probe(folder, adapted, splits[HELD_OUT])
+        teacher = cache.identity.fingerprint
+        export(folder, adapted, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=splits[HELD_OUT])
         report.state("done")
 
 
@@ -132,6 +106,7 @@ def _run_steps(
     evaluation: Evaluation,
     report: RunReporter,
     first_step: int,
+    belongs_to: NetworkManifest,
 ) -> int:
     """Run the optimiser steps after `first_step`; returns the number of the last one done."""
     lengths = [len(t.student_ids) for t in data.trajectories]
@@ -150,7 +125,7 @@ def _run_steps(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss_value = loss.item()
-        grad_norm = float(nn.utils.clip_grad_norm_(adapted.hypernetwork.parameters(), recipe.max_grad_norm))
+        grad_norm = float(nn.utils.clip_grad_norm_(adapted.network.parameters(), recipe.max_grad_norm))
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
             raise DataError(
@@ -174,23 +149,23 @@ def _run_steps(
         if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
             save_checkpoint(
                 folder.checkpoint,
-                hypernetwork=adapted.hypernetwork,
+                network=adapted.network,
                 optimizer=optimizer,
                 step=step,
                 recipe=recipe,
-                data=data.identity.fingerprint,
+                belongs_to=belongs_to,
             )
     return recipe.num_steps
 
 
-def make_optimizer(hypernetwork: AgenticHyperNetwork, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW with a learning rate of their own for the heads that make B."""
-    b_heads = list(hypernetwork.generator.b_heads.parameters())
-    of_b_heads = {id(p) for p in b_heads}
-    rest = [p for p in hypernetwork.parameters() if id(p) not in of_b_heads]
+def make_optimizer(network: AdapterNetwork, recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW with a learning rate of its own for what makes B."""
+    b_parameters = network.b_parameters()
+    of_b = {id(p) for p in b_parameters}
+    rest = [p for p in network.parameters() if p.requires_grad and id(p) not in of_b]
     b_rate = recipe.learning_rate * recipe.b_head_learning_rate_factor
     return torch.optim.AdamW(
-        [{"params": rest, "peak_lr": recipe.learning_rate}, {"params": b_heads, "peak_lr": b_rate}],
+        [{"params": rest, "peak_lr": recipe.learning_rate}, {"params": b_parameters, "peak_lr": b_rate}],
         lr=recipe.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=recipe.weight_decay,
@@ -203,15 +178,3 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
         return step / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def _save_probe(folder: RunFolder, adapted: AdaptedStudent, held_out: DistillationData) -> None:
-    """Write what the adapted student answers on one held-out prompt, for another process to compare with."""
-    trajectory = held_out.trajectories[0]
-    token_ids = trajectory.student_ids[-_PROBE_TOKENS:]
-    tensors = {
-        "prompt_ids": torch.from_numpy(trajectory.prompt_ids.astype("int64")),
-        "token_ids": torch.from_numpy(token_ids.astype("int64")),
-        "logits": adapted.logits(token_ids, trajectory.prompt_ids).contiguous(),
-    }
-    write_atomically(folder.probe, save(tensors, metadata={"trajectory_id": trajectory.trajectory_id}))

@@ -1,8 +1,8 @@
-"""The bundle: all that turning a prompt into an adapter needs, without the student.
+"""The bundle: all that turning a prompt into an adapter needs, as a rule without the student.
 
 bundle.json               manifest: who it belongs to, shapes, and a digest of every other file
-hypernetwork.safetensors  the hypernetwork's weights
-embeddings.safetensors    the student's frozen embedding table
+hypernetwork.safetensors  the hypernetwork's weights, with the static adapter that it started from, if any
+embeddings.safetensors    the student's frozen embedding table, where that is what the hypernetwork reads
 tokenizer/                the student's tokenizer files
 """
 
@@ -16,39 +16,35 @@ import numpy as np
 import torch
 from blake3 import blake3
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hyperagent.config import StrictModel, parse
+from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
 from hyperagent.files import new_directory
-from hyperagent.identity import DataIdentity, canonical_json
+from hyperagent.identity import canonical_json
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.featurizer import EMBEDDINGS, EmbeddingFeaturizer, PromptFeaturizer
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.manifest import NetworkManifest
+from hyperagent.model.static_lora import StaticLoRA
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-class BundleManifest(StrictModel):
+class BundleManifest(NetworkManifest):
     """What `bundle.json` holds."""
 
     format_version: int = FORMAT_VERSION
     base_model: str
     """Name or path of the student, written into every adapter."""
-    student_weights: str
-    """`identity.weights_fingerprint` of the student."""
     teacher: str
     """Fingerprint of the teacher it learned from."""
-    data: DataIdentity
-    """What it was trained on."""
     condition: tuple[str, ...]
     """The parts of a trajectory that it reads (`hyperagent.data.views.Part`)."""
-    hypernetwork: HyperNetworkConfig
-    layers: tuple[LayerInfo, ...]
     max_prompt_tokens: int = Field(ge=1)
     """Longest prompt it was trained to read, in tokens."""
     step: int = Field(ge=0)
@@ -64,19 +60,25 @@ class BundleManifest(StrictModel):
     def alpha(self) -> float:
         return self.hypernetwork.alpha
 
+    @model_validator(mode="after")
+    def _holds_a_hypernetwork(self) -> BundleManifest:
+        if self.mode == "static":
+            raise ValueError("a static adapter needs no bundle: it is a PEFT folder already")
+        return self
+
 
 class Bundle:
     """A loaded bundle; generates adapters on the CPU."""
 
     def __init__(
-        self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, embeddings: Tensor
+        self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, featurizer: PromptFeaturizer
     ) -> None:
         self.manifest = manifest
         self.tokenizer_folder = folder / "tokenizer"
         self.fingerprint = blake3(canonical_json(manifest.model_dump(mode="json"))).hexdigest()
         """Digest of the manifest, and so of every file."""
         self._hypernetwork = hypernetwork
-        self._embeddings = embeddings
+        self._featurizer = featurizer
 
     @torch.inference_mode()
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterWeights:
@@ -92,12 +94,12 @@ class Bundle:
             raise LimitExceeded(
                 f"the prompt has {prompt_ids.size} tokens, this hypernetwork reads at most {self.manifest.max_prompt_tokens}; shorten it"
             )
-        if int(prompt_ids.max()) >= self._embeddings.shape[0]:
+        if int(prompt_ids.max()) >= self._featurizer.num_ids:
             raise InvalidRequest(
-                f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._embeddings.shape[0]} rows"
+                f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._featurizer.num_ids} rows"
             )
-        ids = torch.from_numpy(prompt_ids.astype(np.int64))
-        batched = self._hypernetwork(self._embeddings[ids][None].float(), torch.ones(1, len(ids), dtype=torch.bool))
+        ids_1P = torch.from_numpy(prompt_ids.astype(np.int64))[None]
+        batched = self._hypernetwork(self._featurizer(ids_1P), torch.ones(ids_1P.shape, dtype=torch.bool))
         return {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
 
 
@@ -111,6 +113,9 @@ def save_bundle(
 ) -> BundleManifest:
     """Write a bundle, whole or not at all; returns the manifest with the files' digests.
 
+    Args:
+        embeddings: the student's table; written if it is what the hypernetwork reads.
+
     Raises:
         ConfigError: a tokenizer file is missing.
         StorageError: the file system refused.
@@ -120,7 +125,8 @@ def save_bundle(
     with new_directory(folder) as aside:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
         (aside / "hypernetwork.safetensors").write_bytes(save(weights))
-        (aside / "embeddings.safetensors").write_bytes(save({"embeddings": embeddings.detach().cpu().contiguous()}))
+        if manifest.hypernetwork.featurizer == EMBEDDINGS:
+            (aside / "embeddings.safetensors").write_bytes(save({"embeddings": embeddings.detach().cpu().contiguous()}))
         (aside / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer_folder / name, aside / "tokenizer" / name)
@@ -136,11 +142,15 @@ def save_bundle(
     return manifest
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bundle:
     """Read a bundle and check every file against its digest.
 
+    Args:
+        featurizer: for a hypernetwork that reads hidden states, `make_featurizer` of the student; one that reads
+            embeddings has its table in the bundle.
+
     Raises:
-        ConfigError: there is no bundle, or it has an unknown format version.
+        ConfigError: there is no bundle, it has an unknown format version, or it needs the student and none is here.
         CorruptRecord: a file is missing or is not the one that was written.
     """
     try:
@@ -154,16 +164,37 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder}/bundle.json is not of format version {FORMAT_VERSION}; export it again with this release"
         )
     manifest = parse(raw, BundleManifest, source=str(folder / "bundle.json"))
+    reads = manifest.hypernetwork.featurizer
+    if reads != EMBEDDINGS and featurizer is None:
+        raise ConfigError(
+            f"the hypernetwork in {folder} reads {reads} of the student, which is not here; "
+            f"train one with `featurizer: {EMBEDDINGS}` to make adapters without the student"
+        )
     contents = {name: _checked(folder / name, digest) for name, digest in manifest.files.items()}
-    embeddings = load(contents["embeddings.safetensors"])["embeddings"]
-    hypernetwork = AgenticHyperNetwork(manifest.hypernetwork, manifest.layers, embeddings.shape[1])
     try:
-        hypernetwork.load_state_dict(load(contents["hypernetwork.safetensors"]), strict=True)
-    except (RuntimeError, SafetensorError) as error:
+        if featurizer is None:
+            featurizer = EmbeddingFeaturizer(load(contents["embeddings.safetensors"])["embeddings"])
+        hypernetwork = _hypernetwork(manifest, load(contents["hypernetwork.safetensors"]))
+    except (KeyError, RuntimeError, SafetensorError) as error:
         raise CorruptRecord(
             f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}"
         ) from error
-    return Bundle(folder, manifest, hypernetwork.eval().requires_grad_(False), embeddings)
+    return Bundle(folder, manifest, hypernetwork, featurizer)
+
+
+def _hypernetwork(manifest: BundleManifest, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
+    """The hypernetwork with its weights, frozen."""
+    config, layers = manifest.hypernetwork, manifest.layers
+    # The static adapter is among the weights; until they are loaded, any of its shape holds its place.
+    place = StaticLoRA(layers, rank=config.rank, alpha=config.alpha).adapter()
+    made = AgenticHyperNetwork(
+        config,
+        layers,
+        weights["encoder.norm_input.weight"].shape[0],
+        warm_start=place if manifest.mode == "warm_start" else None,
+    )
+    made.load_state_dict(weights, strict=True)
+    return made.eval().requires_grad_(False)
 
 
 def _checked(path: Path, digest: str) -> bytes:

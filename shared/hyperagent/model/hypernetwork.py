@@ -1,24 +1,21 @@
 """The hypernetwork: one prompt in, one LoRA adapter for every target layer out, in one forward pass.
 
-    prompt embeddings [B, P, E] ──> PromptEncoder ──> latents [B, L, D] ──> ShapeGroupedLoRAGenerator ──> A, B per layer
+    prompt features [B, P, E] ──> PromptEncoder ──> latents [B, L, D] ──> ShapeGroupedLoRAGenerator ──> A, B per layer
 
-Legend of shape suffixes: B samples, P prompt tokens, E embedding size of the student, L latents, D width,
-M target layers, R rank, I and O a layer's input and output size.
+Legend of shape suffixes: B samples, P prompt tokens, E hidden size of the student, L latents, D width,
+M target layers, S slots per layer, R rank, I and O a layer's input and output size.
 
 The encoder pools by cross-attention from a fixed set of latents (Perceiver IO, arXiv:2107.14795), so its cost is
-linear in P. The generator asks one query per (layer, rank) and turns each answer into one row of A and one column
-of B; layers of equal shape share a head, so parameters grow with the number of shapes, not of layers.
-
-At initialisation B's heads are zero, so the adapted student equals the student bit for bit whatever the prompt,
-and the first gradient already depends on the prompt. A's heads give entries with the standard deviation PEFT
-starts A with, 1/sqrt(3 I). Both read a feature of unit L2 norm, which keeps an Adam step's effect on the delta
-independent of D.
+linear in P. The generator asks one query per layer and slot, a slot being one rank, and turns each answer into one
+row of A and one column of B; layers of a group share a head, so parameters grow with the number of groups, not of
+layers. Start, scale and what was measured to choose them: docs/hypernetwork.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,27 +23,86 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperagent.config import StrictModel
+from hyperagent.errors import InvalidRequest
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent.model.blocks import Attention, FeedForward, sinusoids
+from hyperagent.model.featurizer import EMBEDDINGS, PATTERN
+from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo
+
+_MAX_L1 = 32.0
+"""Largest L1 norm of a feature that a head reads, and so the most, times the learning rate, that one step of Adam
+moves an entry of B, whatever the width: |step| <= lr * sum |f| <= lr * sqrt(D) * |f|_2."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 64, "num_latents": 8, "encoder_blocks": 2, "generator_blocks": 1, "num_heads": 4},
+    "small": {"width": 256, "num_latents": 32, "encoder_blocks": 2, "generator_blocks": 2, "num_heads": 4},
+    "base": {},
+    "flat": {"width": 256, "num_latents": 32, "encoder_blocks": 2, "generator_blocks": 2, "num_heads": 4, "head": "flat"},
+}  # fmt: skip
 
 
 class HyperNetworkConfig(StrictModel):
-    """Shape of the hypernetwork."""
+    """Shape of the hypernetwork; without any field given, that of the preset `base`.
 
-    width: int = Field(256, ge=16, multiple_of=16)
+    Every other preset is a `preset:` among the fields, which may change single ones of it.
+
+    Parameters, with E the student's hidden size, M layers and S slots (R ranks, or 1 with the flat head):
+
+        encoder    E + E D + L D + encoder_blocks (16 D^2 + 5 D)
+        generator  M S D + generator_blocks (20 D^2 + 7 D) + D          flat: 16 D^2 + 5 D per block
+        heads      D * sum of (I + O) over the groups                   flat: R times that
+
+    For the 48-layer student (E = 2,048, M = 120, rank 16; shapes 2,048 -> 512, 8,192 and 12,288, and 4,096 -> 2,048,
+    together 33,280 inputs and outputs):
+
+        preset      D   L      encoder    generator        heads        total
+        tiny       64   8      265,344      205,312    2,129,920    2,600,576
+        small     256  32    2,634,240    3,116,800    8,519,680   14,270,720
+        base    1,024  64   69,294,080   64,903,168   34,078,720  168,275,968
+        flat      256  32    2,634,240    2,130,688  136,314,880  141,079,808
+    """
+
+    width: int = Field(1024, ge=16, multiple_of=16)
     """D, size of the hidden vectors."""
-    num_latents: int = Field(32, ge=1)
+    num_latents: int = Field(64, ge=1)
     """L, vectors the prompt is pooled into."""
-    encoder_blocks: int = Field(2, ge=1)
+    encoder_blocks: int = Field(4, ge=1)
     """Perceiver blocks of the encoder."""
-    generator_blocks: int = Field(2, ge=1)
-    """Cross-attention blocks of the generator."""
-    num_heads: int = Field(4, ge=1)
+    generator_blocks: int = Field(3, ge=1)
+    """Blocks of the generator: each reads the latents and mixes across layers and ranks."""
+    num_heads: int = Field(16, ge=1)
     """Attention heads; must divide the width."""
+    head: Literal["per_rank", "flat"] = "per_rank"
+    """Whether a head makes one rank from each of a layer's R features, or all R from its only one."""
+    head_grouping: Literal["shape", "kind"] = "shape"
+    """Which layers share heads: those of equal shape, or those of equal name inside their decoder layers."""
+    featurizer: str = Field(EMBEDDINGS, pattern=PATTERN)
+    """What it reads of a prompt: "embeddings", or "hidden@K" (`hyperagent.model.featurizer`)."""
     rank: int = Field(16, ge=1)
     """R, rank of the generated adapters."""
     alpha: float = Field(32.0, gt=0)
     """LoRA's alpha; the delta is scaled by alpha / rank, as in PEFT."""
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> HyperNetworkConfig:
+        """The preset of that name with some fields changed.
+
+        Raises:
+            ValidationError: there is none of that name, or a field is wrong.
+        """
+        return cls.model_validate({"preset": name, **changes})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping) or "preset" not in fields:
+            return fields
+        changes = dict(fields)
+        name = changes.pop("preset")
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose from {', '.join(PRESETS)}")
+        return {**PRESETS[name], **changes}
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> HyperNetworkConfig:
@@ -59,68 +115,18 @@ class HyperNetworkConfig(StrictModel):
         return self.alpha / self.rank
 
 
-class _Attention(nn.Module):
-    """Multi-head attention from queries [B, Q, D] to a context [B, C, D]; pre-normalised, residual."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_query = nn.RMSNorm(width)
-        self.norm_context = nn.RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-
-    def forward(self, x_BQD: Tensor, context_BCD: Tensor, mask_BC: Tensor | None = None) -> Tensor:
-        def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        key, value = self.key_value(self.norm_context(context_BCD)).chunk(2, dim=-1)
-        mask = None if mask_BC is None else mask_BC[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(
-            heads(self.query(self.norm_query(x_BQD))), heads(key), heads(value), attn_mask=mask
-        )
-        return x_BQD + self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class _FeedForward(nn.Module):
-    """Pre-normalised residual MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
 class _EncoderBlock(nn.Module):
     """Latents read the prompt, mix among themselves, and think."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.read = _Attention(width, num_heads)
-        self.mix = _Attention(width, num_heads)
-        self.think = _FeedForward(width)
+        self.read = Attention(width, num_heads)
+        self.mix = Attention(width, num_heads)
+        self.think = FeedForward(width)
 
     def forward(self, latents_BLD: Tensor, tokens_BPD: Tensor, mask_BP: Tensor) -> Tensor:
         latents_BLD = self.read(latents_BLD, tokens_BPD, mask_BP)
         thought: Tensor = self.think(self.mix(latents_BLD, latents_BLD))
-        return thought
-
-
-class _GeneratorBlock(nn.Module):
-    """Queries read the latents and think."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.read = _Attention(width, num_heads)
-        self.think = _FeedForward(width)
-
-    def forward(self, queries_BQD: Tensor, latents_BLD: Tensor) -> Tensor:
-        thought: Tensor = self.think(self.read(queries_BQD, latents_BLD))
         return thought
 
 
@@ -136,72 +142,167 @@ class PromptEncoder(nn.Module):
         self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> Tensor:
-        """Latents [B, L, D] of prompt embeddings; `mask_BP` is True at real tokens, of which each row has one at least."""
+        """Latents [B, L, D] of prompt features; `mask_BP` is True at real tokens.
+
+        Raises:
+            InvalidRequest: the mask is of another shape, or a prompt has no real token.
+        """
+        if mask_BP.shape != embeddings_BPE.shape[:2]:
+            raise InvalidRequest(
+                f"a prompt mask of shape {list(mask_BP.shape)} does not belong to features of shape {list(embeddings_BPE.shape)}"
+            )
+        if not mask_BP.any(1).all():
+            raise InvalidRequest("a prompt has no real token: its mask is False throughout; give it one at least")
         tokens_BPD = self.input(self.norm_input(embeddings_BPE))
         # The table's rows carry no order, so positions are added (sinusoidal: defined for every length).
-        tokens_BPD = tokens_BPD + _sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2]).to(tokens_BPD)
+        tokens_BPD = tokens_BPD + sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2], tokens_BPD.device)
         latents_BLD = self.latents.expand(tokens_BPD.shape[0], -1, -1)
         for block in self.blocks:
             latents_BLD = block(latents_BLD, tokens_BPD, mask_BP)
         return latents_BLD
 
 
+class _GeneratorBlock(nn.Module):
+    """Queries read the latents, mix across layers and, where there is more than one, slots, and think.
+
+    The two mixing attentions are factorised, over M vectors and over S, as one over all M S would be quadratic in them.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, num_slots: int) -> None:
+        super().__init__()
+        self.read = Attention(width, num_heads)
+        self.mix_layers = Attention(width, num_heads)
+        self.mix_slots = Attention(width, num_heads) if num_slots > 1 else None
+        self.think = FeedForward(width)
+
+    def forward(self, x_BMSD: Tensor, latents_BLD: Tensor) -> Tensor:
+        num, layers, slots, _ = x_BMSD.shape
+        x_BMSD = self.read(x_BMSD.flatten(1, 2), latents_BLD).unflatten(1, (layers, slots))
+        across_layers = x_BMSD.transpose(1, 2).flatten(0, 1)
+        x_BMSD = self.mix_layers(across_layers, across_layers).unflatten(0, (num, slots)).transpose(1, 2)
+        if self.mix_slots is not None:
+            across_slots = x_BMSD.flatten(0, 1)
+            x_BMSD = self.mix_slots(across_slots, across_slots).unflatten(0, (num, layers))
+        thought: Tensor = self.think(x_BMSD)
+        return thought
+
+
 class ShapeGroupedLoRAGenerator(nn.Module):
     """Turns latents into the factors of every target layer."""
 
-    def __init__(self, config: HyperNetworkConfig, layers: Sequence[LayerInfo]) -> None:
+    def __init__(self, config: HyperNetworkConfig, layers: Sequence[LayerInfo], *, zero_a: bool) -> None:
+        """`zero_a` starts A's heads at zero as well, for what is added to a static adapter."""
         super().__init__()
         width, self.rank = config.width, config.rank
+        num_slots = config.rank if config.head == "per_rank" else 1
         self.layers = tuple(layers)
         # Of unit size, so that the features of two layers or two ranks start out far apart: similar features would
         # make every rank's row of A and column of B the same, an adapter of rank 1 whatever R is.
-        self.queries = nn.Parameter(torch.randn(len(layers), config.rank, width))
-        self.blocks = nn.ModuleList(_GeneratorBlock(width, config.num_heads) for _ in range(config.generator_blocks))
+        self.queries = nn.Parameter(torch.randn(len(layers), num_slots, width))
+        self.blocks = nn.ModuleList(
+            _GeneratorBlock(width, config.num_heads, num_slots=num_slots) for _ in range(config.generator_blocks)
+        )
         self.norm = nn.RMSNorm(width)
-        shapes = sorted({(layer.in_features, layer.out_features) for layer in layers})
-        self.a_heads = nn.ModuleDict({f"{i}x{o}": nn.Linear(width, i, bias=False) for i, o in shapes})
-        self.b_heads = nn.ModuleDict({f"{i}x{o}": nn.Linear(width, o, bias=False) for i, o in shapes})
-        for head in self.a_heads.values():
-            nn.init.normal_(head.weight, std=1 / math.sqrt(3 * head.out_features))  # type: ignore[arg-type, operator]
-        for head in self.b_heads.values():
-            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+        self.feature_norm = _MAX_L1 / math.sqrt(width)
+        """L2 norm of the features that the heads read."""
+        self._members: dict[str, list[int]] = {}
+        for index, layer in enumerate(layers):
+            self._members.setdefault(_group(layer, config), []).append(index)
+        self.a_heads = nn.ModuleDict()
+        self.b_heads = nn.ModuleDict()
+        for group, (first, *_) in self._members.items():
+            layer, repeat = layers[first], config.rank // num_slots
+            self.a_heads[group] = nn.Linear(width, repeat * layer.in_features, bias=False)
+            self.b_heads[group] = nn.Linear(width, repeat * layer.out_features, bias=False)
+            std = 0.0 if zero_a else 1 / (self.feature_norm * math.sqrt(3 * layer.in_features))
+            nn.init.normal_(self.a_heads[group].weight, std=std)  # type: ignore[arg-type]
+            nn.init.zeros_(self.b_heads[group].weight)  # type: ignore[arg-type]
 
     def forward(self, latents_BLD: Tensor) -> AdapterWeights:
         """Factors a [B, R, I] and b [B, O, R] of every target layer."""
-        x_BQD = self.queries.flatten(0, 1).expand(latents_BLD.shape[0], -1, -1)
+        return self.factors(self.features(latents_BLD))
+
+    def features(self, latents_BLD: Tensor) -> Tensor:
+        """[B, M, S, D]: what the heads read, each of L2 norm `feature_norm`, so that no prompt makes a large adapter."""
+        x_BMSD = self.queries.expand(len(latents_BLD), -1, -1, -1)
         for block in self.blocks:
-            x_BQD = block(x_BQD, latents_BLD)
-        features_BMRD = F.normalize(self.norm(x_BQD), dim=-1).unflatten(1, (len(self.layers), self.rank))
+            x_BMSD = block(x_BMSD, latents_BLD)
+        return F.normalize(self.norm(x_BMSD), dim=-1) * self.feature_norm
+
+    def factors(self, features_BMSD: Tensor) -> AdapterWeights:
+        """What the heads make of `features`: a [B, R, I] and b [B, O, R] of every target layer."""
+        num = len(features_BMSD)
         weights: AdapterWeights = {}
-        for shape in self.a_heads:
-            members = [m for m, layer in enumerate(self.layers) if f"{layer.in_features}x{layer.out_features}" == shape]
-            a_BMRI = self.a_heads[shape](features_BMRD[:, members])
-            b_BMRO = self.b_heads[shape](features_BMRD[:, members])
+        for group, members in self._members.items():
+            read_BMSD = features_BMSD[:, members]
+            a_BMRI = self.a_heads[group](read_BMSD).reshape(num, len(members), self.rank, -1)
+            b_BMRO = self.b_heads[group](read_BMSD).reshape(num, len(members), self.rank, -1)
             for place, m in enumerate(members):
                 weights[self.layers[m].name] = LoRAPair(a_BMRI[:, place], b_BMRO[:, place].transpose(1, 2))
         return {layer.name: weights[layer.name] for layer in self.layers}
 
 
 class AgenticHyperNetwork(nn.Module):
-    """Prompt embeddings in, LoRA factors out."""
+    """Prompt features in, LoRA factors out; from zero, or on top of a static adapter."""
 
-    def __init__(self, config: HyperNetworkConfig, layers: Sequence[LayerInfo], embedding_size: int) -> None:
+    def __init__(
+        self,
+        config: HyperNetworkConfig,
+        layers: Sequence[LayerInfo],
+        embedding_size: int,
+        *,
+        warm_start: AdapterWeights | None = None,
+    ) -> None:
+        """A hypernetwork at its start.
+
+        Args:
+            embedding_size: E.
+            warm_start: a static adapter A0 [R, I], B0 [O, R] of every layer, to which the generated factors are
+                added: A = A0 + dA(prompt), B = B0 + dB(prompt), of the same rank, with dA = dB = 0 at the start.
+                It stays as it is, so that whatever is gained is the prompt's doing.
+
+        Raises:
+            ConfigError: the static adapter is for other layers or of another rank.
+        """
         super().__init__()
         self.config = config
         self.encoder = PromptEncoder(config, embedding_size)
-        self.generator = ShapeGroupedLoRAGenerator(config, layers)
+        self.generator = ShapeGroupedLoRAGenerator(config, layers, zero_a=warm_start is not None)
+        self.base: StaticLoRA | None = None
+        if warm_start is not None:
+            self.base = StaticLoRA.of(warm_start, layers, rank=config.rank, alpha=config.alpha).requires_grad_(False)
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        return self.generator.layers
+
+    @property
+    def scale(self) -> float:
+        return self.config.scale
+
+    def b_parameters(self) -> list[nn.Parameter]:
+        """What makes B, which starts at zero."""
+        return list(self.generator.b_heads.parameters())
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:
         """Factors a [B, R, I] and b [B, O, R] of every target layer for B prompts.
 
         Args:
-            embeddings_BPE: rows of the student's frozen embedding table.
+            embeddings_BPE: what the config's featurizer makes of the prompts.
             mask_BP: bool, True at real tokens.
+
+        Raises:
+            InvalidRequest: the mask does not fit, or a prompt has no real token.
         """
-        return self.generator(self.encoder(embeddings_BPE, mask_BP))
+        weights = self.generator(self.encoder(embeddings_BPE, mask_BP))
+        if self.base is None:
+            return weights
+        base = self.base.adapter()
+        return {name: LoRAPair(base[name].a + pair.a, base[name].b + pair.b) for name, pair in weights.items()}
 
 
-def _sinusoids(length: int, width: int) -> Tensor:
-    """[length, width] position features (Attention Is All You Need, arXiv:1706.03762, section 3.5)."""
-    angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+def _group(layer: LayerInfo, config: HyperNetworkConfig) -> str:
+    """Which heads a layer uses; a module's name, so without dots."""
+    if config.head_grouping == "shape":
+        return f"{layer.in_features}x{layer.out_features}"
+    return layer.kind.replace(".", "-")

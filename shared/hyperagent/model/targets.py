@@ -3,30 +3,24 @@
 Qwen3-Next mixes two kinds of decoder layer, and only one of four has `q_proj`; the others are Gated DeltaNet
 layers with `in_proj_qkvz` and `out_proj` (transformers, `modeling_qwen3_next.py`). A list of attention names
 alone would leave three quarters of the student untouched without any error, so discovery is strict: every
-decoder layer must be reached and every name must be found.
+decoder layer must be reached, every name must be found, and every layer must have the shape that the student's
+config gives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hyperagent.errors import ConfigError
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-
-DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
-    # in_proj_ba steers the recurrence's decay with 64 outputs, and not every server applies an adapter to it; the
-    # routed experts are one fused parameter, not linear layers. Both are left alone.
-    "qwen3_next": (*_ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.out_proj"),
-    "qwen3_moe": _ATTENTION,
-    "qwen3": _ATTENTION,
-    "llama": _ATTENTION,
-}
-"""Projections adapted by default, by `model_type`, as paths inside a decoder layer."""
+Shape = tuple[int, int]
+"""(in_features, out_features)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,99 @@ class LayerInfo:
     in_features: int
     out_features: int
 
+    @property
+    def depth(self) -> int:
+        """Index of its decoder layer."""
+        return int(self._place()[1])
+
+    @property
+    def kind(self) -> str:
+        """Path inside its decoder layer, such as "self_attn.q_proj"."""
+        return self._place()[2]
+
+    def _place(self) -> re.Match[str]:
+        place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", self.name)
+        if place is None:
+            raise ConfigError(f"{self.name!r} is no module of a decoder layer: its name lacks `layers.<index>.`")
+        return place
+
+
+def _attention(config: Any, *, query_gate: bool = False) -> dict[str, Shape]:
+    """Projections of (grouped-query) softmax attention; a gated one has its output gate inside q_proj."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
+    return {
+        "self_attn.q_proj": (config.hidden_size, 2 * query if query_gate else query),
+        "self_attn.k_proj": (config.hidden_size, key),
+        "self_attn.v_proj": (config.hidden_size, key),
+        "self_attn.o_proj": (query, config.hidden_size),
+    }
+
+
+def _mlp(path: str, hidden_size: int, intermediate_size: int) -> dict[str, Shape]:
+    return {
+        f"{path}.gate_proj": (hidden_size, intermediate_size),
+        f"{path}.up_proj": (hidden_size, intermediate_size),
+        f"{path}.down_proj": (intermediate_size, hidden_size),
+    }
+
+
+def _dense_shapes(config: Any) -> dict[str, Shape]:
+    return _attention(config) | _mlp("mlp", config.hidden_size, config.intermediate_size)
+
+
+def _qwen3_next_shapes(config: Any) -> dict[str, Shape]:
+    key = config.linear_num_key_heads * config.linear_key_head_dim
+    value = config.linear_num_value_heads * config.linear_value_head_dim
+    return (
+        _attention(config, query_gate=True)
+        | {
+            # Query, key, value and output gate z in one, interleaved by key head.
+            "linear_attn.in_proj_qkvz": (config.hidden_size, 2 * key + 2 * value),
+            "linear_attn.in_proj_ba": (config.hidden_size, 2 * config.linear_num_value_heads),
+            "linear_attn.out_proj": (value, config.hidden_size),
+        }
+        | _mlp("mlp.shared_expert", config.hidden_size, config.shared_expert_intermediate_size)
+    )
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    shapes: Callable[[Any], Mapping[str, Shape]]
+    """Of every projection that may be adapted, by path inside a decoder layer, from the model's config."""
+    targets: tuple[str, ...]
+    """Those adapted by default."""
+
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_LLAMA_LIKE = _Architecture(_dense_shapes, _ATTENTION)
+
+ARCHITECTURES: dict[str, _Architecture] = {
+    # in_proj_ba steers the recurrence's decay with 64 outputs, and not every server applies an adapter to it; the
+    # shared expert adds a third to the adapter. Both are there by choice.
+    "qwen3_next": _Architecture(_qwen3_next_shapes, (*_ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.out_proj")),
+    "qwen3_moe": _Architecture(_attention, _ATTENTION),
+    "qwen3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+}
+"""Students that can be adapted, by `model_type`."""
+
+_NEVER = (
+    (
+        r"(.*\.)?mlp\.(gate|router|shared_expert_gate)(\..*)?",
+        "it decides which experts a token is sent to, or how much of the shared one it gets: routing must stay the "
+        "student's own, and the router is not a linear layer but a module with a weight and a top-k",
+    ),
+    (
+        r"(.*\.)?mlp\.experts(\..*)?",
+        "the routed experts are fused three-dimensional parameters, not linear layers, and each sees only the tokens "
+        "routed to it",
+    ),
+)
+"""What is never adapted whatever the student, with the reason."""
+
 
 def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | None = None) -> list[LayerInfo]:
     """Find the student's target layers, in the order of the network.
@@ -46,34 +133,71 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
         targets: paths inside a decoder layer, such as "self_attn.q_proj"; by default those of the model's type.
 
     Raises:
-        ConfigError: the model type has no default, a path matches no layer, a decoder layer has none of the
-            paths, or a match is not a plain linear layer.
+        ConfigError: the model type is unknown, a path is not one that may be adapted, stands twice or matches no
+            layer, a decoder layer has none of the paths or only some of those of one of its parts, or a match is
+            not a plain linear layer of the shape that the config implies.
     """
     model_type = str(student.config.model_type)
-    if targets is None:
-        if model_type not in DEFAULT_TARGETS:
-            raise ConfigError(
-                f"there are no default targets for {model_type!r} students; name them in the recipe (known: {', '.join(DEFAULT_TARGETS)})"
-            )
-        targets = DEFAULT_TARGETS[model_type]
-    prefix = next((name for name, module in student.named_modules() if module is student.get_decoder()), "")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"students of type {model_type!r} are not known, and so neither their projections; known: {', '.join(ARCHITECTURES)}"
+        )
+    shapes = ARCHITECTURES[model_type].shapes(student.config)
+    targets = ARCHITECTURES[model_type].targets if targets is None else tuple(targets)
+    _check_names(targets, shapes, model_type)
+    decoder = student.get_decoder()
+    prefix = next(name for name, module in student.named_modules() if module is decoder)
     found: list[LayerInfo] = []
-    matched: set[str] = set()
-    for index, layer in enumerate(student.get_decoder().layers):
+    for index, layer in enumerate(decoder.layers):
         modules = dict(layer.named_modules())
-        here = [path for path in targets if path in modules]
+        # Those of the layer's own parts: an attention layer need not have the projections of a DeltaNet one.
+        here = [path for path in targets if path.rpartition(".")[0] in modules]
         if not here:
             raise ConfigError(
                 f"decoder layer {index} of the {model_type} student has none of the targets {', '.join(targets)}; add its projections"
             )
         for path in here:
-            module = modules[path]
-            if type(module) is not nn.Linear:
-                raise ConfigError(
-                    f"target {path} of layer {index} is a {type(module).__name__}, not a linear layer; leave it out of the targets"
-                )
-            found.append(LayerInfo(f"{prefix}.layers.{index}.{path}", module.in_features, module.out_features))
-        matched.update(here)
-    if unknown := [path for path in targets if path not in matched]:
-        raise ConfigError(f"the {model_type} student has no layer {', '.join(unknown)}; correct the targets")
+            name = f"{prefix}.layers.{index}.{path}".lstrip(".")
+            found.append(_layer_info(name, modules.get(path), shapes[path]))
+    reached = {layer.kind for layer in found}
+    if unknown := [path for path in targets if path not in reached]:
+        raise ConfigError(
+            f"no decoder layer of this {model_type} student has {', '.join(unknown)}; leave it out of the targets"
+        )
     return found
+
+
+def num_adapter_parameters(layers: Iterable[LayerInfo], rank: int) -> int:
+    """Numbers in one adapter of these layers."""
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def _check_names(targets: Sequence[str], shapes: Mapping[str, Shape], model_type: str) -> None:
+    if not targets:
+        raise ConfigError("the list of targets is empty; name projections, or leave the list out for the default ones")
+    for path in targets:
+        for pattern, reason in _NEVER:
+            if re.fullmatch(pattern, path):
+                raise ConfigError(f"target {path} is never adapted: {reason}; leave it out of the targets")
+        if path not in shapes:
+            raise ConfigError(
+                f"the {model_type} student has no projection {path} that can be adapted; choose from {', '.join(shapes)}"
+            )
+        if targets.count(path) > 1:
+            raise ConfigError(f"target {path} stands twice in the list; name it once")
+
+
+def _layer_info(name: str, module: nn.Module | None, shape: Shape) -> LayerInfo:
+    if module is None:
+        raise ConfigError(f"the student lacks {name}, which every layer of its kind must have; check its weights")
+    # A subclass (quantised, or adapted already) may compute something else than x @ W.T.
+    if type(module) is not nn.Linear:
+        raise ConfigError(
+            f"target {name} is a {type(module).__name__}, not a plain linear layer; load the student without quantisation or adapters"
+        )
+    if (module.in_features, module.out_features) != shape:
+        raise ConfigError(
+            f"target {name} maps {module.in_features} to {module.out_features} features where the student's config "
+            f"implies {shape[0]} to {shape[1]}; give the config that belongs to the weights"
+        )
+    return LayerInfo(name, *shape)
