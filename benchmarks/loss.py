@@ -1,110 +1,296 @@
-"""The chunked sparse KL against plain PyTorch, and against the two matrix products that bound it.
+"""The fused loss, forward and gradient, beside the matrix products that bound it and the ways others compute it.
 
-    python benchmarks/loss.py [--rows 256] [--vocab 151936] [--hidden 2048] [--json]
+    python benchmarks/loss.py [--device cuda] [--rows 2048] [--dtype float32] [--json]
 
-`plain` is what one writes without a fused loss: all logits at once, log_softmax, gather, autograd. `bound` multiplies
-hidden states by the head and a gradient of the logits by the head, and does nothing else. Every variant runs in a
-process of its own, which also gives its peak memory; the time is the median of three after one warm-up.
+Each variant runs in a process of its own, warmed up on a few rows, and takes its time and its memory from one pass over
+all rows. `floor`, hidden states times head and a gradient of the logits times head, is given the fastest of several chunk
+sizes. `floor` and `ours` take turns, and `ours_over_gemm_floor` is the median of the turns' ratios.
+
+    ours                 `compute_distillation_loss` as training calls it; on a GPU also each of its two paths
+    naive                all logits at once, log_softmax, gather, autograd
+    chunks of 1,024      the same in chunks of 1,024 rows, whose log-softmax autograd keeps until the backward pass
+    liger chunked        Liger-Kernel's LigerFusedLinearJSDLoss, uncompiled, as forward KL over the whole vocabulary
+    liger fused          Liger-Kernel's fused linear JSD in Triton
+    trl                  TRL's ChunkedDivergenceFunction, forward KL over the whole vocabulary
+
+The last three need the teacher's logits: theirs is a teacher of hidden size 64, which costs them little. On a CPU memory is
+the growth of the process's peak (VmHWM), on a GPU that of the allocator's; the gradient of the hidden states, which every
+variant hands out, is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperagent_trainer.loss import compute_distillation_loss
 
-VARIANTS = ("bound", "chunked 64", "chunked 256", "plain")
-REPEATS = 3
+FLOOR_CHUNKS = (160, 1024, 4096)
+WARM_UP_ROWS = 8
+TEACHER_HIDDEN = 64
 
 
-def plain(hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """The same loss with every logit in memory."""
-    logq = (hidden @ head.T).log_softmax(-1)
-    q_kept = logq.gather(1, ids)
-    q_rest = logq.scatter(1, ids, -torch.inf).logsumexp(-1)
-    return (logprobs.exp() * (logprobs - q_kept)).sum() + (tail.exp() * (tail - q_rest)).sum()
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A student's hidden states and head, and a teacher's rows."""
+
+    hidden: Tensor
+    head: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+
+    def first(self, n: int) -> Problem:
+        hidden = self.hidden.detach()[:n].requires_grad_()
+        return Problem(hidden, self.head, self.ids[:n], self.logprobs[:n], self.tail[:n])
 
 
-def step(variant: str, rows: int, vocab: int, size: int, top_k: int) -> tuple[float, float]:
-    """Seconds and loss of one forward and backward pass."""
-    generator = torch.Generator().manual_seed(0)
-    head = torch.randn(vocab, size, generator=generator).mul_(size**-0.5)
-    hidden = torch.randn(rows, size, generator=generator).requires_grad_()
+def make_problem(options: argparse.Namespace) -> Problem:
+    generator = torch.Generator(options.device).manual_seed(0)
+    new = {"generator": generator, "device": options.device}
+    dtype = getattr(torch, options.dtype)
+    head = torch.empty(options.vocab, options.hidden, dtype=dtype, device=options.device)
+    for start in range(0, options.vocab, 8192):
+        block = head[start : start + 8192]
+        block.copy_(torch.randn(block.shape, **new).mul_(options.hidden**-0.5))
+    hidden = torch.randn(options.rows, options.hidden, **new).to(dtype).requires_grad_()
     # Distinct within a row and scattered over the vocabulary.
-    first = torch.randint(vocab, (rows, 1), generator=generator)
-    ids = (first + torch.arange(top_k) * (vocab // top_k)) % vocab
-    kept = torch.rand(rows, top_k, generator=generator)
+    first = torch.randint(options.vocab, (options.rows, 1), **new)
+    ids = (
+        first + torch.arange(options.top_k, device=options.device) * (options.vocab // options.top_k)
+    ) % options.vocab
+    kept = torch.rand(options.rows, options.top_k, **new)
     logprobs = (0.95 * kept / kept.sum(1, keepdim=True)).log()
-    tail = torch.full((rows,), 0.05).log()
-    seconds = []
-    loss = 0.0
-    for _ in range(REPEATS + 1):
-        hidden.grad = None
+    return Problem(hidden, head, ids, logprobs, torch.full((options.rows,), 0.05, device=options.device).log())
+
+
+def floor(problem: Problem, *, chunk: int) -> None:
+    """Both products for every row, the results of the first thrown away."""
+    n, vocab = problem.hidden.shape[0], problem.head.shape[0]
+    logits = problem.head.new_empty(min(chunk, n), vocab)
+    gradient = torch.empty_like(problem.hidden)
+    with torch.no_grad():
+        for start in range(0, n, chunk):
+            block = problem.hidden[start : start + chunk]
+            torch.mm(block, problem.head.T, out=logits[: len(block)])
+            torch.mm(logits[: len(block)], problem.head, out=gradient[start : start + chunk])
+
+
+def ours(problem: Problem, *, backend: Any) -> None:
+    compute_distillation_loss(
+        problem.hidden, problem.head, problem.ids, problem.logprobs, problem.tail,
+        vocab_size=problem.head.shape[0], backend=backend,
+    ).backward()  # fmt: skip
+
+
+def naive(problem: Problem, *, chunk: int | None = None) -> None:
+    total = torch.zeros((), device=problem.hidden.device)
+    for start in range(0, problem.hidden.shape[0], chunk or problem.hidden.shape[0]):
+        rows = slice(start, start + (chunk or problem.hidden.shape[0]))
+        logq = (problem.hidden[rows] @ problem.head.T).float().log_softmax(-1)
+        logq_kept = logq.gather(1, problem.ids[rows])
+        logq_rest = logq.scatter(1, problem.ids[rows], -torch.inf).logsumexp(-1)
+        logp, logp_rest = problem.logprobs[rows], problem.tail[rows]
+        total = total + (logp.exp() * (logp - logq_kept)).sum() + (logp_rest.exp() * (logp_rest - logq_rest)).sum()
+    total.backward()
+
+
+def _teacher(problem: Problem) -> tuple[Tensor, Tensor]:
+    new = {"dtype": problem.head.dtype, "device": problem.head.device}
+    hidden = torch.randn(problem.hidden.shape[0], TEACHER_HIDDEN, **new)
+    return hidden, torch.randn(problem.head.shape[0], TEACHER_HIDDEN, **new)
+
+
+def liger_chunked(problem: Problem) -> None:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    loss(problem.hidden, problem.head, *_teacher(problem), problem.ids[:, 0]).backward()
+
+
+def liger_fused(problem: Problem) -> None:
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    LigerFusedLinearJSDFunction.apply(problem.hidden, problem.head, *_teacher(problem), None, 0.0).backward()
+
+
+def trl(problem: Problem) -> None:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    hidden, head = _teacher(problem)
+    loss, _ = ChunkedDivergenceFunction.apply(problem.hidden, problem.head, None, hidden, head, None, 0.0)
+    loss.sum().backward()
+
+
+VARIANTS: dict[str, Callable[[Problem], None]] = {
+    **{f"floor {chunk}": partial(floor, chunk=chunk) for chunk in FLOOR_CHUNKS},
+    "ours": partial(ours, backend="auto"),
+    "ours, torch": partial(ours, backend="torch"),
+    "ours, triton": partial(ours, backend="triton"),
+    "naive": naive,
+    "chunks of 1,024": partial(naive, chunk=1024),
+    "liger chunked": liger_chunked,
+    "liger fused": liger_fused,
+    "trl": trl,
+}
+FLOORS = [name for name in VARIANTS if name.startswith("floor")]
+ONLY_ON_A_GPU = ("ours, torch", "ours, triton")
+
+
+def _peak_extra_bytes(device: str) -> Callable[[], int]:
+    """Begin to measure; the returned function says how far the peak has risen since."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - before
+    # Man page proc_pid_clear_refs(5): 5 sets the peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    return lambda: _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One pass of one variant over all rows, in this process."""
+    problem = make_problem(options)
+    try:
+        VARIANTS[name](problem.first(WARM_UP_ROWS))
+        peak = _peak_extra_bytes(options.device)
         started = time.perf_counter()
-        if variant == "bound":
-            with torch.no_grad():
-                for start in range(0, rows, 256):
-                    (hidden[start : start + 256] @ head.T) @ head
-        elif variant == "plain":
-            total = plain(hidden, head, ids, logprobs, tail)
-            total.backward()
-            loss = total.item()
-        else:
-            chunk = int(variant.split()[1])
-            total = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=vocab, chunk_rows=chunk)
-            total.backward()
-            loss = total.item()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:]), loss
+        VARIANTS[name](problem)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    except ImportError as error:
+        return {"not_run": f"not installed: {error}"}
+    except Exception as error:
+        return {"not_run": f"does not run on this device: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+    gradient = problem.hidden.numel() * problem.hidden.element_size()
+    return {"seconds": seconds, "peak_extra_bytes": max(0, peak() - gradient)}
+
+
+def in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a process of its own, which the machine may end for want of memory."""
+    shape = [f"--{k}={getattr(options, k.replace('-', '_'))}" for k in ("rows", "vocab", "hidden", "top-k", "device")]
+    command = [sys.executable, __file__, "--variant", name, "--dtype", options.dtype, *shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"not_run": f"ended with exit status {done.returncode}: {last[:160]}"}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """All variants in one dtype."""
+    floors = {name: in_process(name, options) for name in FLOORS}
+    best = min((f for f in floors if "seconds" in floors[f]), key=lambda f: floors[f]["seconds"])
+    floor_s, ours_s = [], []
+    for _ in range(options.turns):
+        own = in_process("ours", options)
+        if "seconds" not in own:
+            raise SystemExit(f"ours failed: {own}")
+        ours_s.append(own["seconds"])
+        floor_s.append(in_process(best, options)["seconds"])
+    skipped = {*FLOORS, "ours", *(() if options.device == "cuda" else ONLY_ON_A_GPU)}
+    peers = {name: in_process(name, options) for name in VARIANTS if name not in skipped}
+    return {
+        "ours_over_gemm_floor": statistics.median(a / b for a, b in zip(ours_s, floor_s, strict=True)),
+        "ours_peak_extra_bytes": own["peak_extra_bytes"],
+        "floor_seconds_by_turn": floor_s,
+        "ours_seconds_by_turn": ours_s,
+        "variants": {
+            **floors,
+            "ours": {"seconds": statistics.median(ours_s), "peak_extra_bytes": own["peak_extra_bytes"]},
+            **peers,
+        },
+    }
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """What is printed: of both dtypes, the headline numbers of the first one given once more at the top."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return {"device": "cuda", "results": "not yet measured"}
+    by_dtype = {}
+    for dtype in options.dtype.split(","):
+        by_dtype[dtype] = compare(argparse.Namespace(**{**vars(options), "dtype": dtype}))
+    first = next(iter(by_dtype.values()))
+    device = torch.cuda.get_device_name() if options.device == "cuda" else _cpu_name()
+    return {
+        "ours_over_gemm_floor": first["ours_over_gemm_floor"],
+        "ours_peak_extra_bytes": first["ours_peak_extra_bytes"],
+        "machine": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+        **{name: getattr(options, name) for name in ("rows", "vocab", "hidden", "top_k", "turns")},
+        "results": by_dtype,
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    if found["results"] == "not yet measured":
+        print("cuda: not yet measured")
+        return
+    print(f"{found['machine']}, torch {found['torch']}, {found['rows']} rows, vocabulary {found['vocab']}")
+    for dtype, result in found["results"].items():
+        best = min(result["variants"][name]["seconds"] for name in FLOORS if "seconds" in result["variants"][name])
+        print(f"{dtype}: ours over the floor {result['ours_over_gemm_floor']:.3f}")
+        for name, row in result["variants"].items():
+            if "seconds" in row:
+                peak = row["peak_extra_bytes"] / 1e6
+                print(f"  {name:16} {row['seconds']:8.3f} s {row['seconds'] / best:6.2f} x floor {peak:9.1f} MB")
+            else:
+                print(f"  {name:16} {row['not_run']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, help="by default 2,048 on a CPU and 131,072 on a GPU")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--top-k", type=int, default=128)
+    parser.add_argument(
+        "--dtype", help="with commas between; by default float32,bfloat16, on a GPU the other way round"
+    )
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    options.rows = options.rows or (131_072 if on_gpu else 2048)
+    options.dtype = options.dtype or ("bfloat16,float32" if on_gpu else "float32,bfloat16")
     if options.variant:
-        seconds, loss = step(options.variant, options.rows, options.vocab, options.hidden, options.top_k)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"variant": options.variant, "seconds": seconds, "loss": loss, "peak_rss_bytes": peak}))
+        print(json.dumps(measure(options.variant, options)))
         return
-    shape = ["--rows", options.rows, "--vocab", options.vocab, "--hidden", options.hidden, "--top-k", options.top_k]
-    results = [
-        json.loads(subprocess.check_output([sys.executable, __file__, "--variant", variant, *map(str, shape)]))
-        for variant in VARIANTS
-    ]
-    bound = results[0]["seconds"]
-    report = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
-        "rows": options.rows,
-        "vocab": options.vocab,
-        "hidden": options.hidden,
-        "results": [{**result, "times_bound": result["seconds"] / bound} for result in results],
-    }
+    found = report(options)
     if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{report['machine']}, torch {report['torch']}, {options.rows} rows, vocabulary {options.vocab}, float32")
-    for result in report["results"]:
-        memory = result["peak_rss_bytes"] / 2**30
-        print(
-            f"{result['variant']:12} {result['seconds']:7.2f} s {result['times_bound']:6.2f} x bound {memory:6.2f} GiB peak"
-        )
+        print(json.dumps(found, indent=2))
+    else:
+        _print_table(found)
 
 
 if __name__ == "__main__":

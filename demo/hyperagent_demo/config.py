@@ -36,7 +36,6 @@ class DistillConfig(StrictModel):
     learning_rate: float = Field(gt=0)
     b_head_learning_rate_factor: float = Field(1.0, gt=0)
     warmup_steps: int = Field(ge=0)
-    loss_chunk_rows: int = Field(256, ge=1)
     evaluate_every: int = Field(ge=1)
 
 

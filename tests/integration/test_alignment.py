@@ -62,7 +62,6 @@ def kl(student: Student, batch: Batch) -> float:
             batch.logprobs_NK,
             batch.tail_logmass_N,
             vocab_size=student.vocab_size,
-            chunk_rows=256,
         )
     return float(total) / batch.num_rows
 

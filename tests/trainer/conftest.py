@@ -149,7 +149,7 @@ def recipe(student_folder: Path, tokens_file: Path, cache_folder: Path) -> Train
         learning_rate=1e-2,
         b_head_learning_rate_factor=4,
         warmup_steps=1,
-        loss_chunk_rows=16,
+        loss_workspace_mib=1,
         evaluate_every=3,
         checkpoint_every=2,
     )

@@ -1,157 +1,301 @@
-"""The loss against a float64 oracle that follows the definition and lets autograd find the gradient."""
+"""The loss against the definition: every divergence, how much is kept, how sharp the softmaxes, in every precision."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_oracle import Case, make_case, oracle, relative, top_rows
 from torch import Tensor
 
-from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
+
+OPTIONS = {
+    "forward_kl": LossOptions(),
+    "reverse_kl": LossOptions(divergence="reverse_kl"),
+    "jsd": LossOptions(divergence="jsd"),
+    "jsd_0.1": LossOptions(divergence="jsd", jsd_beta=0.1),
+    "tvd": LossOptions(divergence="tvd"),
+}
+every_divergence = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-def oracle(
-    hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """Forward KL over the buckets "each kept id" and "any other id", all probabilities written out."""
-    q = (hidden.double() @ head.double().T / temperature).softmax(-1)
-    total = torch.zeros((), dtype=torch.float64)
-    for n in range(len(ids)):
-        kept = torch.zeros(q.shape[1], dtype=torch.bool)
-        kept[ids[n]] = True
-        p_kept, p_rest = logprobs[n].double().exp(), tail[n].double().exp()
-        total = total + (p_kept * (logprobs[n].double() - q[n, ids[n]].log())).sum()
-        if p_rest > 0:
-            total = total + p_rest * (tail[n].double() - q[n, ~kept].sum().log())
-    return total * temperature**2
-
-
-def rows(n: int, k: int, vocab: int, *, spread: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """A random teacher's top-k rows."""
-    generator = torch.Generator().manual_seed(seed)
-    logp = (torch.randn(n, vocab, generator=generator, dtype=torch.float64) * spread).log_softmax(-1)
-    top, ids = logp.topk(k, dim=-1)
-    rest = logp.scatter(1, ids, -torch.inf).logsumexp(-1)
-    return ids, top.float(), rest.float()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
-@pytest.mark.parametrize(("n", "k", "vocab", "chunk"), [(1, 1, 7, 1), (5, 4, 33, 2), (9, 128, 500, 4), (6, 8, 40, 64)])
-def test_loss_and_gradient_equal_the_definition(n: int, k: int, vocab: int, chunk: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(vocab, 16, generator=generator)
-    hidden = torch.randn(n, 16, generator=generator).requires_grad_()
-    ids, logprobs, tail = rows(n, k, vocab)
-
+def loss_of(case: Case, vocab: int, **settings_: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    hidden = case.hidden.detach().clone().requires_grad_()
     loss = compute_distillation_loss(
-        hidden, head, ids, logprobs, tail, vocab_size=vocab, chunk_rows=chunk, temperature=temperature
+        hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=vocab, target_ids_N=case.target, **settings_
     )
-    (loss / n).backward()
-
-    exact = hidden.detach().double().requires_grad_()
-    expected = oracle(exact, head, ids, logprobs, tail, temperature=temperature)
-    (expected / n).backward()
-    assert hidden.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_rows_that_keep_fewer_ids_are_padded() -> None:
-    generator = torch.Generator().manual_seed(5)
-    head = torch.randn(40, 16, generator=generator)
-    hidden = torch.randn(6, 16, generator=generator).requires_grad_()
-    counts = [8, 3, 1, 8, 5, 2]
-    cut = [rows(6, k, 40) for k in counts]
-    ids, logprobs, tail = rows(6, 8, 40)
-    for n, (k, (_, _, tails)) in enumerate(zip(counts, cut, strict=True)):
-        ids[n, k:], logprobs[n, k:], tail[n] = ids[n, 0], -torch.inf, tails[n]
-
-    loss = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=40, chunk_rows=4)
     loss.backward()
-
-    exact = hidden.detach().double().requires_grad_()
-    parts = [
-        oracle(exact[n : n + 1], head, ids[n : n + 1, :k], logprobs[n : n + 1, :k], tail[n : n + 1])
-        for n, k in enumerate(counts)
-    ]
-    expected = torch.stack(parts).sum()
-    expected.backward()
     assert hidden.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    return loss.detach(), hidden.grad
 
 
-def test_every_id_kept_leaves_no_tail_and_no_nan() -> None:
-    head = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    ids, logprobs, tail = rows(3, 6, 6)
-    assert tail.isneginf().all()
+@every_divergence
+@pytest.mark.parametrize("std", [1.0, 10.0, 30.0])
+@pytest.mark.parametrize("k", [1, 16, 128, 301])
+def test_float32_equals_the_definition(k: int, std: float, options: LossOptions) -> None:
+    case = make_case(7, k, 301, std=std)
 
-    loss = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=6, chunk_rows=2)
-    loss.backward()
+    loss, gradient = loss_of(case, 301, options=options, workspace_bytes=3 * 301 * 4)
 
-    exact = hidden.detach().double().requires_grad_()
-    oracle(exact, head, ids, logprobs, tail).backward()
+    expected, expected_gradient = oracle(case, 301, options)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+def test_temperature_and_cross_entropy(temperature: float, ce_weight: float, options: LossOptions) -> None:
+    options = options.model_copy(update={"ce_weight": ce_weight})
+    case = make_case(9, 5, 83)
+
+    loss, gradient = loss_of(case, 83, options=options, temperature=temperature, workspace_bytes=4 * 83 * 4)
+
+    expected, expected_gradient = oracle(case, 83, options, temperature=temperature)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize(("n", "k", "vocab", "size"), [(1, 1, 2, 1), (1, 1, 7, 3), (5, 4, 33, 17), (3, 6, 6, 5)])
+def test_odd_shapes(n: int, k: int, vocab: int, size: int, options: LossOptions) -> None:
+    options = options.model_copy(update={"ce_weight": 0.5})
+    case = make_case(n, k, vocab, size=size)
+
+    loss, gradient = loss_of(case, vocab, options=options)
+
+    expected, expected_gradient = oracle(case, vocab, options)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradcheck(temperature: float, options: LossOptions) -> None:
+    options = options.model_copy(update={"ce_weight": 0.25})
+    case = make_case(4, 5, 23, size=6, std=2.0, dtype=torch.float64)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return compute_distillation_loss(
+            hidden, case.head, case.ids, case.logprobs, case.tail,
+            vocab_size=23, options=options, temperature=temperature, target_ids_N=case.target,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (case.hidden.requires_grad_(),), eps=1e-6, atol=1e-7)
+
+
+def near_case(*, noise: float, std: float, dtype: torch.dtype, k: int = 128) -> Case:
+    """A teacher whose logits are the student's own and a little noise."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(48, 64, generator=generator).mul(std / 8).to(dtype)
+    head = torch.randn(2003, 64, generator=generator).to(dtype)
+    logits = hidden.double() @ head.double().T
+    teacher = logits + noise * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    return Case(hidden, head, *top_rows(teacher, k), torch.zeros(48, dtype=torch.int64))
+
+
+@every_divergence
+@pytest.mark.parametrize(("noise", "std"), [(1e-3, 1.0), (1e-3, 10.0), (1.0, 3.0)])
+def test_bfloat16_gradients_are_as_good_as_their_rounding(noise: float, std: float, options: LossOptions) -> None:
+    """Near p = q a gradient is a difference of nearly equal numbers, and most of one taken from bfloat16 logits is noise."""
+    case = near_case(noise=noise, std=std, dtype=torch.bfloat16)
+
+    _, gradient = loss_of(case, 2003, options=options, workspace_bytes=2**20)
+
+    assert gradient.dtype == torch.bfloat16
+    _, expected = oracle(case, 2003, options)
+    assert float(F.cosine_similarity(gradient.double().flatten(), expected.flatten(), dim=0)) >= 0.9999
+    assert relative(gradient, expected) <= 2e-3
+
+
+def test_a_mean_over_rows_scales_a_bfloat16_gradient_in_float32() -> None:
+    """1/48 in bfloat16 is off by 0.2 %, and so would be every gradient, all in one direction."""
+    case = near_case(noise=1.0, std=3.0, dtype=torch.bfloat16)
+    hidden = case.hidden.clone().requires_grad_()
+
+    loss = compute_distillation_loss(hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=2003)
+    (loss * (1 + 2**-9)).backward()
+
+    _, expected = oracle(case, 2003)
     assert hidden.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    scale = float((hidden.grad.double() * expected).sum() / (expected * expected).sum())
+    assert scale == pytest.approx(1 + 2**-9, abs=3e-4)
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    noise=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 1.0]),
+    std=st.sampled_from([0.01, 1.0, 10.0, 100.0]),
+    k=st.sampled_from([1, 8, 40]),
+)
+def test_no_row_is_ever_negative(
+    dtype: torch.dtype, options: LossOptions, seed: int, noise: float, std: float, k: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, head = torch.randn(1, 8, generator=generator).mul(std).to(dtype), torch.randn(40, 8, generator=generator)
+    logits = hidden.double() @ head.to(dtype).double().T
+    teacher = logits + noise * torch.randn(1, 40, generator=generator, dtype=torch.float64)
+    ids, logprobs, tail = top_rows(teacher, k)
+
+    loss = compute_distillation_loss(hidden, head.to(dtype), ids, logprobs, tail, vocab_size=40, options=options)
+
+    assert loss.item() >= 0
+
+
+@every_divergence
+def test_a_student_that_equals_the_teacher_has_no_loss_and_no_gradient(options: LossOptions) -> None:
+    case = near_case(noise=0.0, std=3.0, dtype=torch.float32)
+
+    loss, gradient = loss_of(case, 2003, options=options)
+
+    assert 0 <= loss.item() < 1e-4
+    # Total variation has a kink there, and its gradient the sign of rounding; each is at most q.
+    assert float(gradient.abs().max()) < (3 if options.divergence == "tvd" else 1e-4)
+
+
+@every_divergence
+def test_huge_logits_stay_finite(options: LossOptions) -> None:
+    head = torch.eye(8) * 1e4
+    hidden = torch.cat([torch.eye(8), -torch.eye(8)])
+    uniform = torch.zeros(16, 8, dtype=torch.float64)
+    case = Case(hidden, head, *top_rows(uniform, 3), torch.arange(16) % 8)
+
+    options = options.model_copy(update={"ce_weight": 0.5})
+    loss, gradient = loss_of(case, 8, options=options)
+
+    expected, expected_gradient = oracle(case, 8, options)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
 
 
 def test_a_sure_student_keeps_its_tail() -> None:
-    """With logits this far apart 1 - sum(q) is 0 in float32, and its log -inf; the log-sum-exp is not."""
+    """With logits this far apart 1 - sum(q) is 0 in float32, and its log -inf; a log-sum-exp of the others is not."""
     head = torch.eye(8) * 60
-    hidden = torch.eye(8)[:1].clone().requires_grad_()
-    ids = torch.tensor([[0, 1]])
-    logprobs = torch.tensor([[0.9, 0.06]]).log()
-    tail = torch.tensor([0.04]).log()
+    rows = torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.06]]).log(), torch.tensor([0.04]).log()
+    case = Case(torch.eye(8)[:1], head, *rows, torch.zeros(1, dtype=torch.int64))
 
-    loss = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=8, chunk_rows=1)
+    loss, gradient = loss_of(case, 8)
 
-    expected = oracle(hidden.detach(), head, ids, logprobs, tail)
-    assert loss.isfinite()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    expected, expected_gradient = oracle(case, 8)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
 
 
-def test_a_student_that_equals_the_teacher_has_no_loss_and_no_gradient() -> None:
-    generator = torch.Generator().manual_seed(3)
-    head, hidden = torch.randn(50, 8, generator=generator), torch.randn(4, 8, generator=generator).requires_grad_()
-    logp = (hidden.detach().double() @ head.double().T).log_softmax(-1)
-    top, ids = logp.topk(5, dim=-1)
-    tail = logp.scatter(1, ids, -torch.inf).logsumexp(-1)
+@every_divergence
+def test_the_order_of_the_kept_ids_is_indifferent(options: LossOptions) -> None:
+    case = make_case(6, 16, 90)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(case, ids=case.ids[:, order], logprobs=case.logprobs[:, order])
 
-    loss = compute_distillation_loss(hidden, head, ids, top.float(), tail.float(), vocab_size=50, chunk_rows=3)
-    loss.backward()
+    loss, gradient = loss_of(case, 90, options=options)
+    loss_again, gradient_again = loss_of(shuffled, 90, options=options)
 
+    assert relative(loss_again, loss.double()) < 1e-7
+    assert relative(gradient_again, gradient.double()) < 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_the_chunks_is_indifferent(dtype: torch.dtype, options: LossOptions) -> None:
+    case = make_case(41, 16, 90, dtype=dtype)
+    options = options.model_copy(update={"ce_weight": 0.5})
+
+    loss, gradient = loss_of(case, 90, options=options, temperature=2.0)
+    for workspace in (1, 7 * 90 * 8, 30 * 90 * 8):
+        loss_again, gradient_again = loss_of(case, 90, options=options, temperature=2.0, workspace_bytes=workspace)
+        assert relative(loss_again, loss.double()) < 1e-6
+        assert relative(gradient_again, gradient.double()) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_with_every_id_kept_it_is_the_kl_of_the_whole_vocabulary() -> None:
+    case = make_case(6, 40, 40)
+    assert case.tail.isneginf().all()
+
+    loss, _ = loss_of(case, 40)
+
+    logq = (case.hidden.double() @ case.head.double().T).log_softmax(-1)
+    logp = torch.zeros_like(logq).scatter_(1, case.ids, case.logprobs.double())
+    assert relative(loss, F.kl_div(logq, logp, log_target=True, reduction="sum")) < 1e-6
+
+
+@every_divergence
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 39))
+def test_keeping_fewer_ids_never_shows_more_divergence(options: LossOptions, seed: int, k: int) -> None:
+    """Data processing: buckets lie below the whole vocabulary."""
+    few, all_ids = make_case(1, k, 40, seed=seed), make_case(1, 40, 40, seed=seed)
+
+    assert loss_of(few, 40, options=options)[0] <= loss_of(all_ids, 40, options=options)[0] * (1 + 1e-6)
+
+
+@every_divergence
+def test_padding_rows_of_the_head_take_no_part(options: LossOptions) -> None:
+    case = make_case(4, 5, 40)
+    padded = replace(case, head=torch.cat([case.head, torch.full((24, 24), 100.0)]))
+
+    loss, gradient = loss_of(case, 40, options=options)
+    loss_padded, gradient_padded = loss_of(padded, 40, options=options)
+
+    assert torch.equal(loss, loss_padded)
+    torch.testing.assert_close(gradient_padded, gradient, rtol=1e-6, atol=0)
+
+
+@every_divergence
+def test_rows_that_keep_fewer_ids_are_padded(options: LossOptions) -> None:
+    counts = [8, 3, 1, 8, 5, 2]
+    options = options.model_copy(update={"ce_weight": 0.5})
+    cut = [make_case(6, k, 40) for k in counts]
+    ids, logprobs, tail = cut[0].ids.clone(), cut[0].logprobs.clone(), cut[0].tail.clone()
+    for n, k in enumerate(counts):
+        ids[n, k:], logprobs[n, k:], tail[n] = ids[n, 0], -torch.inf, cut[n].tail[n]
+    case = replace(cut[0], ids=ids, logprobs=logprobs, tail=tail)
+
+    loss, gradient = loss_of(case, 40, options=options, workspace_bytes=4 * 40 * 4)
+
+    expected, expected_gradient = oracle(case, 40, options)
+    assert relative(loss, expected) < 1e-6
+    assert relative(gradient, expected_gradient) < 1e-6
+
+
+def test_cross_entropy_alone_is_torchs() -> None:
+    case = make_case(8, 5, 40)
+
+    loss, gradient = loss_of(case, 40, options=LossOptions(ce_weight=1.0), temperature=3.0)
+
+    hidden = case.hidden.double().requires_grad_()
+    expected = F.cross_entropy(hidden @ case.head.double().T, case.target, reduction="sum")
+    expected.backward()
     assert hidden.grad is not None
-    assert abs(loss.item()) < 1e-5
-    assert float(hidden.grad.abs().max()) < 1e-4
+    assert relative(loss, expected.detach()) < 1e-6
+    assert relative(gradient, hidden.grad) < 1e-6
 
 
-def test_padding_rows_of_the_head_take_no_part() -> None:
-    generator = torch.Generator().manual_seed(4)
-    head, hidden = torch.randn(40, 8, generator=generator), torch.randn(4, 8, generator=generator)
-    ids, logprobs, tail = rows(4, 5, 40)
-    padded = torch.cat([head, torch.full((24, 8), 100.0)])
+def test_autocast_does_not_lower_the_precision() -> None:
+    case = make_case(6, 8, 90)
 
-    plain = compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=40, chunk_rows=2)
-    with_padding = compute_distillation_loss(hidden, padded, ids, logprobs, tail, vocab_size=40, chunk_rows=2)
+    loss, gradient = loss_of(case, 90)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_again, gradient_again = loss_of(case, 90)
 
-    assert torch.equal(plain, with_padding)
+    assert torch.equal(loss, loss_again)
+    assert torch.equal(gradient, gradient_again)
 
 
-def test_what_cannot_be_computed_is_refused() -> None:
-    head, hidden = torch.randn(40, 8), torch.randn(4, 8)
-    ids, logprobs, tail = rows(4, 5, 40)
-    none = torch.zeros(0, 5, dtype=torch.int64)
-    with pytest.raises(InvalidRequest, match="must be frozen"):
-        compute_distillation_loss(
-            hidden, head.clone().requires_grad_(), ids, logprobs, tail, vocab_size=40, chunk_rows=2
-        )
-    with pytest.raises(InvalidRequest, match="no supervised rows"):
-        compute_distillation_loss(hidden[:0], head, none, logprobs[:0], tail[:0], vocab_size=40, chunk_rows=2)
-    with pytest.raises(InvalidRequest, match="disagree in shape"):
-        compute_distillation_loss(hidden, head, ids, logprobs, tail[:3], vocab_size=40, chunk_rows=2)
-    with pytest.raises(InvalidRequest, match="different tokenizers"):
-        compute_distillation_loss(hidden, head, ids, logprobs, tail, vocab_size=30, chunk_rows=2)
+def test_without_a_gradient_the_loss_is_the_same() -> None:
+    case = make_case(6, 8, 90)
+
+    with torch.no_grad():
+        loss = compute_distillation_loss(case.hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=90)
+
+    assert not loss.requires_grad
+    assert torch.equal(loss, loss_of(case, 90)[0])

@@ -15,7 +15,7 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.batches import Batch, pad_prompts
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
 from hyperagent_trainer.student import Student
 
 AdapterNetwork = AgenticHyperNetwork | StaticLoRA
@@ -25,7 +25,7 @@ AdapterNetwork = AgenticHyperNetwork | StaticLoRA
 class AdaptedStudent:
     """Everything one step computes, from prompts to the sum of the loss."""
 
-    def __init__(self, student: Student, network: AdapterNetwork, *, loss_chunk_rows: int) -> None:
+    def __init__(self, student: Student, network: AdapterNetwork, *, loss_workspace_bytes: int | None = None) -> None:
         """Put a network in front of a student.
 
         Raises:
@@ -38,7 +38,7 @@ class AdaptedStudent:
         featurizer = network.config.featurizer if isinstance(network, AgenticHyperNetwork) else EMBEDDINGS
         self._featurizer = make_featurizer(featurizer, student.model)
         self._injector = HookBasedLoRAInjector(student.model, scale=network.scale)
-        self._loss_chunk_rows = loss_chunk_rows
+        self._loss_workspace_bytes = loss_workspace_bytes
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
         """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
@@ -46,8 +46,8 @@ class AdaptedStudent:
         weights: AdapterWeights = self.network(self._featurizer(ids_BP), mask_BP)
         return weights
 
-    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None) -> Tensor:
-        """`compute_distillation_loss` of the batch; without adapters, of the bare student."""
+    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions | None = None) -> Tensor:
+        """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
         with self._injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return compute_distillation_loss(
@@ -57,8 +57,10 @@ class AdaptedStudent:
             batch.logprobs_NK,
             batch.tail_logmass_N,
             vocab_size=self.student.vocab_size,
+            options=options,
             temperature=batch.temperature,
-            chunk_rows=self._loss_chunk_rows,
+            target_ids_N=batch.target_ids_N,
+            workspace_bytes=self._loss_workspace_bytes,
         )
 
     @torch.no_grad()

@@ -58,6 +58,11 @@ class Batch:
     def num_rows(self) -> int:
         return int(self.sample_N.shape[0])
 
+    @property
+    def target_ids_N(self) -> Tensor:
+        """int64, the token that really stands at each supervised row's position."""
+        return self.token_ids_BT[self.sample_N, self.index_N + 1]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory the host does not wait."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

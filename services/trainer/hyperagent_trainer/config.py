@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hyperagent.config import StrictModel, load_yaml
 from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent_trainer.loss.options import LossOptions
 
 
 class RunOverrides(StrictModel):
@@ -56,14 +57,20 @@ class TrainRecipe(StrictModel):
     max_grad_norm: float = Field(1.0, gt=0)
     temperature: float = Field(1.0, ge=0.1, le=100)
     """Of both softmaxes in training's loss (held-out KL is always at 1). The cache must have rows at it."""
-    loss_chunk_rows: int = Field(256, ge=1)
-    """Supervised rows per chunk of the loss, whose workspace is this many times the vocabulary."""
+    loss: LossOptions = LossOptions()
+    """Of training; held-out KL is always plain forward KL."""
+    loss_workspace_mib: int | None = Field(None, ge=1)
+    """Memory for the logits that the loss holds at once; by default 96 MiB on a CPU and 600 MiB on a GPU."""
     loader_workers: int = Field(0, ge=0, le=64)
     """Processes that read and decode batches ahead of the steps; 0 for a small run, which has no use for them."""
     evaluate_every: int = Field(200, ge=1)
     """Steps between evaluations on the held-out split; there is always one at the end."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; there is always one at the end."""
+
+    @property
+    def loss_workspace_bytes(self) -> int | None:
+        return None if self.loss_workspace_mib is None else self.loss_workspace_mib * 2**20
 
     @field_validator("student", "tokens", "cache", "warm_start")
     @classmethod

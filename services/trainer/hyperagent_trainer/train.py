@@ -76,7 +76,7 @@ def _train_from(
             folder.checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to
         )
         log.info("resumed", step=step)
-    adapted = AdaptedStudent(student, network, loss_chunk_rows=recipe.loss_chunk_rows)
+    adapted = AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
     evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
@@ -121,7 +121,7 @@ def _run_steps(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
         adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
-        loss = adapted.loss_sum(batch, adapters) / batch.num_rows
+        loss = adapted.loss_sum(batch, adapters, recipe.loss) / batch.num_rows
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss_value = loss.item()

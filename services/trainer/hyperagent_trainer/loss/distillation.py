@@ -1,0 +1,144 @@
+"""`compute_distillation_loss`: the divergence from the teacher's rows to the student behind its frozen head.
+
+Legend of shape suffixes: N supervised rows, K kept ids, D hidden size, V vocabulary.
+
+The teacher's row is a distribution over K + 1 outcomes, its kept ids S and "any other id" R, and the student's softmax
+q is put into the same buckets. A divergence of the buckets is a lower bound of that over the whole vocabulary (data
+processing), equal to it where every id is kept; dropping the tail or renormalising the kept ids would instead reward
+the student for moving mass into R.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.loss import torch_path
+from hyperagent_trainer.loss.checks import check_arguments, check_values
+from hyperagent_trainer.loss.options import LossOptions
+from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
+
+Backend = Literal["auto", "torch", "triton"]
+
+_CPU_WORKSPACE = 96 * 2**20
+_GPU_WORKSPACE = 600 * 2**20
+_SCALED_ROWS = 4096
+
+
+def compute_distillation_loss(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_logmass_N: Tensor,
+    *,
+    vocab_size: int,
+    options: LossOptions | None = None,
+    temperature: float = 1.0,
+    target_ids_N: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sum over rows of the loss, in nats; a scalar, differentiable once and with respect to the hidden states only.
+
+    A row's loss is (1 - w) * t**2 * divergence(teacher || student) + w * cross-entropy: the divergence of the softmaxes
+    at temperature t, times t**2, which keeps gradients the size they are at 1, and the cross-entropy with the token that
+    really stands there at temperature 1, both as in Hinton et al. (arXiv:1503.02531, section 2); w is
+    `options.ce_weight`. It is never negative.
+
+    The gradient is computed in the forward pass and kept, N * D values; beside it memory does not grow with N.
+    Divide by the number of supervised rows of the whole optimiser step to get nats per supervised token.
+
+    Args:
+        hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype: bfloat16, float32 or
+            float64. Logits and sums are float32 at least.
+        head_VD: the student's frozen output head. It is not searched for NaN; with one the loss is NaN.
+        ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
+        logprobs_NK: natural, at the temperature, normalised together with the tail; -inf at padding.
+        tail_logmass_N: log of the teacher's mass on all other ids; -inf where nothing is left outside the kept ids.
+        vocab_size: real entries; the head's rows from there on are padding and take no part.
+        options: forward KL without cross-entropy by default.
+        temperature: of both softmaxes, above 0.
+        target_ids_N: int64, the token that really stands there, kept or not; needed for cross-entropy.
+        workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
+            fixed workspace below 64 MiB.
+        backend: "auto" takes Triton on a GPU for bfloat16 and float32, else torch.
+
+    Raises:
+        InvalidRequest: the head is not frozen, there are no rows, something is NaN, or shapes, types, ids or the
+            teacher's normalisation are wrong.
+    """
+    options = options or LossOptions()
+    if options.ce_weight and target_ids_N is None:
+        raise InvalidRequest(f"a ce_weight of {options.ce_weight} needs the target ids; give target_ids_N")
+    if workspace_bytes is None:
+        workspace_bytes = _GPU_WORKSPACE if hidden_ND.is_cuda else _CPU_WORKSPACE
+    rows = TeacherRows(ids_NK, logprobs_NK, tail_logmass_N, target_ids_N if options.ce_weight else None)
+    check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
+    check_values(hidden_ND, rows, vocab_size=vocab_size, options=options, temperature=temperature)
+    loss: Tensor = _FusedLoss.apply(
+        hidden_ND,
+        head_VD[:vocab_size],
+        rows,
+        Objective(options, temperature),
+        workspace_bytes,
+        _choose(backend, hidden_ND),
+    )
+    return loss
+
+
+def _choose(backend: Backend, hidden_ND: Tensor) -> Backend:
+    if backend == "auto":
+        suits = hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and find_spec("triton") is not None
+        return "triton" if suits else "torch"
+    if backend == "triton" and not (find_spec("triton") and (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise InvalidRequest(
+            'backend "triton" needs the triton package and a GPU; take "torch", or leave the choice to "auto"'
+        )
+    return backend
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        rows: TeacherRows,
+        objective: Objective,
+        workspace: int,
+        backend: Backend,
+    ) -> Tensor:
+        wants_grad = ctx.needs_input_grad[0]
+        # Autocast would take the products down to bfloat16 behind our back.
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            if backend == "triton":
+                from hyperagent_trainer.loss import triton_path
+
+                total, grad_ND = triton_path.loss_and_gradient(
+                    hidden_ND, head_VD, rows, objective, wants_grad=wants_grad
+                )
+            else:
+                total, grad_ND = torch_path.loss_and_gradient(
+                    hidden_ND, head_VD, rows, objective, workspace=workspace, wants_grad=wants_grad
+                )
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        return total if hidden_ND.dtype == torch.float64 else total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_ND,) = ctx.saved_tensors
+        scaled_ND = torch.empty_like(grad_ND)
+        # In blocks and in float32: a factor rounded to bfloat16 would be an error that all rows share.
+        for start in range(0, grad_ND.shape[0], _SCALED_ROWS):
+            block = slice(start, start + _SCALED_ROWS)
+            scaled_ND[block] = grad_ND[block] * grad_total[None, None]
+        return scaled_ND, None, None, None, None, None

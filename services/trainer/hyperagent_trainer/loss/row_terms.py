@@ -1,0 +1,167 @@
+"""From logits at the kept ids and sums over all others to each row's loss and the gradient of its logits.
+
+Legend of shape suffixes: N supervised rows, C rows of a chunk, K kept ids, J gathered ids (the kept ones and, with
+cross-entropy, the target), B = K + 1 buckets.
+
+Both paths over the vocabulary, torch and Triton, reduce a row to the same few numbers: its logits at the J gathered
+ids, and maximum and sum of exponentials of all other logits (the *rest*). What a divergence makes of them is here, once.
+The rest is never 1 minus the others, which cancels to nothing when the student is sure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperagent_trainer.loss.divergences import divergence_terms
+from hyperagent_trainer.loss.options import LossOptions
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """What the student is compared with, row by row."""
+
+    ids_NK: Tensor
+    """int64; padding at a row's end repeats its first id."""
+    logprobs_NK: Tensor
+    """Natural, at the temperature; -inf at padding."""
+    tail_logmass_N: Tensor
+    target_ids_N: Tensor | None
+    """int64; given where there is cross-entropy."""
+
+    def __getitem__(self, rows: slice) -> TeacherRows:
+        target_ids_N = None if self.target_ids_N is None else self.target_ids_N[rows]
+        return TeacherRows(self.ids_NK[rows], self.logprobs_NK[rows], self.tail_logmass_N[rows], target_ids_N)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss."""
+
+    options: LossOptions
+    temperature: float
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Of the softmaxes that are needed: the divergence's, then the cross-entropy's where it is another one."""
+        return (self.temperature,) if self.temperature == 1 or not self.options.ce_weight else (self.temperature, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredIds:
+    """The ids of each row whose logits get a gradient of their own, all others sharing one factor."""
+
+    ids_CJ: Tensor
+    """int64; a dead entry repeats the row's first id."""
+    is_live_CJ: Tensor
+    """False at padding, and at a target that is among the kept ids anyway."""
+    is_target_CJ: Tensor | None
+
+    def __getitem__(self, rows: slice) -> GatheredIds:
+        is_target_CJ = None if self.is_target_CJ is None else self.is_target_CJ[rows]
+        return GatheredIds(self.ids_CJ[rows], self.is_live_CJ[rows], is_target_CJ)
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """Logits of the ids not gathered, at one temperature t: sum of exp(z / t) is exp(max / t) * sum."""
+
+    max_C: Tensor
+    """Of z, not of z / t; -inf if nothing is left."""
+    sum_C: Tensor
+    temperature: float
+
+    def __getitem__(self, rows: slice) -> Rest:
+        return Rest(self.max_C[rows], self.sum_C[rows], self.temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTerms:
+    """Loss and gradient of a chunk's rows; float64."""
+
+    loss_C: Tensor
+    """Nats."""
+    gathered_CJ: Tensor
+    """d loss / d z at the gathered ids; 0 at dead entries."""
+    rest_C: tuple[Tensor, ...]
+    """For each temperature t the factor f of d loss / d z = f * exp((z - max) / t) at every other id."""
+
+
+def gather_ids(rows: TeacherRows) -> GatheredIds:
+    """The kept ids, and the target beside them.
+
+    With its own entry the target's gradient, q - 1, is never rounded to bfloat16, and its loss never cancels.
+    """
+    ids_CK, is_live_CK = rows.ids_NK, rows.logprobs_NK > -torch.inf
+    if rows.target_ids_N is None:
+        return GatheredIds(ids_CK, is_live_CK, None)
+    target_C1 = rows.target_ids_N[:, None]
+    is_target_CK = is_live_CK & (ids_CK == target_C1)
+    is_new_C1 = ~is_target_CK.any(1, keepdim=True)
+    return GatheredIds(
+        torch.cat([ids_CK, torch.where(is_new_C1, target_C1, ids_CK[:, :1])], dim=1),
+        torch.cat([is_live_CK, is_new_C1], dim=1),
+        torch.cat([is_target_CK, is_new_C1], dim=1),
+    )
+
+
+def row_terms(
+    z_CJ: Tensor, gathered: GatheredIds, rests: tuple[Rest, ...], rows: TeacherRows, objective: Objective
+) -> RowTerms:
+    """The losses of a chunk and their gradients with respect to its logits.
+
+    Args:
+        z_CJ: the student's logits at the gathered ids.
+        rests: for each of the objective's temperatures.
+    """
+    z_CJ = torch.where(gathered.is_live_CJ, z_CJ.double(), -torch.inf)
+    # Relative to the row's largest logit, so that a large common part costs no digits.
+    top_C = torch.maximum(z_CJ.amax(1), rests[0].max_C.double())
+    z_CJ = z_CJ - top_C[:, None]
+    log_rest_C = [(r.max_C.double() - top_C) / r.temperature + r.sum_C.double().log() for r in rests]
+
+    loss_C, gathered_CJ, weight_C = _divergence(z_CJ / rests[0].temperature, log_rest_C[0], rows, objective)
+    weights_C = [weight_C] + [torch.zeros_like(weight_C) for _ in rests[1:]]
+    if gathered.is_target_CJ is not None:
+        w = objective.options.ce_weight
+        ce_C, ce_CJ, ce_weight_C = _cross_entropy(z_CJ, log_rest_C[-1], gathered.is_target_CJ)
+        loss_C = (1 - w) * loss_C + w * ce_C
+        gathered_CJ = (1 - w) * gathered_CJ + w * ce_CJ
+        weights_C[0] = (1 - w) * weights_C[0]
+        weights_C[-1] = weights_C[-1] + w * ce_weight_C
+    rest_C = tuple(
+        torch.where(r.sum_C == 0, 0.0, weight / r.sum_C.double()) for weight, r in zip(weights_C, rests, strict=True)
+    )
+    return RowTerms(loss_C, gathered_CJ, rest_C)
+
+
+def _divergence(
+    z_CJ: Tensor, log_rest_C: Tensor, rows: TeacherRows, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient at the gathered ids, gradient summed over the rest; the logits are at the temperature already."""
+    k = rows.ids_NK.shape[1]
+    # A target outside the kept ids is one of "any other id".
+    log_other_CX = torch.cat([z_CJ[:, k:], log_rest_C[:, None]], dim=1)
+    log_mass_CB = torch.cat([z_CJ[:, :k], log_other_CX.logsumexp(1, keepdim=True)], dim=1)
+    logp_CB = torch.cat([rows.logprobs_NK, rows.tail_logmass_N[:, None]], dim=1).double()
+    # The rounding of the teacher's row, whose sum the checks have found near enough to 1, is divided out.
+    loss_C, grad_CB = divergence_terms(logp_CB.log_softmax(1), log_mass_CB.log_softmax(1), objective.options)
+    share_CX = torch.where(log_other_CX > -torch.inf, (log_other_CX - log_mass_CB[:, k:]).exp(), 0.0)
+    grad_CX = grad_CB[:, k:] * share_CX
+    grad_CJ = torch.cat([grad_CB[:, :k], grad_CX[:, :-1]], dim=1)
+    # The chain rule divides by the temperature, the loss is multiplied by its square.
+    t = objective.temperature
+    return loss_C * t**2, grad_CJ * t, grad_CX[:, -1] * t
+
+
+def _cross_entropy(z_CJ: Tensor, log_rest_C: Tensor, is_target_CJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log q of the target, as log(1 + mass of the others / mass of the target), and its gradients as above."""
+    z_target_C = torch.where(is_target_CJ, z_CJ, 0.0).sum(1)
+    others_CJ = torch.where(is_target_CJ, -torch.inf, z_CJ)
+    log_odds_C = torch.logaddexp(others_CJ.logsumexp(1), log_rest_C) - z_target_C
+    loss_C = torch.logaddexp(torch.zeros_like(log_odds_C), log_odds_C)
+    log_sum_C = z_target_C + loss_C
+    grad_CJ = torch.where(is_target_CJ, -(log_odds_C - loss_C).exp()[:, None], (others_CJ - log_sum_C[:, None]).exp())
+    return loss_C, grad_CJ, (log_rest_C - log_sum_C).exp()
