@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_identity import data_identity
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
+from tiny_student import write_tiny_student
 
 from hyperagent.cache.manifest import CacheSettings
 from hyperagent.cache.store import TopKCache
@@ -21,47 +19,13 @@ from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.config import TrainRecipe
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TOP_K = 8
 
 
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random student with a byte-level tokenizer; its embedding table has padding rows."""
-    folder = tmp_path_factory.mktemp("student")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        linear_conv_kernel_dim=4,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        intermediate_size=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        full_attention_interval=4,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    Qwen3NextForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="session")

@@ -37,18 +37,22 @@ class AdaptedStudent:
         """Whether its adapters depend on the prompt."""
         featurizer = network.config.featurizer if isinstance(network, AgenticHyperNetwork) else EMBEDDINGS
         self._featurizer = make_featurizer(featurizer, student.model)
-        self._injector = HookBasedLoRAInjector(student.model, scale=network.scale)
+        self.injector = HookBasedLoRAInjector(student.model, scale=network.scale)
         self._loss_workspace_bytes = loss_workspace_bytes
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
         """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
-        ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
-        weights: AdapterWeights = self.network(self._featurizer(ids_BP), mask_BP)
+        weights: AdapterWeights = self.network(*self.features(prompts))
         return weights
 
-    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions | None = None) -> Tensor:
+    def features(self, prompts: Sequence[NDArray[np.uint32]]) -> tuple[Tensor, Tensor]:
+        """What the network reads: features [B, P, E] and a mask [B, P], True at real tokens."""
+        ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
+        return self._featurizer(ids_BP), mask_BP
+
+    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions = LossOptions()) -> Tensor:
         """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
-        with self._injector.inject(adapters or {}):
+        with self.injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return compute_distillation_loss(
             hidden_BTD[batch.sample_N, batch.index_N],
@@ -59,7 +63,7 @@ class AdaptedStudent:
             vocab_size=self.student.vocab_size,
             options=options,
             temperature=batch.temperature,
-            target_ids_N=batch.target_ids_N,
+            target_ids_N=batch.target_ids_N if options.ce_weight else None,
             workspace_bytes=self._loss_workspace_bytes,
         )
 
@@ -67,6 +71,6 @@ class AdaptedStudent:
     def logits(self, token_ids: NDArray[np.uint32], prompt: NDArray[np.uint32]) -> Tensor:
         """Logits [T, V] of one sequence under the adapter of one prompt."""
         ids_1T = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.student.head.device)
-        with self._injector.inject(self.adapters([prompt])):
+        with self.injector.inject(self.adapters([prompt])):
             hidden_1TD = self.student.hidden_states(ids_1T)
         return hidden_1TD[0] @ self.student.head.T

@@ -1,4 +1,4 @@
-"""`hyperagent serve trainer`: the control process, from the command line."""
+"""The trainer's part of the command line: `hyperagent serve trainer` and `hyperagent preflight`."""
 
 from __future__ import annotations
 
@@ -58,3 +58,28 @@ def serve(
 
         app = create_control_app(Supervisor(settings), token=ensure_token())
         run(app, listener, allowed_hosts=settings.allowed_hosts)
+
+
+def preflight(
+    student: Annotated[
+        Path | None, typer.Option(help="Folder of a student; all else as a recipe has it by default.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe; its tokens and cache are not read.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per trajectory, for the estimate of the memory.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Prove that a student can be trained before it is: gradients, zero start, targets, routing, memory; exits 1 if not."""
+    from hyperagent.errors import ConfigError
+    from hyperagent.logs import configure_logging
+    from hyperagent_trainer.config import TrainRecipe, load_recipe
+    from hyperagent_trainer.preflight_command import fly, show
+
+    if (student is None) == (recipe is None):
+        raise ConfigError("give either --student FOLDER or --recipe FILE")
+    # Only the student of a recipe is looked at here; the other two paths have to be named, and are not opened.
+    chosen = load_recipe(recipe) if recipe else TrainRecipe(student=student, tokens=student, cache=student)
+    configure_logging(service="preflight")
+    report = fly(chosen, tokens_per_sample=tokens)
+    show(report, as_json=as_json)
+    if not report.passed:
+        raise typer.Exit(1)

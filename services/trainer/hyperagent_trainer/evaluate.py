@@ -8,78 +8,98 @@ A static adapter is the same whatever the prompt, so it has no arm with a shuffl
 repositories are held out as well, their arms end in `_tasks`.
 
 The gap between the last two is what conditioning on the prompt is worth; what they share would be learned by a
-single static adapter too.
+single static adapter too. `conditioning` puts an interval around it, over the held-out repositories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
-from hyperagent.model.adapter import AdapterWeights
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
+from hyperagent_trainer.conditioning import ConditioningReport, conditioning_report
 
 FROZEN = "frozen"
 ADAPTER = "adapter"
 SHUFFLED = "adapter_shuffled_prompt"
 
+_ARMS = {FROZEN: "frozen", ADAPTER: "own", SHUFFLED: "shuffled"}
 _ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one evaluation found."""
+
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+    conditioning: dict[str, ConditioningReport]
+    """What the own prompt is worth, by split; empty for a static adapter."""
 
 
 class Evaluation:
     """Every held-out split, with everything about it that does not change during training."""
 
-    def __init__(
-        self, held_out: Mapping[str, DistillationData], train: DistillationData, *, batch_size: int, seed: int
-    ) -> None:
-        self._parts = {
-            _ENDINGS[split]: SplitEvaluation(data, train, batch_size=batch_size, seed=seed)
-            for split, data in held_out.items()
-        }
+    def __init__(self, held_out: Mapping[str, DistillationData], train: DistillationData, *, seed: int) -> None:
+        self._parts = {split: SplitEvaluation(data, train, seed=seed) for split, data in held_out.items()}
 
-    def run(self, adapted: AdaptedStudent) -> dict[str, float]:
-        """Nats per supervised token of every arm of every split."""
-        return {f"{arm}{ending}": kl for ending, part in self._parts.items() for arm, kl in part.run(adapted).items()}
+    def run(self, adapted: AdaptedStudent) -> HeldOut:
+        """Every arm of every split."""
+        results = {split: part.run(adapted) for split, part in self._parts.items()}
+        kl = {f"{arm}{_ENDINGS[split]}": value for split, r in results.items() for arm, value in r.kl.items()}
+        return HeldOut(kl, {split: r.conditioning for split, r in results.items() if r.conditioning is not None})
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What one evaluation found on one split."""
+
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+    conditioning: ConditioningReport | None
+    """None for a static adapter."""
 
 
 class SplitEvaluation:
-    """One held-out split."""
+    """One held-out split, trajectory by trajectory: paired differences need each one's own divergence."""
 
-    def __init__(self, held_out: DistillationData, train: DistillationData, *, batch_size: int, seed: int) -> None:
-        by_length = sorted(range(len(held_out.trajectories)), key=lambda i: len(held_out.trajectories[i].student_ids))
-        self._batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    def __init__(self, held_out: DistillationData, train: DistillationData, *, seed: int) -> None:
         self._data = held_out
+        self._seed = seed
         self._foreign_prompts = foreign_prompts(held_out.trajectories, train.trajectories, seed=seed)
-        self._frozen_kl: float | None = None
+        # The frozen student answers the same every time.
+        self._frozen: list[float] = []
 
     @torch.no_grad()
-    def run(self, adapted: AdaptedStudent) -> dict[str, float]:
-        """Nats per supervised token of every arm."""
-        adapter_arms = [ADAPTER, SHUFFLED] if adapted.reads_prompt else [ADAPTER]
-        arms = adapter_arms if self._frozen_kl is not None else [FROZEN, *adapter_arms]
-        sums = dict.fromkeys(arms, 0.0)
-        num_rows = 0
-        for indices in self._batches:
-            batch = self._data[indices].to(adapted.student.head.device)
-            num_rows += batch.num_rows
-            for arm in arms:
-                sums[arm] += float(adapted.loss_sum(batch, self._adapters(adapted, arm, indices)))
-        if self._frozen_kl is None:
-            # The frozen student answers the same every time.
-            self._frozen_kl = sums[FROZEN] / num_rows
-        return {FROZEN: self._frozen_kl, **{arm: sums[arm] / num_rows for arm in adapter_arms}}
-
-    def _adapters(self, adapted: AdaptedStudent, arm: str, indices: list[int]) -> AdapterWeights | None:
-        if arm == FROZEN:
-            return None
-        if arm == ADAPTER:
-            return adapted.adapters([self._data.trajectories[i].prompt_ids for i in indices])
-        return adapted.adapters([self._foreign_prompts[i] for i in indices])
+    def run(self, adapted: AdaptedStudent) -> SplitResult:
+        """Every arm, compared over repositories."""
+        own, shuffled, rows = [], [], []
+        for index, trajectory in enumerate(self._data.trajectories):
+            batch = self._data[[index]].to(adapted.student.head.device)
+            rows.append(batch.num_rows)
+            if index == len(self._frozen):
+                self._frozen.append(float(adapted.loss_sum(batch, None)))
+            own.append(float(adapted.loss_sum(batch, adapted.adapters([trajectory.prompt_ids]))))
+            if adapted.reads_prompt:
+                foreign = adapted.adapters([self._foreign_prompts[index]])
+                shuffled.append(float(adapted.loss_sum(batch, foreign)))
+        if not adapted.reads_prompt:
+            return SplitResult({FROZEN: sum(self._frozen) / sum(rows), ADAPTER: sum(own) / sum(rows)}, None)
+        report = conditioning_report(
+            frozen=np.array(self._frozen),
+            own=np.array(own),
+            shuffled=np.array(shuffled),
+            rows=np.array(rows),
+            clusters=[trajectory.repo for trajectory in self._data.trajectories],
+            seed=self._seed,
+        )
+        return SplitResult({arm: report.kl[name] for arm, name in _ARMS.items()}, report)
 
 
 def foreign_prompts(

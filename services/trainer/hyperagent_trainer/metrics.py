@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from hyperagent.files import write_atomically
+from hyperagent_trainer.evaluate import HeldOut
 from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
@@ -50,12 +52,17 @@ class RunReporter:
         self._line(step=step, loss=loss, tokens_per_s=tokens_per_s, **values)
         self._update(step=step, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
 
-    def evaluation(self, step: int, held_out_kl: dict[str, float]) -> None:
+    def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Report an evaluation; the time it took does not count as training."""
-        self._line(step=step, held_out_kl=held_out_kl)
+        conditioning = {
+            split: {"gain": asdict(report.conditioning_gain), "verdict": report.verdict}
+            for split, report in held_out.conditioning.items()
+        }
+        self._line(step=step, held_out_kl=held_out.kl, conditioning=conditioning)
         self._recent.clear()
         self._recent.append((time.monotonic(), 0))
-        self._update(held_out_kl=held_out_kl, force=True)
+        verdicts = {split: report.verdict for split, report in held_out.conditioning.items()}
+        self._update(held_out_kl=held_out.kl, conditioning=verdicts, force=True)
 
     def _line(self, **values: Any) -> None:
         self._metrics.write(json.dumps(values) + "\n")

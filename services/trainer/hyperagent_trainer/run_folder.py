@@ -5,6 +5,7 @@ recipe.json       the resolved recipe; the supervisor writes it, the training pr
 process.json      which process trains, or last did; the supervisor's own
 status.json       the training process's last word about itself, replaced as a whole; while no process
                   lives, the supervisor's
+preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; only ever appended
 log.txt           the training process's stdout and stderr
 checkpoint/       the last checkpoint: network, optimiser, step
@@ -48,6 +49,8 @@ class RunStatus(StrictModel):
     """Seconds until the last step, at the present speed."""
     held_out_kl: dict[str, float] = Field(default_factory=dict)
     """The last evaluation: nats per supervised token, by arm."""
+    conditioning: dict[str, str] = Field(default_factory=dict)
+    """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.conditioning`)."""
     updated_at: float = Field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -62,6 +65,7 @@ class RunFolder:
         self.process = root / "process.json"
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
+        self.preflight = root / "preflight.json"
         self.log = root / "log.txt"
         self.checkpoint = root / "checkpoint"
         self.bundle = root / "bundle"

@@ -12,6 +12,9 @@ from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError
 from hyperagent.identity import weights_fingerprint
 
+STUDENT_DTYPE = torch.float32
+"""Of the student's weights, whatever their folder holds."""
+
 
 class Student:
     """A frozen causal language model with its tokenizer, split into body and head.
@@ -29,7 +32,7 @@ class Student:
         self.weights = weights_fingerprint(folder)
         self.tokenizer = ChatTokenizer(folder)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=STUDENT_DTYPE
         )
         self.model.to(device=device)  # type: ignore[call-arg]  # transformers' wrapper hides torch's signature
         self.model.eval().requires_grad_(False)

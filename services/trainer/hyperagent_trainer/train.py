@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
+from functools import partial
 
 import structlog
 import torch
@@ -15,16 +17,19 @@ from hyperagent.cache.published import open_for_reading
 from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
+from hyperagent.files import write_atomically
 from hyperagent.model.manifest import NetworkManifest
-from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluate import Evaluation
 from hyperagent_trainer.export import export
+from hyperagent_trainer.loss import default_workspace_bytes
+from hyperagent_trainer.memory_estimate import MemoryBudget
 from hyperagent_trainer.metrics import RunReporter
-from hyperagent_trainer.network import make_network
+from hyperagent_trainer.network import assemble, describe
+from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.student import Student
 
@@ -67,8 +72,9 @@ def _train_from(
         if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
     }
     training = splits.pop(TRAIN)
-    layers = discover_target_layers(student.model, recipe.targets)
-    network, belongs_to = make_network(recipe, student, layers, data=training.identity, warm_start=None)
+    adapted = assemble(recipe, student)
+    network, belongs_to = adapted.network, describe(recipe, adapted, data=training.identity)
+    _preflight(adapted, recipe, folder, training)
     optimizer = make_optimizer(network, recipe)
     step = 0
     if folder.checkpoint.exists():
@@ -76,8 +82,7 @@ def _train_from(
             folder.checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to
         )
         log.info("resumed", step=step)
-    adapted = AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
-    evaluation = Evaluation(splits, training, batch_size=recipe.batch_size, seed=recipe.seed)
+    evaluation = Evaluation(splits, training, seed=recipe.seed)
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
         report.state("running")
@@ -94,6 +99,21 @@ def _train_from(
         teacher = cache.identity.fingerprint
         export(folder, adapted, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=splits[HELD_OUT])
         report.state("done")
+
+
+def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
+    """The size of a step of this recipe."""
+    workspace = recipe.loss_workspace_bytes or default_workspace_bytes(student.head.device)
+    return MemoryBudget(recipe.batch_size, tokens_per_sample, loss_workspace_bytes=workspace)
+
+
+def _preflight(adapted: AdaptedStudent, recipe: TrainRecipe, folder: RunFolder, data: DistillationData) -> None:
+    """Prove the parts before the first step, and leave what was measured in the run's folder."""
+    longest = max(len(t.student_ids) for t in data.trajectories)
+    budget = memory_budget(recipe, adapted.student, tokens_per_sample=longest)
+    report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+    write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
+    report.require_passed()
 
 
 def _run_steps(

@@ -78,7 +78,7 @@ def compute_distillation_loss(
     if options.ce_weight and target_ids_N is None:
         raise InvalidRequest(f"a ce_weight of {options.ce_weight} needs the target ids; give target_ids_N")
     if workspace_bytes is None:
-        workspace_bytes = _GPU_WORKSPACE if hidden_ND.is_cuda else _CPU_WORKSPACE
+        workspace_bytes = default_workspace_bytes(hidden_ND.device)
     rows = TeacherRows(ids_NK, logprobs_NK, tail_logmass_N, target_ids_N if options.ce_weight else None)
     check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
     check_values(hidden_ND, rows, vocab_size=vocab_size, options=options, temperature=temperature)
@@ -91,6 +91,11 @@ def compute_distillation_loss(
         _choose(backend, hidden_ND),
     )
     return loss
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """Bytes that the loss takes for logits on a device unless told otherwise."""
+    return _GPU_WORKSPACE if device.type == "cuda" else _CPU_WORKSPACE
 
 
 def _choose(backend: Backend, hidden_ND: Tensor) -> Backend:

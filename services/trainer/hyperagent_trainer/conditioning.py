@@ -1,0 +1,124 @@
+"""What conditioning on the prompt is worth, on held-out samples, and whether that may be claimed.
+
+    gap closed          (KL_frozen - KL_arm) / KL_frozen
+    conditioning gain   KL of another prompt's adapter minus KL of the own prompt's, in nats per supervised row
+    over static         KL of a static LoRA minus KL of the own prompt's
+
+Both differences are paired: the same rows under two adapters. Their intervals are 95% percentile bootstraps (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13) that draw whole clusters, since samples of one
+repository are not independent. With few clusters such an interval is too narrow; below two there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperagent.errors import InvalidRequest
+
+PAYS = "conditioning pays"
+STATIC_SUFFICES = "a static LoRA suffices"
+NO_STATIC_ARM = "own prompts help; train a static LoRA before claiming that conditioning pays"
+
+_DRAWS = 4000
+_TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference in nats per supervised row, and its 95% interval."""
+
+    mean: float
+    low: float | None
+    """None with fewer than two clusters."""
+    high: float | None
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        return self.low is not None and self.low > 0
+
+
+@dataclass(frozen=True)
+class ConditioningReport:
+    """The arms side by side."""
+
+    kl: dict[str, float]
+    """Nats per supervised row, by arm."""
+    gap_closed: dict[str, float]
+    """Share of the frozen student's divergence, by the other arms; negative for one that does harm."""
+    conditioning_gain: Difference
+    over_static: Difference | None
+    """None without a static arm."""
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values of every field."""
+        return asdict(self)
+
+
+def conditioning_report(
+    *,
+    frozen: NDArray[np.float64],
+    own: NDArray[np.float64],
+    shuffled: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    clusters: Sequence[Hashable],
+    static: NDArray[np.float64] | None = None,
+    seed: int = 0,
+) -> ConditioningReport:
+    """Compare the arms on the same samples.
+
+    Args:
+        frozen, own, shuffled, static: summed KL of every sample in nats, under no adapter, that of its own prompt, that
+            of another's, and a static LoRA of the same rank and targets.
+        rows: supervised rows of every sample.
+        clusters: what every sample belongs to, such as its repository; those of one are drawn together.
+        seed: of the bootstrap.
+
+    Raises:
+        InvalidRequest: the arms have different numbers of samples, none at all, or a value that is no number.
+    """
+    arms = {"frozen": frozen, "own": own, "shuffled": shuffled, **({} if static is None else {"static": static})}
+    if len({len(clusters), len(rows), *map(len, arms.values())}) != 1 or not len(rows):
+        raise InvalidRequest(
+            f"arms of {', '.join(f'{name} {len(sums)}' for name, sums in arms.items())} samples cannot be paired; "
+            "give every arm the same ones"
+        )
+    if not all(np.isfinite(sums).all() for sums in arms.values()):
+        raise InvalidRequest("an arm has a divergence that is no finite number; nothing can be concluded from it")
+    kl = {name: float(sums.sum() / rows.sum()) for name, sums in arms.items()}
+    gain = _difference(shuffled - own, rows, clusters, seed)
+    over_static = None if static is None else _difference(static - own, rows, clusters, seed)
+    return ConditioningReport(
+        kl=kl,
+        gap_closed={name: (kl["frozen"] - value) / kl["frozen"] for name, value in kl.items() if name != "frozen"},
+        conditioning_gain=gain,
+        over_static=over_static,
+        verdict=_verdict(gain, over_static),
+    )
+
+
+def _verdict(gain: Difference, over_static: Difference | None) -> str:
+    if not gain.is_positive or (over_static is not None and not over_static.is_positive):
+        return STATIC_SUFFICES
+    return NO_STATIC_ARM if over_static is None else PAYS
+
+
+def _difference(
+    sums: NDArray[np.float64], rows: NDArray[np.int64], clusters: Sequence[Hashable], seed: int
+) -> Difference:
+    """Of a ratio: nats over rows, both summed over the clusters of a draw."""
+    names = list(dict.fromkeys(clusters))
+    place = np.array([names.index(cluster) for cluster in clusters])
+    of_cluster, rows_of_cluster = np.bincount(place, weights=sums), np.bincount(place, weights=rows)
+    mean = float(of_cluster.sum() / rows_of_cluster.sum())
+    if len(names) < 2:
+        return Difference(mean, None, None)
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=_DRAWS)
+    low, high = np.quantile((counts @ of_cluster) / (counts @ rows_of_cluster), [_TAIL, 1 - _TAIL])
+    return Difference(mean, float(low), float(high))

@@ -1,0 +1,67 @@
+"""What `hyperagent preflight` does: load, check, show."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hyperagent.cli.display import print_result
+from hyperagent.errors import ConfigError
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.memory_estimate import check_weights_fit
+from hyperagent_trainer.network import assemble
+from hyperagent_trainer.preflight import run_preflight
+from hyperagent_trainer.preflight_report import PreflightReport
+from hyperagent_trainer.student import STUDENT_DTYPE, Student
+from hyperagent_trainer.train import make_optimizer, memory_budget
+
+
+def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
+    """The pre-flight of a recipe's student and network; a student that does not fit is never loaded.
+
+    Raises:
+        ConfigError: the folder holds no student, or the recipe's targets are not its own.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights_fit = check_weights_fit(_skeleton(recipe.student), device)
+    if not weights_fit.passed:
+        return PreflightReport((weights_fit,))
+    torch.manual_seed(recipe.seed)
+    student = Student(recipe.student, device=device)
+    adapted = assemble(recipe, student)
+    budget = memory_budget(recipe, student, tokens_per_sample=tokens_per_sample)
+    return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+
+
+def show(report: PreflightReport, *, as_json: bool) -> None:
+    """The report: JSON for programs, a table for people, with what to do about the checks that failed."""
+    if as_json:
+        print_result(report.to_json(), as_json=True)
+        return
+    table = Table(box=None, show_lines=False, pad_edge=False)
+    for heading in ("", "check", "found", "wanted"):
+        table.add_column(heading, overflow="fold")
+    for check in report.checks:
+        table.add_row("[green]ok[/]" if check.passed else "[red]FAIL[/]", check.name, check.found, check.bound)
+    console = Console()
+    console.print(table)
+    for check in report.checks:
+        if not check.passed:
+            console.print(f"{check.name}: {check.remedy}", style="red", markup=False, highlight=False)
+
+
+def _skeleton(folder: Path) -> nn.Module:
+    """The student without its weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a model folder: {error}; give one with config.json and weights") from error
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(config, dtype=STUDENT_DTYPE)
+    return skeleton
