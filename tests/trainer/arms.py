@@ -153,15 +153,15 @@ _SHAPE = HyperNetworkConfig(
 )
 PROMPT_SETTINGS = Settings(
     hypernetwork=_SHAPE,
-    num_steps=600,
-    learning_rate=3e-3,
-    b_head_learning_rate_factor=1.0,
+    num_steps=900,
+    learning_rate=5e-4,
+    b_head_learning_rate_factor=30.0,
     static_learning_rates=(1e-3, 1e-2),
 )
 CONSTANT_SETTINGS = Settings(
     hypernetwork=_SHAPE,
-    num_steps=100,
-    learning_rate=3e-3,
-    b_head_learning_rate_factor=1.0,
+    num_steps=150,
+    learning_rate=5e-4,
+    b_head_learning_rate_factor=30.0,
     static_learning_rates=(1e-3, 1e-2),
 )

@@ -133,7 +133,7 @@ def _balance(probe: Probe) -> Check:
 def _first_step(probe: Probe) -> Check:
     scale = probe.adapted.network.scale
     ratios = [
-        scale * size / float(probe.module(name).weight.float().norm())  # type: ignore[union-attr, operator]
+        scale * size / float(probe.module(name).weight.float().norm())  # type: ignore[operator]
         for name, size in _delta_norms(probe.generate()).items()
     ]
     return Check(
@@ -151,5 +151,5 @@ def _delta_norms(adapters: AdapterWeights) -> dict[str, float]:
     norms = {}
     for name, pair in adapters.items():
         gram_BRR = (pair.b.transpose(1, 2) @ pair.b) * (pair.a @ pair.a.transpose(1, 2))
-        norms[name] = math.sqrt(max(0.0, float(gram_BRR.sum(dim=(1, 2)).max())))
+        norms[name] = float(gram_BRR.sum(dim=(1, 2)).max().clamp_min(0).sqrt())
     return norms

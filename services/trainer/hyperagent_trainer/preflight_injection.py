@@ -110,7 +110,7 @@ def _samples_apart(probe: Probe) -> Check:
     network = copy.deepcopy(probe.adapted.network)
     with torch.no_grad():
         for parameter in network.b_parameters():
-            parameter += 0.01 * _unit_rows(parameter)
+            parameter.add_(_unit_rows(parameter), alpha=0.01)
     moved = network(features_BPE, mask_BP)
     hidden_BTD = probe.hidden(moved)
     first_TD = hidden_BTD[0]

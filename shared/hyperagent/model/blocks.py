@@ -12,6 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """A projection without bias that keeps the size of what it reads.
+
+    Standard deviation 1/sqrt(in). PyTorch's own start is 1/sqrt(3 in), and what a prompt contributes passes some ten
+    projections: it would reach the generator's features a hundred times smaller than the queries that are the same for
+    every prompt, and those would be learned first.
+    """
+    made = nn.Linear(in_features, out_features, bias=False)
+    nn.init.normal_(made.weight, std=1 / math.sqrt(in_features))
+    return made
+
+
 class Attention(nn.Module):
     """Multi-head attention from queries [B, Q, D] to a context [B, C, D]; pre-normalised, residual."""
 
@@ -20,20 +32,37 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.norm_query = nn.RMSNorm(width)
         self.norm_context = nn.RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.query = linear(width, width)
+        self.key = linear(width, width)
+        self.value = linear(width, width)
+        self.out = linear(width, width)
 
-    def forward(self, x_BQD: Tensor, context_BCD: Tensor, mask_BC: Tensor | None = None) -> Tensor:
-        """x plus what it reads; `mask_BC` is True where a context vector may be read."""
+    def forward(
+        self,
+        x_BQD: Tensor,
+        context_BCD: Tensor,
+        mask_BC: Tensor | None = None,
+        places_CD: Tensor | None = None,
+    ) -> Tensor:
+        """x plus what it reads.
+
+        Args:
+            mask_BC: True where a context vector may be read.
+            places_CD: where each context vector stands; it is added to keys and not to values (DETR, arXiv:2005.12872,
+                section 3.2), so that it decides what is read without being read itself.
+        """
 
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        key, value = self.key_value(self.norm_context(context_BCD)).chunk(2, dim=-1)
+        context_BCD = self.norm_context(context_BCD)
+        placed_BCD = context_BCD if places_CD is None else context_BCD + places_CD
         mask = None if mask_BC is None else mask_BC[:, None, None, :]
         mixed = F.scaled_dot_product_attention(
-            heads(self.query(self.norm_query(x_BQD))), heads(key), heads(value), attn_mask=mask
+            heads(self.query(self.norm_query(x_BQD))),
+            heads(self.key(placed_BCD)),
+            heads(self.value(context_BCD)),
+            attn_mask=mask,
         )
         return x_BQD + self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -44,8 +73,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = linear(width, 4 * width)
+        self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x plus the MLP's output, at every position by itself."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from hyperagent.config import StrictModel
 from hyperagent.errors import InvalidRequest
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.blocks import Attention, FeedForward, sinusoids
+from hyperagent.model.blocks import Attention, FeedForward, linear, sinusoids
 from hyperagent.model.featurizer import EMBEDDINGS, PATTERN
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo
@@ -124,8 +124,8 @@ class _EncoderBlock(nn.Module):
         self.mix = Attention(width, num_heads)
         self.think = FeedForward(width)
 
-    def forward(self, latents_BLD: Tensor, tokens_BPD: Tensor, mask_BP: Tensor) -> Tensor:
-        latents_BLD = self.read(latents_BLD, tokens_BPD, mask_BP)
+    def forward(self, latents_BLD: Tensor, tokens_BPD: Tensor, mask_BP: Tensor, places_PD: Tensor) -> Tensor:
+        latents_BLD = self.read(latents_BLD, tokens_BPD, mask_BP, places_PD)
         thought: Tensor = self.think(self.mix(latents_BLD, latents_BLD))
         return thought
 
@@ -137,7 +137,7 @@ class PromptEncoder(nn.Module):
         super().__init__()
         width = config.width
         self.norm_input = nn.RMSNorm(embedding_size)
-        self.input = nn.Linear(embedding_size, width, bias=False)
+        self.input = linear(embedding_size, width)
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
@@ -154,11 +154,11 @@ class PromptEncoder(nn.Module):
         if not mask_BP.any(1).all():
             raise InvalidRequest("a prompt has no real token: its mask is False throughout; give it one at least")
         tokens_BPD = self.input(self.norm_input(embeddings_BPE))
-        # The table's rows carry no order, so positions are added (sinusoidal: defined for every length).
-        tokens_BPD = tokens_BPD + sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2], tokens_BPD.device)
+        # The table's rows carry no order (sinusoidal: defined for every length).
+        places_PD = sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2], tokens_BPD.device)
         latents_BLD = self.latents.expand(tokens_BPD.shape[0], -1, -1)
         for block in self.blocks:
-            latents_BLD = block(latents_BLD, tokens_BPD, mask_BP)
+            latents_BLD = block(latents_BLD, tokens_BPD, mask_BP, places_PD)
         return latents_BLD
 
 
