@@ -160,7 +160,7 @@ PROMPT_SETTINGS = Settings(
 )
 CONSTANT_SETTINGS = Settings(
     hypernetwork=_SHAPE,
-    num_steps=150,
+    num_steps=300,
     learning_rate=5e-4,
     b_head_learning_rate_factor=30.0,
     static_learning_rates=(1e-3, 1e-2),

@@ -29,6 +29,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.timeout(900)  # Three trainings, one after another on one core.
 def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_lora_cannot(
     student: Student, one_thread: None
 ) -> None:
@@ -42,6 +43,7 @@ def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_l
     assert report.verdict == PAYS
 
 
+@pytest.mark.timeout(900)
 def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, one_thread: None) -> None:
     report = run_world(World.make("constant"), student, CONSTANT_SETTINGS, seed=0).report
     assert report.gap_closed["own"] >= 0.9
