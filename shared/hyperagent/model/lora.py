@@ -39,17 +39,14 @@ def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
     Raises (in the hook):
         InvalidRequest: the input is not [B, T, I] with as many samples as there are adapters.
     """
-    a_BIR = pair.a.transpose(1, 2)
-    b_BRO = pair.b.transpose(1, 2)
-
     def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_BTI = inputs[0]
-        if x_BTI.dim() != 3 or x_BTI.shape[0] != a_BIR.shape[0]:
+        if x_BTI.dim() != 3 or len(x_BTI) != len(pair.a):
             raise InvalidRequest(
-                f"an adapter batch of {a_BIR.shape[0]} met an input of shape {tuple(x_BTI.shape)}; give one adapter per sample"
+                f"an adapter batch of {len(pair.a)} met an input of shape {list(x_BTI.shape)}; give one adapter per sample"
             )
-        low_BTR = torch.bmm(x_BTI, a_BIR.to(x_BTI.dtype))
-        return output.baddbmm_(low_BTR, b_BRO.to(output.dtype), alpha=scale)
+        low_BTR = torch.bmm(x_BTI, pair.a.to(x_BTI.dtype).transpose(1, 2))
+        return output.baddbmm_(low_BTR, pair.b.to(output.dtype).transpose(1, 2), alpha=scale)
 
     return add_delta
 
