@@ -211,6 +211,20 @@ def test_with_b_zero_the_student_keeps_its_bits_and_b_its_gradient(
     assert len(gradients(weights)) == 2 * len(weights)
 
 
+def test_with_b_zero_a_wide_layer_keeps_its_bits() -> None:
+    """At this size, on a CPU, a product over 4,100 terms sums them in another order than one over 4,096."""
+    layer = _Layer(torch.bfloat16, samples=2, bias=True, shape=(128, 4096, 256))
+    layer.pair = LoRAPair(layer.pair.a, torch.zeros_like(layer.pair.b))
+    assert torch.equal(layer.adapted(layer.x), layer.net(layer.x))
+
+
+def test_autocast_leaves_a_float64_layer_as_it_is() -> None:
+    layer = _Layer(torch.float64, samples=2, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        bare, adapted = layer.net(layer.x), layer.adapted(layer.x)
+    assert bare.dtype == adapted.dtype == torch.float64
+
+
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpointed"])
 def test_a_padded_batch_of_eight_equals_eight_runs(student: PreTrainedModel, mode: str) -> None:
     # The bare Qwen3-Next differs between batch sizes by 2e-6 already: its recurrence and its experts sum in other orders.

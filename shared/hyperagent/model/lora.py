@@ -39,6 +39,7 @@ def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
     Raises (in the hook):
         InvalidRequest: the input is not [B, T, I] with as many samples as there are adapters.
     """
+
     def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_BTI = inputs[0]
         if x_BTI.dim() != 3 or len(x_BTI) != len(pair.a):
