@@ -156,7 +156,7 @@ def test_nothing_stays_behind(student: PreTrainedModel, hypernetwork: AgenticHyp
         assert not torch.equal(student(input_ids=tokens).logits, before)
         assert list(student.state_dict()) == names
     assert all(torch.equal(value, values[name]) for name, value in student.state_dict().items())
-    assert not any(module._forward_hooks for module in student.modules())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in student.modules())
     assert torch.equal(student(input_ids=tokens).logits, before)
     # Two adapters for one sample: the hook refuses, in the middle of the forward pass.
     with (
@@ -166,7 +166,7 @@ def test_nothing_stays_behind(student: PreTrainedModel, hypernetwork: AgenticHyp
         student(input_ids=tokens)
     assert list(student.state_dict()) == names
     assert all(torch.equal(value, values[name]) for name, value in student.state_dict().items())
-    assert not any(module._forward_hooks for module in student.modules())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in student.modules())
     assert torch.equal(student(input_ids=tokens).logits, before)
     stranger = {"model.layers.0.linear_attn.nothing": next(iter(weights.values()))}
     with (

@@ -3,18 +3,59 @@
 Format: `adapter_config.json` holds a `LoraConfig`, `adapter_model.safetensors` holds
 `base_model.model.<module>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]
 (https://huggingface.co/docs/peft/developer_guides/checkpoint).
+
+What is read must be what this project writes, a plain LoRA of linear layers: PEFT's format has many variants under the same
+two file names, and one that is taken for another gives other numbers without any error.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
-from hyperagent.errors import CorruptRecord, InvalidRequest
-from hyperagent.model.adapter import AdapterWeights
+from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
+
+MODEL_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+}
+"""Settings that are read on their own, act in training only, or mean nothing without another one."""
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    # Ways to draw A; the others change the base weights, to which the factors then belong.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
+"""What the other settings may be, beside null, false and empty."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +89,8 @@ def encode_adapter(
             raise CorruptRecord(
                 f"the adapter's factors at {name} are not finite; the hypernetwork's checkpoint is broken"
             )
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.detach().contiguous()
+        tensors[_PREFIX + name + _A] = pair.a.detach().contiguous()
+        tensors[_PREFIX + name + _B] = pair.b.detach().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -79,3 +120,128 @@ def _with_ordered_metadata(content: bytes) -> bytes:
     ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     assert len(ordered) <= length
     return content[:8] + ordered.ljust(length) + content[8 + length :]
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedAdapter:
+    """What a PEFT folder holds."""
+
+    weights: AdapterWeights
+    """a [R, I] and b [O, R] by full module name, in name order, in the file's dtype."""
+    rank: int
+    alpha: float
+    base_model: str
+    """Name of the student it belongs to; empty if the folder does not say."""
+    fingerprint: str
+    """BLAKE3 (hex) of `adapter_model.safetensors`."""
+
+
+def read_adapter(folder: Path) -> ImportedAdapter:
+    """Read one adapter, written by `encode_adapter` or by PEFT's `save_pretrained`.
+
+    Raises:
+        ConfigError: there is no such adapter, or it is of a kind other than plain LoRA on linear layers, such as
+            rsLoRA, DoRA, with biases, with whole modules, or with ranks that differ between layers.
+        CorruptRecord: a file is damaged, or the two contradict each other.
+    """
+    source = folder / CONFIG_FILE
+    config_bytes, model_bytes = _content(source), _content(folder / MODEL_FILE)
+    try:
+        config = json.loads(config_bytes)
+    except ValueError as error:
+        raise CorruptRecord(f"{source} is not JSON: {error}; save the adapter again") from error
+    if not isinstance(config, dict):
+        raise CorruptRecord(f"{source} holds no settings but a {type(config).__name__}; save the adapter again")
+    rank, alpha = _plain_lora(config, source)
+    try:
+        tensors = load(model_bytes)
+    except (SafetensorError, ValueError) as error:
+        raise CorruptRecord(f"{folder / MODEL_FILE} is not a safetensors file: {error}; copy it again") from error
+    weights = _pairs(tensors, rank, folder / MODEL_FILE)
+    _check_targets(config.get("target_modules"), weights, source)
+    return ImportedAdapter(
+        weights=weights,
+        rank=rank,
+        alpha=alpha,
+        base_model=config.get("base_model_name_or_path") or "",
+        fingerprint=blake3(model_bytes).hexdigest(),
+    )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give a PEFT folder with {CONFIG_FILE} and {MODEL_FILE}"
+        ) from error
+
+
+def _plain_lora(config: dict[str, Any], source: Path) -> tuple[int, float]:
+    """Rank and alpha of a config that asks for nothing else."""
+    if config.get("peft_type") != "LORA" or config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"{source} is of type {config.get('peft_type')!r} for {config.get('task_type')!r}; give a LORA adapter for CAUSAL_LM"
+        )
+    for name, value in config.items():
+        # A setting that this release does not know is harmless only where it is not set.
+        if name not in _WITHOUT_EFFECT and value and value not in _PLAIN.get(name, ()):
+            raise ConfigError(f"{source} sets {name} to {value!r}; give an adapter that is plain LoRA without it")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CorruptRecord(f"{source} has the rank r = {rank!r}, which is no positive integer; save the adapter again")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha > 0):
+        raise CorruptRecord(f"{source} has lora_alpha = {alpha!r}, no positive number; save the adapter again")
+    base_model = config.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        raise CorruptRecord(f"{source} names {base_model!r} as its base model; save the adapter again")
+    return rank, float(alpha)
+
+
+def _pairs(tensors: dict[str, Tensor], rank: int, source: Path) -> AdapterWeights:
+    names = sorted(key[len(_PREFIX) : -len(_A)] for key in tensors if key.startswith(_PREFIX) and key.endswith(_A))
+    expected = {_PREFIX + name + factor for name in names for factor in (_A, _B)}
+    if differing := sorted(expected ^ set(tensors)):
+        raise CorruptRecord(
+            f"{source} {'lacks' if differing[0] in expected else 'has the unknown'} tensor {differing[0]}; "
+            f"every layer has one {_PREFIX}<module>{_A} and one {_B} and there is nothing else"
+        )
+    if not names:
+        raise CorruptRecord(f"{source} has no factors; save the adapter again")
+    weights = {name: LoRAPair(tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B]) for name in names}
+    for name, pair in weights.items():
+        shapes = list(pair.a.shape), list(pair.b.shape)
+        if pair.a.dim() != 2 or pair.b.dim() != 2 or (pair.a.shape[0], pair.b.shape[1]) != (rank, rank):
+            raise CorruptRecord(
+                f"{source} has factors of shapes {shapes[0]} and {shapes[1]} at {name}, not [{rank}, I] and [O, {rank}] "
+                f"as r in {CONFIG_FILE} says; the two files do not belong together"
+            )
+        if not {pair.a.dtype, pair.b.dtype} <= set(_DTYPES):
+            raise CorruptRecord(
+                f"{source} has factors of {pair.a.dtype} and {pair.b.dtype} at {name}; save it in float32 or bfloat16"
+            )
+        if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
+            raise CorruptRecord(f"{source} has factors at {name} that are not finite; train the adapter again")
+    return weights
+
+
+def _check_targets(targets: object, weights: AdapterWeights, source: Path) -> None:
+    """Refuse a list of target modules that selects other layers than there are factors for.
+
+    As in PEFT, a string is a regular expression for the whole name, and an entry of a list a name or its last parts.
+    """
+    if isinstance(targets, str):
+        try:
+            unmatched = [name for name in weights if re.fullmatch(targets, name) is None]
+        except re.error as error:
+            raise CorruptRecord(f"{source} has target_modules {targets!r}, no regular expression: {error}") from error
+        idle: list[str] = []
+    elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        chosen = {name: {t for t in targets if name == t or name.endswith(f".{t}")} for name in weights}
+        unmatched = [name for name, by in chosen.items() if not by]
+        idle = sorted(set(targets) - set().union(*chosen.values()))
+    else:
+        raise CorruptRecord(f"{source} has target_modules {targets!r}, no list of names; save the adapter again")
+    if unmatched or idle:
+        what = f"there are factors for {unmatched[0]}" if unmatched else f"there are no factors for {idle[0]}"
+        raise CorruptRecord(f"{source} and {MODEL_FILE} disagree on the target_modules: {what}; save the adapter again")
