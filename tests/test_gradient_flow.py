@@ -66,7 +66,7 @@ def student(folder: Path) -> Student:
 @pytest.fixture
 def adapted(folder: Path, student: Student) -> AdaptedStudent:
     torch.manual_seed(0)
-    return assemble(recipe_of(folder), student)
+    return assemble(recipe_of(folder), student, None)
 
 
 def report_of(adapted: AdaptedStudent, **changes: object) -> PreflightReport:
@@ -138,7 +138,7 @@ def test_a_student_of_another_architecture_passes(tmp_path: Path) -> None:
 
 
 def test_a_static_adapter_passes_without_a_prompt_to_read(folder: Path, student: Student) -> None:
-    report = report_of(assemble(recipe_of(folder, arm="static"), student), arm="static")
+    report = report_of(assemble(recipe_of(folder, arm="static"), student, None), arm="static")
     assert failed(report) == []
     assert "samples_apart" not in [check.name for check in report.checks]
     assert set(check_named(report, "gradients_step_1").measured) >= {"A: least norm of 10", "B: least norm of 10"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load, load_file, save
 from tiny_runs import losses, metrics, run
 
@@ -160,6 +161,29 @@ def test_a_stopped_static_run_goes_on_as_if_it_had_not_been_stopped(recipe: Trai
     assert losses(stopped) == losses(straight)
     files = [(f.adapter / "adapter_model.safetensors").read_bytes() for f in (straight, stopped)]
     assert files[0] == files[1]
+
+
+def test_a_warm_start_begins_where_the_static_adapter_ended(recipe: TrainRecipe, tmp_path: Path) -> None:
+    static = run(recipe.model_copy(update={"arm": "static", "learning_rate": 2e-2}), tmp_path / "static")
+    warm = recipe.model_copy(update={"warm_start": static.adapter})
+    folder = run(warm, tmp_path / "warm")
+    first = next(line for line in metrics(folder) if "held_out_kl" in line)["held_out_kl"]
+    ended = static.read_status().held_out_kl
+    assert ended["adapter"] < 0.99 * ended["frozen"]
+    assert first["adapter"] == first["adapter_shuffled_prompt"] == pytest.approx(ended["adapter"], rel=1e-6)
+    assert folder.read_status().held_out_kl["adapter"] != first["adapter"]
+    # A resumed run has the same start.
+    run(warm, tmp_path / "stopped", StopAfter(3))
+    run(warm, tmp_path / "stopped")
+    assert losses(RunFolder(tmp_path / "stopped"))[6] == losses(folder)[6]
+    manifest = json.loads((folder.bundle / "bundle.json").read_text())
+    assert (manifest["mode"], manifest["warm_start"]) == (
+        "warm_start",
+        blake3((static.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    )
+    other = recipe.hypernetwork.model_copy(update={"alpha": 16.0})
+    with pytest.raises(ConfigError, match="rank 4 and alpha 8, the recipe's hypernetwork 4 and 16"):
+        run(warm.model_copy(update={"hypernetwork": other}), tmp_path / "other")
 
 
 def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:

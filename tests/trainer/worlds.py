@@ -155,7 +155,7 @@ class World:
         return total / self.answers[..., 0].size
 
 
-def train_student(folder: Path, world: World, *, num_steps: int = 120, **changes: Any) -> Path:
+def train_student(folder: Path, world: World, *, num_steps: int = 240, **changes: Any) -> Path:
     """A tiny student that answers with the mean over all latents, as a folder; it has never seen a prompt."""
     write_tokenizer(folder)
     torch.manual_seed(0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import structlog
 from torch import nn
 
+from hyperagent.errors import ConfigError
 from hyperagent.identity import DataIdentity
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
-from hyperagent.model.manifest import NetworkManifest
+from hyperagent.model.manifest import Mode, NetworkManifest
+from hyperagent.model.peft_io import ImportedAdapter, read_adapter
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
@@ -17,12 +19,29 @@ from hyperagent_trainer.student import Student
 log = structlog.get_logger()
 
 
-def assemble(recipe: TrainRecipe, student: Student) -> AdaptedStudent:
+def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
+    """The static adapter that the recipe's hypernetwork starts from, if it names one.
+
+    Raises:
+        ConfigError: it is no plain LoRA, or its rank or alpha is not the hypernetwork's.
+        CorruptRecord: its files are damaged.
+    """
+    if recipe.warm_start is None:
+        return None
+    read, config = read_adapter(recipe.warm_start), recipe.hypernetwork
+    if (read.rank, read.alpha) != (config.rank, config.alpha):
+        raise ConfigError(
+            f"the adapter in {recipe.warm_start} has rank {read.rank} and alpha {read.alpha:g}, the recipe's hypernetwork "
+            f"{config.rank} and {config.alpha:g}; give the hypernetwork those of the adapter"
+        )
+    return read
+
+
+def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdaptedStudent:
     """The recipe's network at its start, on the student's device and in front of it.
 
     Raises:
-        ConfigError: the recipe's targets are not the student's, or its static adapter is for other layers, of another
-            rank or not finite.
+        ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
     """
     config = recipe.hypernetwork
     layers = discover_target_layers(student.model, recipe.targets)
@@ -30,10 +49,12 @@ def assemble(recipe: TrainRecipe, student: Student) -> AdaptedStudent:
     if recipe.arm == "static":
         network = StaticLoRA(layers, rank=config.rank, alpha=config.alpha)
     else:
-        network = AgenticHyperNetwork(config, layers, student.embeddings.shape[1])
+        base = None if warm_start is None else warm_start.weights
+        network = AgenticHyperNetwork(config, layers, student.embeddings.shape[1], warm_start=base)
     log.info(
         "network made",
         arm=recipe.arm,
+        warm_start=None if warm_start is None else warm_start.fingerprint,
         layers=len(layers),
         adapter_parameters=num_adapter_parameters(layers, config.rank),
         trained_parameters=_num_trained(network),
@@ -42,12 +63,16 @@ def assemble(recipe: TrainRecipe, student: Student) -> AdaptedStudent:
     return AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
 
 
-def describe(recipe: TrainRecipe, adapted: AdaptedStudent, *, data: DataIdentity) -> NetworkManifest:
+def describe(
+    recipe: TrainRecipe, adapted: AdaptedStudent, warm_start: ImportedAdapter | None, *, data: DataIdentity
+) -> NetworkManifest:
     """What the network's checkpoints and its export say that they belong to."""
+    mode: Mode = "static" if recipe.arm == "static" else "from_zero" if warm_start is None else "warm_start"
     return NetworkManifest(
         student_weights=adapted.student.weights,
         data=data,
-        mode="static" if recipe.arm == "static" else "from_zero",
+        mode=mode,
+        warm_start=None if warm_start is None else warm_start.fingerprint,
         hypernetwork=recipe.hypernetwork,
         layers=adapted.network.layers,
     )

@@ -15,7 +15,7 @@ from hyperagent.cli.display import print_result
 from hyperagent.errors import ConfigError
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.memory_estimate import check_weights_fit
-from hyperagent_trainer.network import assemble
+from hyperagent_trainer.network import assemble, read_warm_start
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.preflight_report import PreflightReport
 from hyperagent_trainer.student import STUDENT_DTYPE, Student
@@ -34,7 +34,7 @@ def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
         return PreflightReport((weights_fit,))
     torch.manual_seed(recipe.seed)
     student = Student(recipe.student, device=device)
-    adapted = assemble(recipe, student)
+    adapted = assemble(recipe, student, read_warm_start(recipe))
     budget = memory_budget(recipe, student, tokens_per_sample=tokens_per_sample)
     return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
 

@@ -28,7 +28,7 @@ from hyperagent_trainer.export import export
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget
 from hyperagent_trainer.metrics import RunReporter
-from hyperagent_trainer.network import assemble, describe
+from hyperagent_trainer.network import assemble, describe, read_warm_start
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.student import Student
@@ -73,8 +73,9 @@ def _train_from(
         if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
     }
     training = splits.pop(TRAIN)
-    adapted = assemble(recipe, student)
-    network, belongs_to = adapted.network, describe(recipe, adapted, data=training.identity)
+    warm_start = read_warm_start(recipe)
+    adapted = assemble(recipe, student, warm_start)
+    network, belongs_to = adapted.network, describe(recipe, adapted, warm_start, data=training.identity)
     _preflight(adapted, recipe, folder, training)
     optimizer = make_optimizer(network, recipe)
     step = 0
