@@ -46,7 +46,14 @@ class AdaptedStudent:
         weights: AdapterWeights = self.network(self._featurizer(ids_BP), mask_BP)
         return weights
 
-    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions | None = None) -> Tensor:
+    def loss_sum(
+        self,
+        batch: Batch,
+        adapters: AdapterWeights | None,
+        options: LossOptions | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Tensor:
         """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
         with self._injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
@@ -60,6 +67,7 @@ class AdaptedStudent:
             options=options,
             temperature=batch.temperature,
             target_ids_N=batch.target_ids_N,
+            scale=scale,
             workspace_bytes=self._loss_workspace_bytes,
         )
 

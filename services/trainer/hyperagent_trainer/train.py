@@ -121,7 +121,7 @@ def _run_steps(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
         adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
-        loss = adapted.loss_sum(batch, adapters, recipe.loss) / batch.num_rows
+        loss = adapted.loss_sum(batch, adapters, recipe.loss, scale=1 / batch.num_rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss_value = loss.item()
