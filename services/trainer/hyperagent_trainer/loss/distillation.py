@@ -58,7 +58,8 @@ def compute_distillation_loss(
     Args:
         hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype: bfloat16, float32 or
             float64. Logits and sums are float32 at least.
-        head_VD: the student's frozen output head. It is not searched for NaN; with one the loss is NaN.
+        head_VD: the student's frozen output head. NaN or infinity in it or in the hidden states is not searched for;
+            the loss is then not finite.
         ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
         logprobs_NK: natural, at the temperature, normalised together with the tail; -inf at padding.
         tail_logmass_N: log of the teacher's mass on all other ids; -inf where nothing is left outside the kept ids.
@@ -74,8 +75,8 @@ def compute_distillation_loss(
             for until they have been compiled and measured on a GPU. They compute in bfloat16 and float32.
 
     Raises:
-        InvalidRequest: the head is not frozen, there are no rows, something is NaN, or shapes, types, ids or the
-            teacher's normalisation are wrong. The backward pass raises it under `create_graph`.
+        InvalidRequest: the head is not frozen, there are no rows, the teacher's hold NaN, or shapes, types, ids or
+            normalisation are wrong. The backward pass raises it under `create_graph`.
     """
     options = options or LossOptions()
     if options.ce_weight and target_ids_N is None:
@@ -84,7 +85,7 @@ def compute_distillation_loss(
         workspace_bytes = _GPU_WORKSPACE if hidden_ND.is_cuda else _CPU_WORKSPACE
     rows = TeacherRows(ids_NK, logprobs_NK, tail_logmass_N, target_ids_N if options.ce_weight else None)
     check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
-    check_values(hidden_ND, rows, vocab_size=vocab_size, options=options, temperature=temperature)
+    check_values(rows, vocab_size=vocab_size, options=options, temperature=temperature)
     loss: Tensor = _FusedLoss.apply(
         hidden_ND,
         head_VD[:vocab_size],
