@@ -106,12 +106,13 @@ def _gradient_(chunk: _Buffers, gathered: GatheredIds, terms: RowTerms, head_VD:
     if chunk.second_CV is not None:
         z_CV.addcmul_(chunk.second_CV, terms.rest_C[1].to(z_CV.dtype)[:, None])
     weights_CJ = terms.gathered_CJ.to(z_CV.dtype)
+    grad_CD = z_CV.new_zeros(z_CV.shape[0], head_VD.shape[1])
     if chunk.half_CV is None:
         # A dead entry repeats the first id, so it must write what that writes.
         z_CV.scatter_(1, gathered.ids_CJ, torch.where(gathered.is_live_CJ, weights_CJ, weights_CJ[:, :1]))
-        return z_CV @ head_VD
+        products.add_product_(grad_CD, z_CV, head_VD)
+        return grad_CD
     # Only the rest, whose total weight is about that of the tail, is rounded to bfloat16.
-    grad_CD = z_CV.new_zeros(z_CV.shape[0], head_VD.shape[1])
     products.add_product_(grad_CD, chunk.half_CV.copy_(z_CV), head_VD)
     products.add_gathered_(grad_CD, weights_CJ, gathered.ids_CJ, head_VD)
     return grad_CD
