@@ -119,7 +119,7 @@ def peak_bytes(case: Case, folder: Path, **settings: Any) -> int:
         torch.empty(1)
         compute_distillation_loss(
             hidden, case.head, case.ids, case.logprobs, case.tail, target_ids_N=case.target, **settings
-        )
+        ).backward()
     trace = folder / "trace.json"
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
@@ -137,3 +137,13 @@ def test_memory_is_bounded_whatever_the_number_of_rows(ce_weight: float, dtype: 
         case = make_case(n, 16, 8000, size=16, dtype=dtype)
         peak = peak_bytes(case, tmp_path, vocab_size=8000, options=options, temperature=2.0, workspace_bytes=workspace)
         assert peak < workspace + 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_one_gradient_of_the_hidden_states_is_ever_held(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = make_case(16_000, 4, 64, size=1024, dtype=dtype)
+
+    peak = peak_bytes(case, tmp_path, vocab_size=64, workspace_bytes=2**24)
+
+    assert peak < case.hidden.nbytes + 2**24 + 2**22
+    assert 2 * case.hidden.nbytes > case.hidden.nbytes + 2**24 + 2**22
