@@ -142,7 +142,7 @@ class _FusedLoss(torch.autograd.Function):
         (grad_ND,) = ctx.saved_tensors
         # Of the graph that is about to be freed nobody else will ask for the gradient.
         is_retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        scaled_ND = torch.empty_like(grad_ND) if is_retained else grad_ND.detach()
+        scaled_ND = torch.empty_like(grad_ND) if is_retained else grad_ND
         # In blocks and in float32: a factor rounded to bfloat16 would be an error that all rows share.
         for start in range(0, grad_ND.shape[0], _BACKWARD_ROWS):
             block = slice(start, start + _BACKWARD_ROWS)

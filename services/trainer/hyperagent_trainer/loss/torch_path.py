@@ -50,10 +50,11 @@ def loss_and_gradient(
 
 def _chunk_rows(head_VD: Tensor, rows: TeacherRows, objective: Objective, workspace: int) -> int:
     """Rows whose buffers fit into the workspace, or one."""
-    per_logit = max(4, head_VD.element_size()) * len(objective.temperatures)
+    (vocab, size), temperatures = head_VD.shape, len(objective.temperatures)
+    # Logits and the gradient of the hidden states; for bfloat16 the rounded weights and the widened hidden states too.
+    per_row = max(4, head_VD.element_size()) * (vocab * temperatures + size) + _TERM_BYTES * rows.ids_NK.shape[1]
     if head_VD.dtype == torch.bfloat16:
-        per_logit += head_VD.element_size()
-    per_row = per_logit * head_VD.shape[0] + _TERM_BYTES * rows.ids_NK.shape[1]
+        per_row += 2 * vocab + 4 * size
     return max(1, (workspace - products.fixed_bytes(head_VD)) // per_row)
 
 
