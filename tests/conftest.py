@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# Triton asks for it when it is first imported, by whichever test: its kernels are to run without a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 class RedisServer:
     """A real Redis of the test's own."""

@@ -122,6 +122,7 @@ class World:
             num_tokens=n,
             sample_N=torch.arange(len(latents)).repeat_interleave(SEQUENCE_TOKENS),
             index_N=torch.arange(SEQUENCE_TOKENS).repeat(len(latents)),
+            target_ids_N=torch.from_numpy(ids.reshape(n, k)[:, 0].copy()),
             ids_NK=torch.from_numpy(ids.reshape(n, k)),
             logprobs_NK=torch.tensor(KEPT_PROBABILITIES).log().expand(n, k).contiguous(),
             tail_logmass_N=torch.full((n,), math.log(1 - sum(KEPT_PROBABILITIES))),

@@ -50,7 +50,14 @@ class AdaptedStudent:
         ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
         return self._featurizer(ids_BP), mask_BP
 
-    def loss_sum(self, batch: Batch, adapters: AdapterWeights | None, options: LossOptions = LossOptions()) -> Tensor:
+    def loss_sum(
+        self,
+        batch: Batch,
+        adapters: AdapterWeights | None,
+        options: LossOptions | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Tensor:
         """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
         with self.injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
@@ -63,7 +70,8 @@ class AdaptedStudent:
             vocab_size=self.student.vocab_size,
             options=options,
             temperature=batch.temperature,
-            target_ids_N=batch.target_ids_N if options.ce_weight else None,
+            target_ids_N=batch.target_ids_N,
+            scale=scale,
             workspace_bytes=self._loss_workspace_bytes,
         )
 

@@ -43,6 +43,8 @@ class Batch:
     """int64, which trajectory a supervised row belongs to."""
     index_N: Tensor
     """int64, where the student's output for the row stands: one before the row's position in the student's view."""
+    target_ids_N: Tensor
+    """int64, the token that really stands at the row's position."""
     ids_NK: Tensor
     """int64, the teacher's kept ids."""
     logprobs_NK: Tensor
@@ -57,11 +59,6 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return int(self.sample_N.shape[0])
-
-    @property
-    def target_ids_N(self) -> Tensor:
-        """int64, the token that really stands at each supervised row's position."""
-        return self.token_ids_BT[self.sample_N, self.index_N + 1]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory the host does not wait."""
@@ -109,15 +106,17 @@ class DistillationData(Dataset[Batch]):
         before = self._cache.hot_use
         chosen = [self.trajectories[i] for i in indices]
         rows = [self.rows(i) for i in indices]
-        sample = np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])
+        sample_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [r.num_rows for r in rows]))
         # Row n of the teacher belongs to the nth supervised position of the student's own view.
-        index = np.concatenate([t.student_positions for t in chosen]).astype(np.int64) - 1
+        position_N = torch.from_numpy(np.concatenate([t.student_positions for t in chosen]).astype(np.int64))
+        token_ids_BT = _pad([t.student_ids for t in chosen])
         return Batch(
             indices=tuple(indices),
-            token_ids_BT=_pad([t.student_ids for t in chosen]),
+            token_ids_BT=token_ids_BT,
             num_tokens=sum(len(t.student_ids) for t in chosen),
-            sample_N=torch.from_numpy(sample),
-            index_N=torch.from_numpy(index),
+            sample_N=sample_N,
+            index_N=position_N - 1,
+            target_ids_N=token_ids_BT[sample_N, position_N],
             ids_NK=torch.cat([r.ids_NK for r in rows]).long(),
             logprobs_NK=torch.cat([r.logprobs_NK for r in rows]),
             tail_logmass_N=torch.cat([r.tail_logmass_N for r in rows]),

@@ -121,6 +121,7 @@ def _batch(generator: np.random.Generator, vocab_size: int) -> Batch:
         num_tokens=n,
         sample_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         index_N=torch.cat([torch.arange(length) for length in lengths]),
+        target_ids_N=torch.from_numpy(ids[:, 0].copy()),
         ids_NK=torch.from_numpy(ids),
         logprobs_NK=torch.from_numpy(np.log(kept)).float(),
         tail_logmass_N=torch.full((n,), _TAIL).log(),

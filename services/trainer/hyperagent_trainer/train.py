@@ -16,7 +16,7 @@ from hyperagent.cache.hot import HotTier
 from hyperagent.cache.published import open_for_reading
 from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
-from hyperagent.errors import DataError, InvalidRequest
+from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
@@ -33,7 +33,6 @@ from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.student import Student
 
-_DIVERGED = "lower the learning rate, or look at these trajectories"
 log = structlog.get_logger()
 
 
@@ -142,19 +141,17 @@ def _run_steps(
         data_wait_s = time.monotonic() - asked_at
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
-        names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
         adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
-        try:
-            loss = adapted.loss_sum(batch, adapters, recipe.loss) / batch.num_rows
-        except InvalidRequest as error:
-            raise DataError(f"step {step} on trajectories {names}: {error}; {_DIVERGED}") from error
+        loss = adapted.loss_sum(batch, adapters, recipe.loss, scale=1 / batch.num_rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss_value = loss.item()
         grad_norm = float(nn.utils.clip_grad_norm_(adapted.network.parameters(), recipe.max_grad_norm))
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
             raise DataError(
-                f"step {step} on trajectories {names}: loss {loss_value}, gradient norm {grad_norm}; {_DIVERGED}"
+                f"step {step} on trajectories {names}: loss {loss_value}, gradient norm {grad_norm}; "
+                "lower the learning rate, or look at these trajectories"
             )
         optimizer.step()
         report.step(

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hyperagent.errors import InvalidRequest
 from hyperagent_trainer.loss import torch_path
@@ -28,7 +27,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 _CPU_WORKSPACE = 96 * 2**20
 _GPU_WORKSPACE = 600 * 2**20
-_SCALED_ROWS = 4096
+_BACKWARD_ROWS = 512
 
 
 def compute_distillation_loss(
@@ -42,23 +41,25 @@ def compute_distillation_loss(
     options: LossOptions | None = None,
     temperature: float = 1.0,
     target_ids_N: Tensor | None = None,
+    scale: float = 1.0,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Sum over rows of the loss, in nats; a scalar, differentiable once and with respect to the hidden states only.
+    """`scale` times the sum over rows of the loss in nats; a scalar, differentiable once, in the hidden states only.
 
     A row's loss is (1 - w) * t**2 * divergence(teacher || student) + w * cross-entropy: the divergence of the softmaxes
     at temperature t, times t**2, which keeps gradients the size they are at 1, and the cross-entropy with the token that
     really stands there at temperature 1, both as in Hinton et al. (arXiv:1503.02531, section 2); w is
     `options.ce_weight`. It is never negative.
 
-    The gradient is computed in the forward pass and kept, N * D values; beside it memory does not grow with N.
-    Divide by the number of supervised rows of the whole optimiser step to get nats per supervised token.
+    The gradient is computed in the forward pass and kept, N * D values; beside it memory does not grow with N. The
+    backward pass scales it in place, or a copy of it if the graph is retained.
 
     Args:
         hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype: bfloat16, float32 or
             float64. Logits and sums are float32 at least.
-        head_VD: the student's frozen output head. It is not searched for NaN; with one the loss is NaN.
+        head_VD: the student's frozen output head. NaN or infinity in it or in the hidden states is not searched for;
+            the loss is then not finite.
         ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
         logprobs_NK: natural, at the temperature, normalised together with the tail; -inf at padding.
         tail_logmass_N: log of the teacher's mass on all other ids; -inf where nothing is left outside the kept ids.
@@ -66,13 +67,16 @@ def compute_distillation_loss(
         options: forward KL without cross-entropy by default.
         temperature: of both softmaxes, above 0.
         target_ids_N: int64, the token that really stands there, kept or not; needed for cross-entropy.
+        scale: 1 / the supervised rows of the whole optimiser step gives nats per supervised token. A factor that is
+            applied to the result instead does the same, but rounds a bfloat16 gradient a second time.
         workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
             fixed workspace below 64 MiB.
-        backend: "auto" takes Triton on a GPU for bfloat16 and float32, else torch.
+        backend: "auto" takes torch: the Triton kernels are proved in Triton's interpreter only, and are taken when asked
+            for until they have been compiled and measured on a GPU. They compute in bfloat16 and float32.
 
     Raises:
-        InvalidRequest: the head is not frozen, there are no rows, something is NaN, or shapes, types, ids or the
-            teacher's normalisation are wrong.
+        InvalidRequest: the head is not frozen, there are no rows, the teacher's hold NaN, or shapes, types, ids or
+            normalisation are wrong. The backward pass raises it under `create_graph`.
     """
     options = options or LossOptions()
     if options.ce_weight and target_ids_N is None:
@@ -81,14 +85,14 @@ def compute_distillation_loss(
         workspace_bytes = default_workspace_bytes(hidden_ND.device)
     rows = TeacherRows(ids_NK, logprobs_NK, tail_logmass_N, target_ids_N if options.ce_weight else None)
     check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
-    check_values(hidden_ND, rows, vocab_size=vocab_size, options=options, temperature=temperature)
+    check_values(rows, vocab_size=vocab_size, options=options, temperature=temperature)
     loss: Tensor = _FusedLoss.apply(
         hidden_ND,
         head_VD[:vocab_size],
         rows,
-        Objective(options, temperature),
+        Objective(options, temperature, scale),
         workspace_bytes,
-        _choose(backend, hidden_ND),
+        _check_backend(backend, hidden_ND),
     )
     return loss
 
@@ -98,11 +102,9 @@ def default_workspace_bytes(device: torch.device) -> int:
     return _GPU_WORKSPACE if device.type == "cuda" else _CPU_WORKSPACE
 
 
-def _choose(backend: Backend, hidden_ND: Tensor) -> Backend:
-    if backend == "auto":
-        suits = hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and find_spec("triton") is not None
-        return "triton" if suits else "torch"
-    if backend == "triton" and not (find_spec("triton") and (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+def _check_backend(backend: Backend, hidden_ND: Tensor) -> Backend:
+    can_triton = find_spec("triton") and (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET"))
+    if backend == "triton" and not can_triton:
         raise InvalidRequest(
             'backend "triton" needs the triton package and a GPU; take "torch", or leave the choice to "auto"'
         )
@@ -138,12 +140,16 @@ class _FusedLoss(torch.autograd.Function):
         return total if hidden_ND.dtype == torch.float64 else total.float()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # `once_differentiable` lets a second derivative pass as 0 when the incoming factor is a constant.
+            raise InvalidRequest("the distillation loss is differentiable once; call backward without create_graph")
         (grad_ND,) = ctx.saved_tensors
-        scaled_ND = torch.empty_like(grad_ND)
+        # Of the graph that is about to be freed nobody else will ask for the gradient.
+        is_retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled_ND = torch.empty_like(grad_ND) if is_retained else grad_ND
         # In blocks and in float32: a factor rounded to bfloat16 would be an error that all rows share.
-        for start in range(0, grad_ND.shape[0], _SCALED_ROWS):
-            block = slice(start, start + _SCALED_ROWS)
+        for start in range(0, grad_ND.shape[0], _BACKWARD_ROWS):
+            block = slice(start, start + _BACKWARD_ROWS)
             scaled_ND[block] = grad_ND[block] * grad_total[None, None]
         return scaled_ND, None, None, None, None, None

@@ -1,25 +1,28 @@
 """Products with the head whose sums stay float32 to the end, also where hidden states and head are bfloat16.
 
-Legend of shape suffixes: C rows of a chunk, J gathered ids, D hidden size, V vocabulary.
+Legend of shape suffixes: C rows of a chunk, J gathered ids, X ids of a slab, D hidden size, V vocabulary.
 
 A logit rounded to bfloat16 is off by up to |z| / 256, and near p = q so is every probability: the gradient, a
 difference of the two, is then mostly noise. On a GPU the product itself gives its float32 sums; PyTorch's products on
-a CPU round them, so there the head is widened a slab at a time.
+a CPU round them, so there the head is widened, a slab at a time. Slabs serve float32 on a CPU too: the math library
+packs what it multiplies, and a whole chunk's logits packed would double the memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-_SLAB_ROWS = 2048
+_SLAB_IDS = 4096
 
 
 def fixed_bytes(head_VD: Tensor) -> int:
     """Memory that the functions below take beside their arguments and results, whatever the number of rows."""
     if head_VD.dtype != torch.bfloat16:
         return 0
-    slab = 0 if head_VD.is_cuda else min(_SLAB_ROWS, head_VD.shape[0]) * head_VD.shape[1] * 4
+    slab = 0 if head_VD.is_cuda else min(_SLAB_IDS, head_VD.shape[0]) * head_VD.shape[1] * 4
     # Gathered rows of the head stand there twice, once as they are and once in float32.
     return max(slab, _gathered_bytes(head_VD) * 3 // 2)
 
@@ -31,30 +34,40 @@ def _gathered_bytes(head_VD: Tensor) -> int:
 
 def logits_(out_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor) -> None:
     """Write hidden @ head.T into `out_CV`, float32 (float64 for float64 inputs)."""
-    if head_VD.dtype != torch.bfloat16:
-        torch.mm(hidden_CD, head_VD.T, out=out_CV)
-    elif head_VD.is_cuda:
+    if not head_VD.is_cuda:
+        wide_CD = hidden_CD.to(out_CV.dtype)
+        for ids, slab_XD in _slabs(head_VD, out_CV.dtype):
+            torch.mm(wide_CD, slab_XD.T, out=out_CV[:, ids])
+    elif head_VD.dtype == torch.bfloat16:
         torch.mm(hidden_CD, head_VD.T, out_dtype=torch.float32, out=out_CV)
     else:
-        wide_CD = hidden_CD.float()
-        slab_XD = torch.empty(min(_SLAB_ROWS, head_VD.shape[0]), head_VD.shape[1])
-        for start in range(0, head_VD.shape[0], _SLAB_ROWS):
-            ids = slice(start, min(start + _SLAB_ROWS, head_VD.shape[0]))
-            wide_XD = slab_XD[: ids.stop - start].copy_(head_VD[ids])
-            torch.mm(wide_CD, wide_XD.T, out=out_CV[:, ids])
+        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+
+
+def _slabs(head_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Ids and their rows of the head, in `dtype`; a slab that had to be widened is overwritten by the next."""
+    buffer_XD = None if head_VD.dtype == dtype else head_VD.new_empty(head_VD[:_SLAB_IDS].shape, dtype=dtype)
+    for start in range(0, head_VD.shape[0], _SLAB_IDS):
+        ids = slice(start, min(start + _SLAB_IDS, head_VD.shape[0]))
+        slab_XD = head_VD[ids]
+        yield ids, slab_XD if buffer_XD is None else buffer_XD[: len(slab_XD)].copy_(slab_XD)
 
 
 def add_product_(out_CD: Tensor, weights_CV: Tensor, head_VD: Tensor) -> None:
     """Add weights @ head to `out_CD`; weights in the head's dtype, sums float32.
 
-    On a CPU the product of bfloat16 is rounded once before it is added.
+    On a CPU the product of bfloat16 is rounded once a slab before it is added.
     """
-    if head_VD.dtype != torch.bfloat16:
-        out_CD.addmm_(weights_CV, head_VD)
-    elif head_VD.is_cuda:
+    if not head_VD.is_cuda:
+        for ids, slab_XD in _slabs(head_VD, head_VD.dtype):
+            if out_CD.dtype == head_VD.dtype:
+                out_CD.addmm_(weights_CV[:, ids], slab_XD)
+            else:
+                out_CD += weights_CV[:, ids] @ slab_XD
+    elif head_VD.dtype == torch.bfloat16:
         torch.addmm(out_CD, weights_CV, head_VD, out_dtype=torch.float32, out=out_CD)
     else:
-        out_CD += weights_CV @ head_VD
+        out_CD.addmm_(weights_CV, head_VD)
 
 
 def add_gathered_(out_CD: Tensor, weights_CJ: Tensor, ids_CJ: Tensor, head_VD: Tensor) -> None:

@@ -42,6 +42,8 @@ class Objective:
 
     options: LossOptions
     temperature: float
+    scale: float
+    """Of the loss and its gradient, taken while they are float64: a gradient that leaves as bfloat16 is rounded once."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -82,7 +84,7 @@ class RowTerms:
     """Loss and gradient of a chunk's rows; float64."""
 
     loss_C: Tensor
-    """Nats."""
+    """Nats, scaled."""
     gathered_CJ: Tensor
     """d loss / d z at the gathered ids; 0 at dead entries."""
     rest_C: tuple[Tensor, ...]
@@ -134,7 +136,8 @@ def row_terms(
     rest_C = tuple(
         torch.where(r.sum_C == 0, 0.0, weight / r.sum_C.double()) for weight, r in zip(weights_C, rests, strict=True)
     )
-    return RowTerms(loss_C, gathered_CJ, rest_C)
+    scale = objective.scale
+    return RowTerms(scale * loss_C, scale * gathered_CJ, tuple(scale * factor_C for factor_C in rest_C))
 
 
 def _divergence(

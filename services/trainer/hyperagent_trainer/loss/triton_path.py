@@ -123,18 +123,17 @@ def _pass_over_vocabulary(
     Without `wants_sums` the sums have no columns.
     """
     (m, size), vocab = hidden_MD.shape, head_VD.shape[0]
-    new = {"device": hidden_MD.device, "dtype": torch.float32}
     sorted_MJ, order_MJ = torch.where(gathered.is_live_CJ, gathered.ids_CJ, _NOWHERE).int().sort(dim=1)
     starts = torch.arange(0, vocab + tiling.tile_ids, tiling.tile_ids, device=hidden_MD.device, dtype=torch.int32)
     first_MT1 = torch.searchsorted(sorted_MJ, starts.expand(m, -1).contiguous(), out_int32=True)
-    z_MJ = torch.zeros(sorted_MJ.shape, **new)
-    max_M, sum_M = torch.full((m,), -torch.inf, **new), torch.zeros(m, **new)
-    sums_MD = torch.zeros(m, size if wants_sums else 0, **new)
-    exp_MX = torch.empty(m, min(tiling.slab_ids, vocab), device=hidden_MD.device, dtype=head_VD.dtype)
+    exp_MX = head_VD.new_empty(m, min(tiling.slab_ids, vocab))
+    max_M = hidden_MD.new_full((m,), -torch.inf, dtype=torch.float32)
+    sum_M, z_MJ = torch.zeros_like(max_M), max_M.new_zeros(sorted_MJ.shape)
+    sums_MD = max_M.new_zeros(m, size if wants_sums else 0)
     for slab_start in range(0, vocab, tiling.slab_ids):
         slab_size = min(tiling.slab_ids, vocab - slab_start)
         num_tiles = triton.cdiv(slab_size, tiling.tile_ids)
-        tile_max_MT, tile_sum_MT = torch.empty(m, num_tiles, **new), torch.empty(m, num_tiles, **new)
+        tile_max_MT, tile_sum_MT = max_M.new_empty(m, num_tiles), max_M.new_empty(m, num_tiles)
         exponentiate_slab[(triton.cdiv(m, tiling.tile_rows), num_tiles)](
             hidden_MD, head_VD, sorted_MJ, first_MT1, max_M, z_MJ, exp_MX, tile_max_MT, tile_sum_MT,
             m, vocab, slab_start, size, sorted_MJ.shape[1], num_tiles, first_MT1.shape[1], 1 / temperature,
