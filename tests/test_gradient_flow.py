@@ -8,6 +8,7 @@ prints what `hyperagent preflight` finds on a tiny student made on the spot, and
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "trainer"))
 
 import pytest
+import structlog
 import torch
 import typer
 from tiny_student import tiny_config, write_tiny_student, write_tokenizer
@@ -384,7 +386,11 @@ def test_what_autograd_keeps_grows_as_the_estimate_says(adapted: AdaptedStudent,
 def invoke(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(preflight)
+    handlers = logging.getLogger().handlers[:]
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    # The command's logs went to a standard error that is closed by now.
+    structlog.reset_defaults()
+    logging.getLogger().handlers[:] = handlers
     if isinstance(result.exception, ConfigError):
         raise result.exception
     return result.exit_code, result.stdout
