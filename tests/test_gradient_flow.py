@@ -8,7 +8,8 @@ prints what `hyperagent preflight` finds on a tiny student made on the spot, and
 from __future__ import annotations
 
 import json
-import logging
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,13 +21,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "trainer"))
 
 import pytest
-import structlog
 import torch
-import typer
 from tiny_student import tiny_config, write_tiny_student, write_tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextForCausalLM
-from typer.testing import CliRunner
 
 from hyperagent.errors import ConfigError
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
@@ -35,7 +33,6 @@ from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo, discover_target_layers
 from hyperagent_trainer.adapted import AdaptedStudent
-from hyperagent_trainer.cli import preflight
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.memory_estimate import check_weights_fit, saved_bytes
 from hyperagent_trainer.network import assemble
@@ -383,23 +380,16 @@ def test_what_autograd_keeps_grows_as_the_estimate_says(adapted: AdaptedStudent,
     assert short > 4 * 128 * 32 * 4
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    app = typer.Typer()
-    app.command()(preflight)
-    handlers = logging.getLogger().handlers[:]
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
-    # The command's logs went to a standard error that is closed by now.
-    structlog.reset_defaults()
-    logging.getLogger().handlers[:] = handlers
-    if isinstance(result.exception, ConfigError):
-        raise result.exception
-    return result.exit_code, result.stdout
+def invoke(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, since it sets up its process's logs."""
+    command = [sys.executable, "-m", "hyperagent", "preflight", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
 
 
 def test_the_command_says_what_it_found(folder: Path) -> None:
-    code, output = invoke("--student", str(folder), "--json")
-    assert code == 0
-    report = json.loads(output)
+    result = invoke("--student", str(folder), "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
     assert report["passed"] is True
     assert {"name", "passed", "measured", "bound", "remedy"} == set(report["checks"][0])
 
@@ -407,14 +397,17 @@ def test_the_command_says_what_it_found(folder: Path) -> None:
 def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "hot.yaml"
     path.write_text(f"student: {folder}\ntokens: t\ncache: c\nlearning_rate: 1.0\nhypernetwork: {SHAPE.model_dump()}\n")
-    code, output = invoke("--recipe", str(path))
-    assert code == 1
-    assert "FAIL" in output
-    assert "first_step: an adapter as large as the weights" in output
-    with pytest.raises(ConfigError, match="either --student FOLDER or --recipe FILE"):
-        invoke()
-    with pytest.raises(ConfigError, match="not a model folder"):
-        invoke("--student", str(tmp_path))
+    result = invoke("--recipe", str(path))
+    assert result.returncode == 1
+    assert "FAIL" in result.stdout
+    assert "first_step: an adapter as large as the weights" in result.stdout
+    for arguments, reason in (
+        ((), "either --student FOLDER or --recipe"),
+        (("--student", str(tmp_path)), "not a model"),
+    ):
+        refused = invoke(*arguments)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert reason in refused.stderr
 
 
 def main() -> int:
