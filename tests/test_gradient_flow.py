@@ -396,7 +396,9 @@ def test_the_command_says_what_it_found(folder: Path) -> None:
 
 def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "hot.yaml"
-    path.write_text(f"student: {folder}\ntokens: t\ncache: c\nlearning_rate: 1.0\nhypernetwork: {SHAPE.model_dump()}\n")
+    path.write_text(
+        f"student: {folder}\ntokens: t\ncache: c\nlearning_rate: 1.0\nwarmup_steps: 0\nhypernetwork: {SHAPE.model_dump()}\n"
+    )
     result = invoke("--recipe", str(path))
     assert result.returncode == 1
     assert "FAIL" in result.stdout

@@ -26,7 +26,7 @@ from hyperagent_trainer.preflight_report import Check, PreflightReport
 from hyperagent_trainer.preflight_student import check_student
 
 OptimizerFactory = Callable[[AdapterNetwork], torch.optim.Optimizer]
-"""Makes the optimiser that training will use, whose parameter groups carry their `peak_lr`."""
+"""Makes the optimiser that training will use, set for its first step."""
 
 
 def run_preflight(adapted: AdaptedStudent, make_optimizer: OptimizerFactory, budget: MemoryBudget) -> PreflightReport:

@@ -30,7 +30,7 @@ _MAX_IMBALANCE = 1e4
 
 
 def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], torch.optim.Optimizer]) -> Iterator[Check]:
-    """Checks that train the probe's network for one step, at the optimiser's peak learning rate."""
+    """Checks that train the probe's network for one step, as training's first one."""
     parts = _parts(probe.adapted.network)
     yield _a_spread(probe)
     yield _balance(probe)
@@ -40,8 +40,6 @@ def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], tor
     yield step_0
     if not step_0.passed:
         return
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"]
     optimizer.step()
     first_step = _first_step(probe)
     yield first_step
@@ -140,9 +138,9 @@ def _first_step(probe: Probe) -> Check:
         "first_step",
         all(0 < ratio <= _MAX_FIRST_STEP for ratio in ratios),
         {"least delta, of its weight's norm": min(ratios), "largest": max(ratios)},
-        f"above 0, at most {_MAX_FIRST_STEP:g}, after one step at the peak learning rate",
+        f"above 0, at most {_MAX_FIRST_STEP:g}, after the recipe's first step",
         "an adapter as large as the weights it corrects has replaced the student; lower learning_rate, "
-        "b_head_learning_rate_factor or alpha",
+        "b_head_learning_rate_factor or alpha, or warm up for longer",
     )
 
 

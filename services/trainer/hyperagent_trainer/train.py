@@ -180,14 +180,17 @@ def _run_steps(
 
 
 def make_optimizer(network: AdapterNetwork, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW with a learning rate of its own for what makes B."""
+    """AdamW with a learning rate of its own for what makes B, set for the first step."""
     b_parameters = network.b_parameters()
     of_b = {id(p) for p in b_parameters}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in of_b]
     b_rate = recipe.learning_rate * recipe.b_head_learning_rate_factor
+    first = learning_rate_factor(1, recipe)
     return torch.optim.AdamW(
-        [{"params": rest, "peak_lr": recipe.learning_rate}, {"params": b_parameters, "peak_lr": b_rate}],
-        lr=recipe.learning_rate,
+        [
+            {"params": parameters, "peak_lr": rate, "lr": rate * first}
+            for parameters, rate in ((rest, recipe.learning_rate), (b_parameters, b_rate))
+        ],
         betas=(0.9, 0.95),
         weight_decay=recipe.weight_decay,
     )
