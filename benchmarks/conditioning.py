@@ -5,7 +5,7 @@
 A tiny frozen Qwen3-Next, the project's own hypernetwork, injector, loss and optimiser, and as the baseline a static LoRA of
 the same rank and targets, at several learning rates of which the best on the held-out samples counts. A seed draws the
 world, the hypernetwork's start and every batch. `--sweep` trains the hypernetwork at other learning rates as well.
-docs/conditioning.md describes the worlds and what may be concluded. One core.
+tests/trainer/worlds.py describes the worlds. One core.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ M target layers, S slots per layer, R rank, I and O a layer's input and output s
 The encoder pools by cross-attention from a fixed set of latents (Perceiver IO, arXiv:2107.14795), so its cost is
 linear in P. The generator asks one query per layer and slot, a slot being one rank, and turns each answer into one
 row of A and one column of B; layers of a group share a head, so parameters grow with the number of groups, not of
-layers. Start, scale and what was measured to choose them: docs/hypernetwork.md.
+layers. Start and scale, and what of them was measured: docs/hypernetwork.md.
 """
 
 from __future__ import annotations
