@@ -105,7 +105,7 @@ def _train(world: World, run: Run, start: Start, cache: Path, server: str, tmp_p
         "max_prompt_tokens": 512,
         "num_steps": 50,
         "batch_size": 2,
-        "learning_rate": 0.01,
+        "learning_rate": 0.002,
         "warmup_steps": 1,
     }
     (tmp_path / "recipes").mkdir()
