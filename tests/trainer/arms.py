@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -158,10 +158,4 @@ PROMPT_SETTINGS = Settings(
     b_head_learning_rate_factor=30.0,
     static_learning_rates=(1e-3, 1e-2),
 )
-CONSTANT_SETTINGS = Settings(
-    hypernetwork=_SHAPE,
-    num_steps=300,
-    learning_rate=5e-4,
-    b_head_learning_rate_factor=30.0,
-    static_learning_rates=(1e-3, 1e-2),
-)
+CONSTANT_SETTINGS = replace(PROMPT_SETTINGS, num_steps=300)

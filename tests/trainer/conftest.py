@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from hyperagent.identity import TeacherIdentity
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.config import TrainRecipe
+
+# Triton is built for Linux only; there, a missing one is an error and no skip.
+collect_ignore = [] if sys.platform == "linux" else ["test_loss_triton.py"]
 
 TOP_K = 8
 

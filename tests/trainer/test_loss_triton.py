@@ -14,10 +14,8 @@ from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
+from hyperagent_trainer.loss import LossOptions, compute_distillation_loss, triton_path
 from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
-
-triton_path = pytest.importorskip("hyperagent_trainer.loss.triton_path", reason="Triton is built for Linux only")
 
 OPTIONS = {
     "forward_kl": LossOptions(),
