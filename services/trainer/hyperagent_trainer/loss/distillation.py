@@ -25,7 +25,7 @@ from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
 
 Backend = Literal["auto", "torch", "triton"]
 
-_CPU_WORKSPACE = 112 * 2**20
+_CPU_WORKSPACE = 96 * 2**20
 _GPU_WORKSPACE = 600 * 2**20
 _BACKWARD_ROWS = 512
 
@@ -69,7 +69,7 @@ def compute_distillation_loss(
         target_ids_N: int64, the token that really stands there, kept or not; needed for cross-entropy.
         scale: 1 / the supervised rows of the whole optimiser step gives nats per supervised token. A factor that is
             applied to the result instead does the same, but rounds a bfloat16 gradient a second time.
-        workspace_bytes: of the buffers for logits; 112 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
+        workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
             fixed workspace below 64 MiB.
         backend: "auto" takes torch: the Triton kernels are proved in Triton's interpreter only, and are taken when asked
             for until they have been compiled and measured on a GPU. They compute in bfloat16 and float32.

@@ -1,10 +1,14 @@
-"""The loss over chunks of rows, in PyTorch alone: for a CPU, and for any GPU.
+"""The loss over blocks of rows and slabs of the vocabulary, in PyTorch alone: for a CPU, and for any GPU.
 
-Legend of shape suffixes: N supervised rows, C rows of a chunk, J gathered ids, D hidden size, V vocabulary.
+Legend of shape suffixes: N supervised rows, M rows of a block, X ids of a slab, P picked entries of a slab, J gathered
+ids, D hidden size, V vocabulary.
 
-One buffer of [C, V] holds a chunk's logits, then exponentials, then their gradient, and is used again by the next chunk.
-The gradient goes to the hidden states at once, so nothing of size V outlives its chunk (the idea of Liger-Kernel's
-fused losses, arXiv:2410.10989), and the head, which is frozen, costs no third product.
+The gradient's part from the ids not gathered, sum of softmax(z) over them times their rows of the head, is attention with
+the hidden state as query and the head as keys and values, and is computed as FlashAttention does it (arXiv:2205.14135):
+slab by slab, with a running maximum and a running sum. So a block may have thousands of rows, which matrix products need
+to be fast, while its logits take a few dozen MiB; whole rows of logits (the chunks of Liger-Kernel, arXiv:2410.10989)
+leave room for 160 rows in that. The gradient goes to the hidden states at once, nothing of size V outlives its slab, and
+the head, which is frozen, costs no third product.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ import torch
 from torch import Tensor
 
 from hyperagent_trainer.loss import products
-from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, RowTerms, TeacherRows, gather_ids, row_terms
+from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, TeacherRows, gather_ids, row_terms
 
-# Float64 arrays of a row's terms that stand at once, for each kept id.
+_SLAB_IDS = 4096
+# Float64 arrays of a row's terms that stand at once, for each gathered id.
 _TERM_BYTES = 24 * 8
+# Ids in the order of their slabs, and what is computed from them.
+_PICK_BYTES = 8 * 8
 
 
 def loss_and_gradient(
@@ -28,92 +35,155 @@ def loss_and_gradient(
 
     Args:
         head_VD: without padding.
-        workspace: bytes for the buffers of logits; at least one row is computed at a time.
+        workspace: bytes for a block's logits and sums; at least one row is computed at a time.
     """
     n = hidden_ND.shape[0]
-    chunk_rows = min(n, _chunk_rows(head_VD, rows, objective, workspace))
-    buffers = _Buffers.of(head_VD, len(objective.temperatures), chunk_rows)
+    tiling = _tiling(head_VD, rows, objective, workspace)
     grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-    for start in range(0, n, chunk_rows):
-        block = slice(start, min(start + chunk_rows, n))
-        chunk = buffers.first(block.stop - start)
-        products.logits_(chunk.z_CV, hidden_ND[block], head_VD)
-        gathered = gather_ids(rows[block])
-        z_CJ = chunk.z_CV.gather(1, gathered.ids_CJ)
-        terms = row_terms(z_CJ, gathered, _rests_(chunk, gathered, objective.temperatures), rows[block], objective)
-        total += terms.loss_C.sum()
-        if grad_ND is not None:
-            grad_ND[block] = _gradient_(chunk, gathered, terms, head_VD)
+    for start in range(0, n, tiling.rows):
+        block = slice(start, start + tiling.rows)
+        grad_MD = None if grad_ND is None else grad_ND[block]
+        total += _block(hidden_ND[block], head_VD, rows[block], objective, grad_MD, tiling)
     return total, grad_ND
 
 
-def _chunk_rows(head_VD: Tensor, rows: TeacherRows, objective: Objective, workspace: int) -> int:
-    """Rows whose buffers fit into the workspace, or one."""
-    (vocab, size), temperatures = head_VD.shape, len(objective.temperatures)
-    # Logits and the gradient of the hidden states; for bfloat16 the rounded weights and the widened hidden states too.
-    per_row = max(4, head_VD.element_size()) * (vocab * temperatures + size) + _TERM_BYTES * rows.ids_NK.shape[1]
+@dataclass(frozen=True)
+class _Tiling:
+    """How the work is cut."""
+
+    rows: int
+    """Of a block."""
+    slab_ids: int
+    room: int
+    """Bytes for what follows a block's last slab."""
+
+
+def _tiling(head_VD: Tensor, rows: TeacherRows, objective: Objective, workspace: int) -> _Tiling:
+    """Slabs of a quarter of the workspace at most, and as many rows as then fit."""
+    (vocab, size), num_ids = head_VD.shape, rows.ids_NK.shape[1] + 1
+    is_widened = products.operand_dtype(head_VD) != head_VD.dtype
+    slab_ids = min(_SLAB_IDS, vocab)
+    if is_widened:
+        slab_ids = min(slab_ids, max(1, workspace // 4 // (4 * size)))
+    per_row = max(4, head_VD.element_size()) * (slab_ids + size) * len(objective.temperatures) + _PICK_BYTES * num_ids
     if head_VD.dtype == torch.bfloat16:
-        per_row += 2 * vocab + 4 * size
-    return max(1, (workspace - products.fixed_bytes(head_VD)) // per_row)
+        # On a CPU the hidden states widened, on a GPU the weights rounded.
+        per_row += 4 * size if is_widened else 2 * slab_ids
+    room = workspace // 8
+    fixed = max(room, 4 * slab_ids * size if is_widened else 0)
+    return _Tiling(max(1, (workspace - fixed) // per_row), slab_ids, room)
+
+
+def _block(
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    rows: TeacherRows,
+    objective: Objective,
+    grad_MD: Tensor | None,
+    tiling: _Tiling,
+) -> Tensor:
+    """Loss of a block's rows; writes their gradient into `grad_MD`."""
+    gathered = gather_ids(rows)
+    z_MJ, rests = _pass_over_vocabulary(
+        hidden_MD, head_VD, gathered, objective.temperatures, tiling.slab_ids, wants_sums=grad_MD is not None
+    )
+    total = torch.zeros((), dtype=torch.float64, device=hidden_MD.device)
+    term_rows = max(1, tiling.room // (_TERM_BYTES * z_MJ.shape[1]))
+    for start in range(0, len(z_MJ), term_rows):
+        part = slice(start, start + term_rows)
+        terms = row_terms(z_MJ[part], gathered[part], tuple(r.rest[part] for r in rests), rows[part], objective)
+        total += terms.loss_C.sum()
+        # From here on the logits' places hold their gradient.
+        z_MJ[part] = terms.gathered_CJ
+        for factor_C, running in zip(terms.rest_C, rests, strict=True):
+            running.sums_MD[part] *= factor_C.to(z_MJ.dtype)[:, None]
+    if grad_MD is not None:
+        sums_MD = rests[0].sums_MD
+        for running in rests[1:]:
+            sums_MD += running.sums_MD
+        products.add_gathered_(sums_MD, z_MJ, gathered.ids_CJ, head_VD, room=tiling.room)
+        grad_MD.copy_(sums_MD)
+    return total
 
 
 @dataclass(frozen=True, eq=False)
-class _Buffers:
-    """What every chunk is computed in."""
+class _RunningRest:
+    """The ids not gathered, as far as the slabs have come, at one temperature t."""
 
-    z_CV: Tensor
-    """float32 at least."""
-    second_CV: Tensor | None
-    """Like it, for the second temperature."""
-    half_CV: Tensor | None
-    """In the head's dtype, where that is a smaller one."""
+    rest: Rest
+    sums_MD: Tensor
+    """Of exp((z - max) / t) * head; without columns where no gradient is wanted."""
+
+    def add_(self, exp_MX: Tensor, slab_XD: Tensor, shrink_M: Tensor) -> None:
+        """A slab's exponentials; `shrink_M` makes the earlier ones relative to the new maximum."""
+        self.rest.sum_C.mul_(shrink_M).add_(exp_MX.sum(1))
+        if self.sums_MD.shape[1]:
+            products.add_product_(self.sums_MD.mul_(shrink_M[:, None]), exp_MX, slab_XD)
+
+
+def _pass_over_vocabulary(
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    gathered: GatheredIds,
+    temperatures: tuple[float, ...],
+    slab_ids: int,
+    *,
+    wants_sums: bool,
+) -> tuple[Tensor, list[_RunningRest]]:
+    """Logits [M, J] at the gathered ids, and all others at each temperature."""
+    m = hidden_MD.shape[0]
+    hidden_MD = hidden_MD.to(products.operand_dtype(head_VD))
+    max_M = hidden_MD.new_full((m,), -torch.inf, dtype=torch.promote_types(head_VD.dtype, torch.float32))
+    rests = [
+        _RunningRest(Rest(max_M, torch.zeros_like(max_M), t), max_M.new_zeros(m, head_VD.shape[1] if wants_sums else 0))
+        for t in temperatures
+    ]
+    buffers = [max_M.new_empty(m * slab_ids) for _ in temperatures]
+    picks = _Picks.of(gathered, head_VD.shape[0], slab_ids)
+    z_MJ = max_M.new_empty(gathered.ids_CJ.shape)
+    for start, slab_XD in products.slabs(head_VD, slab_ids):
+        # Dense for the last slab too, which is narrower.
+        exps = [buffer[: m * len(slab_XD)].view(m, len(slab_XD)) for buffer in buffers]
+        products.logits_(exps[0], hidden_MD, slab_XD)
+        picks.take_(exps[0], z_MJ, start)
+        larger_M = torch.maximum(max_M, exps[0].amax(1))
+        # While nothing but gathered ids has passed, exp(-inf - 0) is the 0 that there should be.
+        base_M = torch.where(larger_M == -torch.inf, 0.0, larger_M)
+        exps[0].sub_(base_M[:, None])
+        for exp_MX in exps[1:]:
+            exp_MX.copy_(exps[0])
+        for exp_MX, running in zip(exps, rests, strict=True):
+            t = running.rest.temperature
+            running.add_((exp_MX if t == 1 else exp_MX.div_(t)).exp_(), slab_XD, ((max_M - base_M) / t).exp())
+        max_M.copy_(larger_M)
+    return z_MJ, rests
+
+
+@dataclass(frozen=True, eq=False)
+class _Picks:
+    """The entries of the gathered ids, flat and in the order of their slabs."""
+
+    order: Tensor
+    """int64 [M * J], into the flat ids."""
+    ids: Tensor
+    """int64 [M * J], in that order."""
+    bounds: list[int]
+    """Of each slab's entries."""
+    num_ids: int
+    """J."""
+    slab_ids: int
 
     @staticmethod
-    def of(head_VD: Tensor, num_temperatures: int, num_rows: int) -> _Buffers:
-        """New ones for chunks of up to `num_rows` rows."""
-        shape = (num_rows, head_VD.shape[0])
-        z_CV = head_VD.new_empty(shape, dtype=torch.promote_types(head_VD.dtype, torch.float32))
-        return _Buffers(
-            z_CV,
-            torch.empty_like(z_CV) if num_temperatures > 1 else None,
-            head_VD.new_empty(shape) if z_CV.dtype != head_VD.dtype else None,
-        )
+    def of(gathered: GatheredIds, vocab: int, slab_ids: int) -> _Picks:
+        ids, order = gathered.ids_CJ.reshape(-1).sort()
+        firsts = torch.arange(0, vocab + slab_ids, slab_ids, device=ids.device)
+        return _Picks(order, ids, torch.searchsorted(ids, firsts).tolist(), gathered.ids_CJ.shape[1], slab_ids)
 
-    def first(self, num_rows: int) -> _Buffers:
-        """Their first rows, as the last chunk needs them."""
-        second_CV = None if self.second_CV is None else self.second_CV[:num_rows]
-        return _Buffers(self.z_CV[:num_rows], second_CV, None if self.half_CV is None else self.half_CV[:num_rows])
-
-
-def _rests_(chunk: _Buffers, gathered: GatheredIds, temperatures: tuple[float, ...]) -> tuple[Rest, ...]:
-    """Turn the logits into exponentials relative to the largest, 0 at the gathered ids, at each temperature."""
-    z_CV = chunk.z_CV.scatter_(1, gathered.ids_CJ, -torch.inf)
-    max_C = z_CV.amax(1)
-    # With every id gathered, exp(-inf - 0) is the 0 that there should be.
-    z_CV.sub_(torch.where(max_C == -torch.inf, 0.0, max_C)[:, None])
-    buffers = [z_CV] if chunk.second_CV is None else [z_CV, chunk.second_CV.copy_(z_CV)]
-    rests = []
-    for buffer_CV, temperature in zip(buffers, temperatures, strict=True):
-        if temperature != 1:
-            buffer_CV.div_(temperature)
-        rests.append(Rest(max_C, buffer_CV.exp_().sum(1), temperature))
-    return tuple(rests)
-
-
-def _gradient_(chunk: _Buffers, gathered: GatheredIds, terms: RowTerms, head_VD: Tensor) -> Tensor:
-    """The gradient of the chunk's hidden states; turns the exponentials into that of the logits."""
-    z_CV = chunk.z_CV.mul_(terms.rest_C[0].to(chunk.z_CV.dtype)[:, None])
-    if chunk.second_CV is not None:
-        z_CV.addcmul_(chunk.second_CV, terms.rest_C[1].to(z_CV.dtype)[:, None])
-    weights_CJ = terms.gathered_CJ.to(z_CV.dtype)
-    grad_CD = z_CV.new_zeros(z_CV.shape[0], head_VD.shape[1])
-    if chunk.half_CV is None:
-        # A dead entry repeats the first id, so it must write what that writes.
-        z_CV.scatter_(1, gathered.ids_CJ, torch.where(gathered.is_live_CJ, weights_CJ, weights_CJ[:, :1]))
-        products.add_product_(grad_CD, z_CV, head_VD)
-        return grad_CD
-    # Only the rest, whose total weight is about that of the tail, is rounded to bfloat16.
-    products.add_product_(grad_CD, chunk.half_CV.copy_(z_CV), head_VD)
-    products.add_gathered_(grad_CD, weights_CJ, gathered.ids_CJ, head_VD)
-    return grad_CD
+    def take_(self, z_MX: Tensor, z_MJ: Tensor, start: int) -> None:
+        """Move the gathered logits of the slab that begins at id `start` to `z_MJ`; -inf stays in their places."""
+        slab = slice(*self.bounds[start // self.slab_ids : start // self.slab_ids + 2])
+        order_P = self.order[slab]
+        place_P = order_P // self.num_ids * z_MX.shape[1] + (self.ids[slab] - start)
+        z_MJ.view(-1)[order_P] = z_MX.view(-1)[place_P]
+        z_MX.view(-1).index_fill_(0, place_P, -torch.inf)
