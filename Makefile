@@ -76,6 +76,8 @@ proto: $(DEV_INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/lora.py
+	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
 

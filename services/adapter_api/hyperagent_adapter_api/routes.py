@@ -10,8 +10,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from hyperagent.config import StrictModel
+from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE
 from hyperagent_adapter_api.service import AdapterService
-from hyperagent_adapter_api.store import CONFIG_FILE, ID_PATTERN, MODEL_FILE, StoredAdapter
+from hyperagent_adapter_api.store import ID_PATTERN, StoredAdapter
 
 router = APIRouter(prefix="/v1")
 

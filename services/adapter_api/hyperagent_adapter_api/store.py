@@ -29,10 +29,8 @@ from hyperagent.config import StrictModel, describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
 from hyperagent.files import fsync_directory, is_aside, new_directory
 from hyperagent.model.bundle import Bundle
-from hyperagent.model.peft_io import AdapterFiles
+from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, AdapterFiles
 
-MODEL_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 ID_PATTERN = "^[0-9a-f]{64}$"
 
 _RECORD_FILE = "adapter.json"

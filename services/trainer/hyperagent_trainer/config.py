@@ -60,7 +60,7 @@ class TrainRecipe(StrictModel):
     loss: LossOptions = LossOptions()
     """Of training; held-out KL is always plain forward KL."""
     loss_workspace_mib: int | None = Field(None, ge=1)
-    """Memory for the logits that the loss holds at once; by default 112 MiB on a CPU and 600 MiB on a GPU."""
+    """Memory for the logits that the loss holds at once; by default 96 MiB on a CPU and 600 MiB on a GPU."""
     loader_workers: int = Field(0, ge=0, le=64)
     """Processes that read and decode batches ahead of the steps; 0 for a small run, which has no use for them."""
     evaluate_every: int = Field(200, ge=1)

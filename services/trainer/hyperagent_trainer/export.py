@@ -9,7 +9,7 @@ from hyperagent.files import new_directory, write_atomically
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
-from hyperagent.model.peft_io import encode_adapter
+from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import TrainRecipe
@@ -62,8 +62,8 @@ def export(
             origin={"hyperagent_student": student.weights, "hyperagent_data": belongs_to.data.fingerprint},
         )
         with new_directory(folder.adapter) as aside:
-            (aside / "adapter_model.safetensors").write_bytes(files.model)
-            (aside / "adapter_config.json").write_bytes(files.config)
+            (aside / MODEL_FILE).write_bytes(files.model)
+            (aside / CONFIG_FILE).write_bytes(files.config)
     _save_probe(folder, adapted, probe)
 
 

@@ -39,6 +39,7 @@ def create(
     from hyperagent.auth import read_token
     from hyperagent.files import new_directory
     from hyperagent.http.client import ApiClient
+    from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE
 
     body: dict[str, Any] = {"prompt": _prompt_text(prompt, prompt_file)}
     for name, path in (("system", system_file), ("tools", tools_file), ("extra", extra_file)):
@@ -50,7 +51,7 @@ def create(
     with ApiClient(server, read_token()) as client:
         created = client.post_json("/v1/adapters", body)
         with new_directory(out) as aside:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
+            for name in (MODEL_FILE, CONFIG_FILE):
                 (aside / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
     print_result({**created, "folder": str(out)}, as_json=as_json)
 
