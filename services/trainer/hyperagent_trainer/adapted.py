@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperagent.model.adapter import AdapterWeights
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.featurizer import EMBEDDINGS, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
@@ -61,6 +61,33 @@ class AdaptedStudent:
         """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
         with self.injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
+        return self._loss(hidden_BTD, batch, options, scale)
+
+    def backward(
+        self, batch: Batch, adapters: AdapterWeights, options: LossOptions | None = None, *, scale: float = 1.0
+    ) -> Tensor:
+        """`loss_sum`, whose gradient is added to that of the network's parameters; detached.
+
+        The graph is cut at the adapters. The student's part is run backward first, with its layers still adapted, as
+        recomputation needs them, and freed; then the network's, once.
+        """
+        leaves = {
+            name: LoRAPair(pair.a.detach().requires_grad_(), pair.b.detach().requires_grad_())
+            for name, pair in adapters.items()
+        }
+        with self.injector.inject(leaves):
+            loss = self._loss(self.student.hidden_states(batch.token_ids_BT), batch, options, scale)
+            loss.backward()
+        cuts = [
+            (factor, leaf.grad)
+            for name, pair in adapters.items()
+            for factor, leaf in zip((pair.a, pair.b), (leaves[name].a, leaves[name].b), strict=True)
+            if factor.requires_grad
+        ]
+        torch.autograd.backward([factor for factor, _ in cuts], [gradient for _, gradient in cuts])
+        return loss.detach()
+
+    def _loss(self, hidden_BTD: Tensor, batch: Batch, options: LossOptions | None, scale: float) -> Tensor:
         return compute_distillation_loss(
             hidden_BTD[batch.sample_N, batch.index_N],
             self.student.head,

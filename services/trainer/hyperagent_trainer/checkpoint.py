@@ -23,6 +23,7 @@ from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.ranks import placed_like, whole
 
 FORMAT_VERSION = 3
 
@@ -47,17 +48,25 @@ def save_checkpoint(
     step: int,
     recipe: TrainRecipe,
     belongs_to: NetworkManifest,
+    is_first: bool = True,
 ) -> None:
     """Write a checkpoint after `step` optimiser steps, replacing the one before.
+
+    It holds whole tensors, so that it can be resumed on any number of ranks.
+
+    Args:
+        is_first: whether this is the rank that writes. Every rank has to call, to hand in its parts.
 
     Raises:
         StorageError: the file system refused; the one before still stands.
     """
+    weights = {name: _on_host(tensor) for name, tensor in network.state_dict().items()}
     moments: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+            moments[f"{name}.{key}"] = _on_host(value)
+    if not is_first:
+        return
     contents = {"network.safetensors": save(weights), "optimizer.safetensors": save(moments)}
     manifest = CheckpointManifest(
         **dict(belongs_to),
@@ -101,7 +110,10 @@ def load_checkpoint(
         contents[name] = (folder / name).read_bytes()
         if blake3(contents[name]).hexdigest() != digest:
             raise CorruptRecord(f"{folder / name} is not the file that was written; start a new run")
-    network.load_state_dict(load(contents["network.safetensors"]), strict=True)
+    weights, state_dict = load(contents["network.safetensors"]), network.state_dict()
+    network.load_state_dict(
+        {name: placed_like(tensor, state_dict.get(name, tensor)) for name, tensor in weights.items()}, strict=True
+    )
     moments = load(contents["optimizer.safetensors"])
     for name, parameter in network.named_parameters():
         state = {
@@ -109,8 +121,12 @@ def load_checkpoint(
         }
         if state:
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+            optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     return manifest.step
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).cpu().contiguous()
 
 
 def _read_manifest(folder: Path) -> CheckpointManifest:

@@ -46,7 +46,20 @@ class TrainRecipe(StrictModel):
     seed: int = Field(0, ge=0, lt=2**31)
     num_steps: int = Field(1000, ge=1)
     batch_size: int = Field(8, ge=1)
-    """Trajectories per step."""
+    """Trajectories per step, over all processes."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Trajectories that a process computes at once, padded to the longest; the result does not depend on it."""
+    processes: int = Field(1, ge=1, le=64)
+    """That train together on this machine, one per GPU; above 1 the student is sharded over them."""
+    student_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen student's weights and activations; the network is float32."""
+    checkpoint_activations: bool = True
+    """Keep of each decoder layer its input alone and run it again in the backward pass: a third slower, and the only way
+    to long trajectories."""
+    moe_tile_tokens: int | None = Field(16_384, ge=1)
+    """Tokens that a mixture-of-experts block computes at once; all of them without."""
+    shard_network: bool = False
+    """Shard the network with its optimiser state over the processes, instead of a copy on each."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     b_head_learning_rate_factor: float = Field(1.0, gt=0)

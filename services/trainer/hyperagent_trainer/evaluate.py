@@ -24,6 +24,7 @@ from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.conditioning import ConditioningReport, conditioning_report
+from hyperagent_trainer.ranks import Ranks
 
 FROZEN = "frozen"
 ADAPTER = "adapter"
@@ -49,9 +50,9 @@ class Evaluation:
     def __init__(self, held_out: Mapping[str, DistillationData], train: DistillationData, *, seed: int) -> None:
         self._parts = {split: SplitEvaluation(data, train, seed=seed) for split, data in held_out.items()}
 
-    def run(self, adapted: AdaptedStudent) -> HeldOut:
-        """Every arm of every split."""
-        results = {split: part.run(adapted) for split, part in self._parts.items()}
+    def run(self, adapted: AdaptedStudent, ranks: Ranks) -> HeldOut:
+        """Every arm of every split; the ranks share the work, and each learns the whole result."""
+        results = {split: part.run(adapted, ranks) for split, part in self._parts.items()}
         kl = {f"{arm}{_ENDINGS[split]}": value for split, r in results.items() for arm, value in r.kl.items()}
         return HeldOut(kl, {split: r.conditioning for split, r in results.items() if r.conditioning is not None})
 
@@ -74,28 +75,33 @@ class SplitEvaluation:
         self._seed = seed
         self._foreign_prompts = foreign_prompts(held_out.trajectories, train.trajectories, seed=seed)
         # The frozen student answers the same every time.
-        self._frozen: list[float] = []
+        self._frozen: NDArray[np.float64] | None = None
 
     @torch.no_grad()
-    def run(self, adapted: AdaptedStudent) -> SplitResult:
+    def run(self, adapted: AdaptedStudent, ranks: Ranks) -> SplitResult:
         """Every arm, compared over repositories."""
-        own, shuffled, rows = [], [], []
-        for index, trajectory in enumerate(self._data.trajectories):
+        num = len(self._data.trajectories)
+        rows = np.array([len(t.positions) for t in self._data.trajectories])
+        frozen, own, shuffled = sums = np.zeros((3, num))
+        # A sharded student answers all ranks at once, so that each has to ask as often as the others.
+        for turn in range(0, num, ranks.size):
+            index = min(turn + ranks.rank, num - 1)
             batch = self._data[[index]].to(adapted.student.head.device)
-            rows.append(batch.num_rows)
-            if index == len(self._frozen):
-                self._frozen.append(float(adapted.loss_sum(batch, None)))
-            own.append(float(adapted.loss_sum(batch, adapted.adapters([trajectory.prompt_ids]))))
+            found = [0.0 if self._frozen is not None else float(adapted.loss_sum(batch, None))]
+            found.append(float(adapted.loss_sum(batch, adapted.adapters([self._data.trajectories[index].prompt_ids]))))
             if adapted.reads_prompt:
-                foreign = adapted.adapters([self._foreign_prompts[index]])
-                shuffled.append(float(adapted.loss_sum(batch, foreign)))
+                found.append(float(adapted.loss_sum(batch, adapted.adapters([self._foreign_prompts[index]]))))
+            if turn + ranks.rank < num:
+                sums[: len(found), index] = found
+        sums[:] = ranks.sum_(torch.from_numpy(sums).to(ranks.device)).cpu().numpy()
+        frozen = self._frozen = frozen.copy() if self._frozen is None else self._frozen
         if not adapted.reads_prompt:
-            return SplitResult({FROZEN: sum(self._frozen) / sum(rows), ADAPTER: sum(own) / sum(rows)}, None)
+            return SplitResult({FROZEN: frozen.sum() / rows.sum(), ADAPTER: own.sum() / rows.sum()}, None)
         report = conditioning_report(
-            frozen=np.array(self._frozen),
-            own=np.array(own),
-            shuffled=np.array(shuffled),
-            rows=np.array(rows),
+            frozen=frozen,
+            own=own,
+            shuffled=shuffled,
+            rows=rows,
             clusters=[trajectory.repo for trajectory in self._data.trajectories],
             seed=self._seed,
         )

@@ -10,34 +10,35 @@ from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
-from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.run_folder import RunFolder
+from hyperagent_trainer.student import Student
 
 _PROBE_TOKENS = 64
 
 
 def export(
     folder: RunFolder,
-    adapted: AdaptedStudent,
+    student: Student,
+    network: AdapterNetwork,
     recipe: TrainRecipe,
     *,
     belongs_to: NetworkManifest,
     teacher: str,
     step: int,
-    probe: DistillationData,
+    probe: bytes,
 ) -> None:
     """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, and the probe.
 
     Args:
         teacher: fingerprint of the teacher.
-        probe: whose first trajectory the probe is made of.
+        probe: what `make_probe` has made.
 
     Raises:
         StorageError: the file system refused.
     """
-    student, network = adapted.student, adapted.network
     if isinstance(network, AgenticHyperNetwork):
         manifest = BundleManifest(
             **dict(belongs_to),
@@ -64,11 +65,11 @@ def export(
         with new_directory(folder.adapter) as aside:
             (aside / MODEL_FILE).write_bytes(files.model)
             (aside / CONFIG_FILE).write_bytes(files.config)
-    _save_probe(folder, adapted, probe)
+    write_atomically(folder.probe, probe)
 
 
-def _save_probe(folder: RunFolder, adapted: AdaptedStudent, held_out: DistillationData) -> None:
-    """Write what the adapted student answers on one held-out prompt, for another process to compare with."""
+def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:
+    """What the adapted student answers on the first held-out prompt, for another process to compare with."""
     trajectory = held_out.trajectories[0]
     token_ids = trajectory.student_ids[-_PROBE_TOKENS:]
     tensors = {
@@ -76,4 +77,4 @@ def _save_probe(folder: RunFolder, adapted: AdaptedStudent, held_out: Distillati
         "token_ids": torch.from_numpy(token_ids.astype("int64")),
         "logits": adapted.logits(token_ids, trajectory.prompt_ids).contiguous(),
     }
-    write_atomically(folder.probe, save(tensors, metadata={"trajectory_id": trajectory.trajectory_id}))
+    return save(tensors, metadata={"trajectory_id": trajectory.trajectory_id})

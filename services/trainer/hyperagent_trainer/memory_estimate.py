@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hyperagent.model.adapter import LoRAPair
 from hyperagent_trainer.preflight_probe import Probe
@@ -29,10 +30,12 @@ class MemoryBudget:
     """The size of a step."""
 
     batch_size: int
-    """Trajectories."""
+    """Trajectories that are computed at once."""
     tokens_per_sample: int
     """Of the longest trajectory, in the student's view."""
     loss_workspace_bytes: int
+    recomputes: bool = False
+    """Whether decoder layers keep their inputs alone and are run again, one at a time, in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def estimate_memory(probe: Probe, budget: MemoryBudget) -> MemoryEstimate:
         student=sum(bytes_by_dtype(probe.student.model).values()),
         network=sum((4 if p.requires_grad else 1) * p.numel() * p.element_size() for p in parameters),
         adapters=2 * budget.batch_size * of_sample,
-        activations=round(_saved_bytes_per_token(probe) * tokens),
+        activations=round(_activation_bytes_per_token(probe, recomputes=budget.recomputes) * tokens),
         loss_workspace=budget.loss_workspace_bytes,
     )
 
@@ -96,10 +99,11 @@ def check_weights_fit(skeleton: nn.Module, device: torch.device) -> Check:
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's parameters; tied ones count once."""
+    """Bytes of a model's parameters, of sharded ones this rank's part; tied ones count once."""
     sizes: Counter[str] = Counter()
     for p in model.parameters():
-        sizes[str(p.dtype).removeprefix("torch.")] += p.numel() * p.element_size()
+        local = p.to_local() if isinstance(p, DTensor) else p
+        sizes[str(p.dtype).removeprefix("torch.")] += local.numel() * p.element_size()
     return dict(sizes)
 
 
@@ -139,6 +143,15 @@ def saved_bytes(probe: Probe, num_tokens: int) -> int:
         hidden_1TD = probe.student.hidden_states(ids_1T)
     del hidden_1TD
     return sum(kept.values())
+
+
+def _activation_bytes_per_token(probe: Probe, *, recomputes: bool) -> float:
+    saved = _saved_bytes_per_token(probe)
+    if not recomputes:
+        return saved
+    # Every layer's input, and all that one of them keeps while it is run again.
+    num_layers = len(probe.student.model.get_decoder().layers)
+    return num_layers * probe.student.head.shape[1] * probe.student.head.element_size() + saved / num_layers
 
 
 def _saved_bytes_per_token(probe: Probe) -> float:

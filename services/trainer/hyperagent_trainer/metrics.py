@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from dataclasses import asdict
@@ -22,14 +23,20 @@ _STATUS_INTERVAL_S = 0.5
 class RunReporter:
     """Writes a run's metrics and status; a context manager."""
 
-    def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int) -> None:
-        """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again."""
+    def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int, is_first: bool = True) -> None:
+        """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
+
+        Args:
+            is_first: whether this is the rank that writes; on others nothing is.
+        """
         self._folder = folder
+        self._is_first = is_first
         self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
         self._written_at = 0.0
-        _keep_until(folder.metrics, first_step)
-        self._metrics: IO[str] = folder.metrics.open("a", encoding="utf-8")
+        if is_first:
+            _keep_until(folder.metrics, first_step)
+        self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
         self._recent.append((time.monotonic(), 0))
 
     def __enter__(self) -> RunReporter:
@@ -70,7 +77,7 @@ class RunReporter:
 
     def _update(self, *, force: bool = False, **changes: Any) -> None:
         self._status = self._status.model_copy(update={**changes, "updated_at": time.time()})
-        if force or time.monotonic() - self._written_at >= _STATUS_INTERVAL_S:
+        if self._is_first and (force or time.monotonic() - self._written_at >= _STATUS_INTERVAL_S):
             self._folder.write_status(self._status)
             self._written_at = time.monotonic()
 

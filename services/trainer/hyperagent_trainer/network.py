@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import structlog
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from hyperagent.errors import ConfigError
 from hyperagent.identity import DataIdentity
+from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import Mode, NetworkManifest
 from hyperagent.model.peft_io import ImportedAdapter, read_adapter
@@ -14,9 +18,13 @@ from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.ranks import Ranks, whole
 from hyperagent_trainer.student import Student
 
 log = structlog.get_logger()
+
+# FSDP2 looks for a module's output tensors, to know when its backward pass begins, and would not look into these.
+pytree.register_dataclass(LoRAPair)
 
 
 def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
@@ -43,6 +51,24 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
     Raises:
         ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
     """
+    network = make_network(recipe, student, warm_start)
+    log.info(
+        "network made",
+        arm=recipe.arm,
+        warm_start=None if warm_start is None else warm_start.fingerprint,
+        layers=len(network.layers),
+        adapter_parameters=num_adapter_parameters(network.layers, recipe.hypernetwork.rank),
+        trained_parameters=_num_trained(network),
+    )
+    return AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
+
+
+def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdapterNetwork:
+    """The recipe's network at its start, on the student's device.
+
+    Raises:
+        ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
+    """
     config = recipe.hypernetwork
     layers = discover_target_layers(student.model, recipe.targets)
     network: AdapterNetwork
@@ -51,16 +77,28 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
     else:
         base = None if warm_start is None else warm_start.weights
         network = AgenticHyperNetwork(config, layers, student.embeddings.shape[1], warm_start=base)
-    log.info(
-        "network made",
-        arm=recipe.arm,
-        warm_start=None if warm_start is None else warm_start.fingerprint,
-        layers=len(layers),
-        adapter_parameters=num_adapter_parameters(layers, config.rank),
-        trained_parameters=_num_trained(network),
-    )
-    network.to(student.embeddings.device)
-    return AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
+    return network.to(student.embeddings.device)
+
+
+def shard_network(network: AdapterNetwork, ranks: Ranks) -> None:
+    """Shard the network over the ranks, whose gradients are then summed by its backward pass."""
+    fully_shard(network, mesh=ranks.mesh)
+    # The loss is divided by the rows of all ranks already; by default FSDP2 takes the mean.
+    network.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    # Or it would ask for a scaled sum, which Gloo lacks.
+    network.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def whole_network(
+    network: AdapterNetwork, recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None
+) -> AdapterNetwork:
+    """The network in one piece, which of a sharded one is a copy; every rank has to ask."""
+    state = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    if not any(isinstance(p, DTensor) for p in network.parameters()):
+        return network
+    copy = make_network(recipe, student, warm_start)
+    copy.load_state_dict(state, strict=True)
+    return copy
 
 
 def describe(

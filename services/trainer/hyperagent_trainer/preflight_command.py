@@ -18,7 +18,7 @@ from hyperagent_trainer.memory_estimate import check_weights_fit
 from hyperagent_trainer.network import assemble, read_warm_start
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.preflight_report import PreflightReport
-from hyperagent_trainer.student import STUDENT_DTYPE, Student
+from hyperagent_trainer.student import Student
 from hyperagent_trainer.train import make_optimizer, memory_budget
 
 
@@ -29,11 +29,12 @@ def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
         ConfigError: the folder holds no student, or the recipe's targets are not its own.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights_fit = check_weights_fit(_skeleton(recipe.student), device)
+    dtype: torch.dtype = getattr(torch, recipe.student_dtype)
+    weights_fit = check_weights_fit(_skeleton(recipe.student, dtype), device)
     if not weights_fit.passed:
         return PreflightReport((weights_fit,))
+    student = Student(recipe.student, device=device, dtype=dtype)
     torch.manual_seed(recipe.seed)
-    student = Student(recipe.student, device=device)
     adapted = assemble(recipe, student, read_warm_start(recipe))
     budget = memory_budget(recipe, student, tokens_per_sample=tokens_per_sample)
     return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
@@ -56,12 +57,12 @@ def show(report: PreflightReport, *, as_json: bool) -> None:
             console.print(f"{check.name}: {check.remedy}", style="red", markup=False, highlight=False)
 
 
-def _skeleton(folder: Path) -> nn.Module:
+def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The student without its weights."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is not a model folder: {error}; give one with config.json and weights") from error
     with torch.device("meta"):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(config, dtype=STUDENT_DTYPE)
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return skeleton

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError
 from hyperagent.identity import weights_fingerprint
-
-STUDENT_DTYPE = torch.float32
-"""Of the student's weights, whatever their folder holds."""
+from hyperagent_trainer.student_shards import load_sharded
 
 
 class Student:
@@ -22,20 +22,28 @@ class Student:
     The body's output at index t predicts token t + 1.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None
+    ) -> None:
         """Load from a folder of safetensors weights and tokenizer files.
 
+        Args:
+            dtype: of the weights, whatever the folder holds.
+            mesh: what the student is sharded over; whole without.
+
         Raises:
-            ConfigError: the folder lacks a file, or the model's vocabulary is smaller than the tokenizer's.
+            ConfigError: the folder lacks a file, the model's vocabulary is smaller than the tokenizer's, or on a GPU the
+                kernels of Gated DeltaNet layers are not installed.
         """
         self.folder = folder
         self.weights = weights_fingerprint(folder)
         self.tokenizer = ChatTokenizer(folder)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=STUDENT_DTYPE
+        self.model: PreTrainedModel = (
+            _load_whole(folder, device, dtype)
+            if mesh is None
+            else load_sharded(folder, mesh, device=device, dtype=dtype)
         )
-        self.model.to(device=device)  # type: ignore[call-arg]  # transformers' wrapper hides torch's signature
-        self.model.eval().requires_grad_(False)
+        _require_kernels(self.model, device)
         self.embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
         self.head: Tensor = self.model.get_output_embeddings().weight
         self.vocab_size = self.tokenizer.vocab_size
@@ -52,3 +60,21 @@ class Student:
         """
         output: Tensor = self.model.get_decoder()(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         return output
+
+
+def _load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+    )
+    model.to(device=device)  # type: ignore[call-arg]  # transformers' wrapper hides torch's signature
+    return model.eval().requires_grad_(False)
+
+
+def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
+    """transformers falls back to a loop in PyTorch with no more than a warning; at 131,072 tokens it takes hours."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if device.type == "cuda" and "linear_attention" in layer_types and find_spec("fla") is None:
+        raise ConfigError(
+            "the student has Gated DeltaNet layers, whose kernels for a GPU are not installed; "
+            "install them with `pip install flash-linear-attention`"
+        )

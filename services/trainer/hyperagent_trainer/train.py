@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import threading
-import time
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from itertools import tee
 
 import structlog
 import torch
@@ -18,28 +20,30 @@ from hyperagent.cache.readable import ReadableCache
 from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
-from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluate import Evaluation
-from hyperagent_trainer.export import export
+from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget
 from hyperagent_trainer.metrics import RunReporter
-from hyperagent_trainer.network import assemble, describe, read_warm_start
+from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
+from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
+from hyperagent_trainer.step_memory import recomputation
+from hyperagent_trainer.steps import accumulate_gradients, micro_batches
 from hyperagent_trainer.student import Student
 
 log = structlog.get_logger()
 
 
 def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redis_url: str | None = None) -> None:
-    """Train until the recipe's last step, or save and return early once `stop` is set.
+    """Train until the recipe's last step, or save and return early once `stop` is set on any rank.
 
-    Resumes from the folder's checkpoint if there is one.
+    Resumes from the folder's checkpoint if there is one. Under torchrun, every process calls it.
 
     Args:
         redis_url: the cache's hot tier, if there is one.
@@ -47,17 +51,18 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     Raises:
         HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
     """
-    folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
-    torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = Student(recipe.student, device=device)
-    hot = HotTier.connect(redis_url) if redis_url else None
-    with open_for_reading(recipe.cache, hot=hot) as cache:
-        _train_from(cache, recipe, folder, stop, student)
+    with joined_ranks() as ranks:
+        if ranks.is_first:
+            folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
+        dtype = getattr(torch, recipe.student_dtype)
+        student = Student(recipe.student, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
+        hot = HotTier.connect(redis_url) if redis_url else None
+        with open_for_reading(recipe.cache, hot=hot) as cache:
+            _train_from(cache, recipe, folder, stop, student, ranks)
 
 
 def _train_from(
-    cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student
+    cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student, ranks: Ranks
 ) -> None:
     splits = {
         split: load_split(
@@ -73,10 +78,23 @@ def _train_from(
     }
     training = splits.pop(TRAIN)
     warm_start = read_warm_start(recipe)
+    # Not earlier: how a student is loaded draws random numbers, and depends on the number of ranks.
+    torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, warm_start)
     network, belongs_to = adapted.network, describe(recipe, adapted, warm_start, data=training.identity)
-    _preflight(adapted, recipe, folder, training)
+    _preflight(adapted, recipe, folder, training, ranks)
+    if recipe.shard_network and ranks.size > 1:
+        shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
+    checkpoint = partial(
+        save_checkpoint,
+        folder.checkpoint,
+        network=network,
+        optimizer=optimizer,
+        recipe=recipe,
+        belongs_to=belongs_to,
+        is_first=ranks.is_first,
+    )
     step = 0
     if folder.checkpoint.exists():
         step = load_checkpoint(
@@ -85,41 +103,48 @@ def _train_from(
         log.info("resumed", step=step)
     evaluation = Evaluation(splits, training, seed=recipe.seed)
 
-    with RunReporter(folder, num_steps=recipe.num_steps, first_step=step) as report:
+    with RunReporter(folder, num_steps=recipe.num_steps, first_step=step, is_first=ranks.is_first) as report:
         report.state("running")
         if step == 0:
-            report.evaluation(0, evaluation.run(adapted))
-        step = _run_steps(recipe, folder, stop, adapted, optimizer, training, evaluation, report, step, belongs_to)
+            report.evaluation(0, evaluation.run(adapted, ranks))
+        step = _run_steps(recipe, stop, adapted, optimizer, training, evaluation, report, step, checkpoint, ranks)
         report.state("saving")
-        save_checkpoint(
-            folder.checkpoint, network=network, optimizer=optimizer, step=step, recipe=recipe, belongs_to=belongs_to
-        )
+        checkpoint(step=step)
         if step < recipe.num_steps:
             report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
             return
-        teacher = cache.identity.fingerprint
-        export(folder, adapted, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=splits[HELD_OUT])
+        probe = make_probe(adapted, splits[HELD_OUT])
+        trained = whole_network(network, recipe, student, warm_start)
+        if ranks.is_first:
+            teacher = cache.identity.fingerprint
+            export(folder, student, trained, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=probe)
         report.state("done")
 
 
 def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
     """The size of a step of this recipe."""
-    workspace = recipe.loss_workspace_bytes or default_workspace_bytes(student.head.device)
-    return MemoryBudget(recipe.batch_size, tokens_per_sample, loss_workspace_bytes=workspace)
+    return MemoryBudget(
+        min(recipe.micro_batch_size, recipe.batch_size),
+        tokens_per_sample,
+        loss_workspace_bytes=recipe.loss_workspace_bytes or default_workspace_bytes(student.head.device),
+        recomputes=recipe.checkpoint_activations,
+    )
 
 
-def _preflight(adapted: AdaptedStudent, recipe: TrainRecipe, folder: RunFolder, data: DistillationData) -> None:
+def _preflight(
+    adapted: AdaptedStudent, recipe: TrainRecipe, folder: RunFolder, data: DistillationData, ranks: Ranks
+) -> None:
     """Prove the parts before the first step, and leave what was measured in the run's folder."""
     longest = max(len(t.student_ids) for t in data.trajectories)
     budget = memory_budget(recipe, adapted.student, tokens_per_sample=longest)
     report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
-    write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
+    if ranks.is_first:
+        write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
     report.require_passed()
 
 
 def _run_steps(
     recipe: TrainRecipe,
-    folder: RunFolder,
     stop: threading.Event,
     adapted: AdaptedStudent,
     optimizer: torch.optim.Optimizer,
@@ -127,55 +152,48 @@ def _run_steps(
     evaluation: Evaluation,
     report: RunReporter,
     first_step: int,
-    belongs_to: NetworkManifest,
+    checkpoint: Callable[..., None],
+    ranks: Ranks,
 ) -> int:
     """Run the optimiser steps after `first_step`; returns the number of the last one done."""
     lengths = [len(t.student_ids) for t in data.trajectories]
     order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
-    batches = data.batches(order, adapted.student.head.device, workers=recipe.loader_workers)
-    for step in range(first_step + 1, recipe.num_steps + 1):
-        if stop.is_set():
-            return step - 1
-        asked_at = time.monotonic()
-        batch = next(batches)
-        data_wait_s = time.monotonic() - asked_at
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
-        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
-        loss = adapted.loss_sum(batch, adapters, recipe.loss, scale=1 / batch.num_rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        loss_value = loss.item()
-        grad_norm = float(nn.utils.clip_grad_norm_(adapted.network.parameters(), recipe.max_grad_norm))
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
-            raise DataError(
-                f"step {step} on trajectories {names}: loss {loss_value}, gradient norm {grad_norm}; "
-                "lower the learning rate, or look at these trajectories"
+    for_steps, for_loader = tee(
+        micro_batches(step, lengths, rank=ranks.rank, num_ranks=ranks.size, size=recipe.micro_batch_size)
+        for step in order
+    )
+    batches = data.batches(
+        (micro.indices for step in for_loader for micro in step.micro_batches),
+        adapted.student.head.device,
+        workers=recipe.loader_workers,
+    )
+    with recomputation(adapted.student.model, recipe) as watch:
+        for step in range(first_step + 1, recipe.num_steps + 1):
+            if ranks.any(stop.is_set()):
+                return step - 1
+            plan = next(for_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
+            found = accumulate_gradients(plan, batches, adapted, data, recipe, ranks)
+            grad_norm = float(whole(nn.utils.clip_grad_norm_(adapted.network.parameters(), recipe.max_grad_norm)))
+            if not (math.isfinite(found.loss) and math.isfinite(grad_norm)):
+                names = ", ".join(data.trajectories[i].trajectory_id for i in plan.indices)
+                raise DataError(
+                    f"step {step} on trajectories {names}: loss {found.loss}, gradient norm {grad_norm}; "
+                    "lower the learning rate, or look at these trajectories"
+                )
+            optimizer.step()
+            report.step(
+                step,
+                **asdict(found),
+                grad_norm=grad_norm,
+                rerouted=watch.take(),
+                learning_rate=optimizer.param_groups[0]["lr"],
             )
-        optimizer.step()
-        report.step(
-            step,
-            loss=loss_value,
-            num_tokens=batch.num_tokens,
-            grad_norm=grad_norm,
-            data_wait_s=data_wait_s,
-            hot_hits=batch.hot_use.hits,
-            hot_misses=batch.hot_use.misses,
-            hot_degraded=batch.hot_use.is_degraded,
-            learning_rate=optimizer.param_groups[0]["lr"],
-        )
-        if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
-            report.evaluation(step, evaluation.run(adapted))
-        if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
-            save_checkpoint(
-                folder.checkpoint,
-                network=adapted.network,
-                optimizer=optimizer,
-                step=step,
-                recipe=recipe,
-                belongs_to=belongs_to,
-            )
+            if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
+                report.evaluation(step, evaluation.run(adapted, ranks))
+            if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
+                checkpoint(step=step)
     return recipe.num_steps
 
 

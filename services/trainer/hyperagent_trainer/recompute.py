@@ -1,0 +1,121 @@
+"""Activation checkpointing of the student: each decoder layer keeps its input and is run again in the backward pass.
+
+What a router picked is kept and not computed again. Kernels that sum in another order, or a near tie, give a few tokens
+other experts the second time. With grouped products the saved shapes do not depend on the picks, so nothing would raise,
+and the gradient would be of two different networks (pytorch/pytorch#171355, huggingface/transformers#47467). Saving the
+result of `topk` itself would not do: the routers of transformers divide it in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from hyperagent.errors import DataError
+
+_TOPK = (torch.topk, torch.Tensor.topk)
+_MAX_DISAGREEMENT = 0.02
+
+
+class RoutingWatch:
+    """How often recomputation would have picked another expert than the forward pass did."""
+
+    def __init__(self) -> None:
+        self._changed: Tensor | None = None
+        self._picks = 0
+
+    def count(self, replayed: Tensor, recomputed: Tensor) -> None:
+        """Picks [tokens, k] of one router, as the forward pass made them and as they would be made now."""
+        changed = (replayed.sort(-1).values != recomputed.sort(-1).values).sum()
+        self._changed = changed if self._changed is None else self._changed + changed
+        self._picks += replayed.numel()
+
+    def take(self) -> float:
+        """Share of the picks since the last call; 0 without a router.
+
+        Raises:
+            DataError: it is so large that the layers cannot have seen the same input and the same adapter twice.
+        """
+        share = 0.0 if self._changed is None else float(self._changed) / self._picks
+        self._changed, self._picks = None, 0
+        if share > _MAX_DISAGREEMENT:
+            raise DataError(
+                f"{share:.1%} of the experts picked in the forward pass would not be picked in its recomputation: the two "
+                "ran under different adapters, or a kernel is not deterministic; the gradient would be wrong"
+            )
+        return share
+
+
+@contextmanager
+def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
+    """Within the block, decoder layers are run again in the backward pass instead of keeping their activations."""
+    watch = RoutingWatch()
+
+    with warnings.catch_warnings():
+        # transformers 5.2x renames the method; both names work until version 6.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": picks_kept(watch)}
+        )
+    was_training = model.training
+    # transformers checkpoints layers in training mode alone; a frozen student without dropout computes the same in it.
+    model.train()
+    try:
+        yield watch
+    finally:
+        model.train(was_training)
+        model.gradient_checkpointing_disable()
+        # Enabling also hooks the embeddings, so that inputs ask for gradients, and disabling leaves that behind.
+        model.disable_input_require_grads()
+
+
+def picks_kept(watch: RoutingWatch) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
+    """A `context_fn` of `torch.utils.checkpoint`: what `topk` picks in the forward pass, it picks in the recomputation."""
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        picks: list[Tensor] = []
+        return _Record(picks), _Replay(picks, watch)
+
+    return contexts
+
+
+class _Record(TorchFunctionMode):
+    def __init__(self, picks: list[Tensor]) -> None:
+        super().__init__()
+        self._picks = picks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _TOPK:
+            return func(*args, **(kwargs or {}))
+        with torch.no_grad():
+            indices = func(*args, **(kwargs or {})).indices
+        # 16 bits hold every expert's number, and 131,072 tokens of ten picks in 48 layers are 126 MB then.
+        self._picks.append(indices.short())
+        return _values_at(args[0], indices)
+
+
+class _Replay(TorchFunctionMode):
+    def __init__(self, picks: list[Tensor], watch: RoutingWatch) -> None:
+        super().__init__()
+        self._picks = iter(picks)
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _TOPK:
+            return func(*args, **(kwargs or {}))
+        indices = next(self._picks).long()
+        with torch.no_grad():
+            self._watch.count(indices, func(*args, **(kwargs or {})).indices)
+        return _values_at(args[0], indices)
+
+
+def _values_at(probabilities: Tensor, indices: Tensor) -> Any:
+    """What `topk` would return, with one graph in both passes: torch compares what each saves for the backward pass."""
+    return torch.return_types.topk((probabilities.gather(-1, indices), indices))

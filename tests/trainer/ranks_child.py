@@ -1,0 +1,79 @@
+"""What a few steps of a recipe are, on as many ranks as torchrun starts: `torchrun ranks_child.py RECIPE.json OUT`.
+
+Every way of keeping the network and the activations in turn; OUT gets losses and the first step's gradients of each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hyperagent.cache.published import open_for_reading
+from hyperagent.data.tokens import TRAIN
+from hyperagent_trainer.batches import batches_from, load_split
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.network import assemble, shard_network
+from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
+from hyperagent_trainer.step_memory import recomputation
+from hyperagent_trainer.steps import accumulate_gradients, micro_batches
+from hyperagent_trainer.student import Student
+from hyperagent_trainer.train import make_optimizer
+
+NUM_STEPS = 3
+WAYS = {
+    "replicated": {},
+    "replicated, recomputed": {"checkpoint_activations": True},
+    "replicated, recomputed in tiles": {"checkpoint_activations": True, "moe_tile_tokens": 8},
+    "sharded": {"shard_network": True},
+    "sharded, recomputed": {"shard_network": True, "checkpoint_activations": True},
+}
+
+
+def run(recipe: TrainRecipe, ranks: Ranks) -> tuple[list[float], dict[str, torch.Tensor]]:
+    student = Student(recipe.student, device=ranks.device, mesh=ranks.mesh)
+    torch.manual_seed(recipe.seed)
+    adapted = assemble(recipe, student, None)
+    network = adapted.network
+    for parameter in network.b_parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    if recipe.shard_network and ranks.size > 1:
+        shard_network(network, ranks)
+    optimizer = make_optimizer(network, recipe)
+    found = []
+    with open_for_reading(recipe.cache) as cache, recomputation(student.model, recipe):
+        data = load_split(
+            recipe.tokens,
+            cache,
+            TRAIN,
+            tokenizer=student.tokenizer.identity,
+            max_prompt_tokens=recipe.max_prompt_tokens,
+        )
+        lengths = [len(t.student_ids) for t in data.trajectories]
+        order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=0)
+        for _ in range(NUM_STEPS):
+            plan = micro_batches(next(order), lengths, rank=ranks.rank, num_ranks=ranks.size, size=1)
+            batches = data.batches([m.indices for m in plan.micro_batches], ranks.device, workers=0)
+            found.append(accumulate_gradients(plan, batches, adapted, data, recipe, ranks).loss)
+            if len(found) == 1:
+                gradients = {n: whole(p.grad).clone() for n, p in network.named_parameters() if p.grad is not None}
+            optimizer.step()
+    return found, gradients
+
+
+def main() -> None:
+    recipe = TrainRecipe.model_validate_json(Path(sys.argv[1]).read_bytes())
+    out = Path(sys.argv[2])
+    with joined_ranks() as ranks:
+        for way, changes in WAYS.items():
+            losses, gradients = run(recipe.model_copy(update={"checkpoint_activations": False, **changes}), ranks)
+            if ranks.is_first:
+                (out / f"{way}.json").write_text(json.dumps(losses))
+                save_file({n: g.contiguous() for n, g in gradients.items()}, out / f"{way}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
