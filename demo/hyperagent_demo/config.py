@@ -33,6 +33,8 @@ class DistillConfig(StrictModel):
     hypernetwork: HyperNetworkConfig
     num_steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    checkpoint_activations: bool
     learning_rate: float = Field(gt=0)
     b_head_learning_rate_factor: float = Field(1.0, gt=0)
     warmup_steps: int = Field(ge=0)

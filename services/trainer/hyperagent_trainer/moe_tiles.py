@@ -35,5 +35,8 @@ def tiled_experts(model: nn.Module, *, tile_tokens: int, watch: RoutingWatch) ->
 def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, watch: RoutingWatch, x_BTD: Tensor) -> Tensor:
     if x_BTD.shape[1] <= tile_tokens:
         return forward(x_BTD)
-    tiles = x_BTD.split(tile_tokens, dim=1)
-    return torch.cat([checkpoint(forward, x, use_reentrant=False, context_fn=picks_kept(watch)) for x in tiles], dim=1)
+    tiles = [
+        checkpoint(forward, x.contiguous(), use_reentrant=False, context_fn=picks_kept(watch))
+        for x in x_BTD.split(tile_tokens, dim=1)
+    ]
+    return torch.cat(tiles, dim=1)
