@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ranks_child
 from safetensors.torch import load_file
+from tiny_runs import losses, metrics, run
 from torch import Tensor
 
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.run_folder import RunFolder
 
 Found = dict[str, tuple[list[float], dict[str, Tensor]]]
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
 
 
 def run_on(num_ranks: int, recipe: TrainRecipe, folder: Path) -> Found:
     """What `ranks_child` finds on so many ranks, by way."""
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     subprocess.run(
-        [*command, ranks_child.__file__, folder / "recipe.json", folder],
+        [*torchrun(num_ranks), ranks_child.__file__, folder / "recipe.json", folder],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
@@ -76,3 +84,76 @@ def test_any_number_of_ranks_trains_the_same(
         assert found_losses == pytest.approx(losses, rel=1e-6)
         assert found_gradients.keys() == gradients.keys()
         assert largest_difference(gradients, found_gradients) < 1e-6
+
+
+def train_on(num_ranks: int, folder: RunFolder) -> subprocess.Popen[bytes]:
+    """The training process of a run's folder under torchrun."""
+    return subprocess.Popen(
+        [*torchrun(num_ranks), "-m", "hyperagent_trainer.worker", str(folder.root)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("shard_network", [False, True])
+def test_a_run_goes_on_on_another_number_of_ranks(
+    shard_network: bool, recipe_of_three: TrainRecipe, tmp_path: Path
+) -> None:
+    recipe = recipe_of_three.model_copy(
+        update={"num_steps": 6, "checkpoint_every": 3, "evaluate_every": 6, "shard_network": shard_network}
+    )
+    undisturbed = run(recipe, tmp_path / "undisturbed")
+    folder = RunFolder(tmp_path / "moved")
+    folder.root.mkdir()
+    folder.recipe.write_text(recipe.model_dump_json())
+
+    process = train_on(2, folder)
+    while process.poll() is None and not folder.checkpoint.exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(losses(folder))
+    assert 3 <= done < 6
+    assert train_on(3, folder).wait() == 0
+
+    assert folder.read_status().state == "done"
+    assert losses(folder) == pytest.approx(losses(undisturbed), rel=1e-6)
+    held_out = [metrics(f)[-1]["held_out_kl"] for f in (folder, undisturbed)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    bundles = [load_file(f.bundle / "hypernetwork.safetensors") for f in (folder, undisturbed)]
+    assert bundles[0].keys() == bundles[1].keys()
+    assert largest_difference(*bundles) < 1e-4
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_checkpoint_stands(recipe_of_three: TrainRecipe, tmp_path: Path) -> None:
+    recipe = recipe_of_three.model_copy(update={"num_steps": 10_000, "checkpoint_every": 1, "evaluate_every": 10_000})
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.recipe.write_text(recipe.model_dump_json())
+    process = train_on(2, folder)
+    while process.poll() is None and not folder.checkpoint.exists():
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "worker" in " ".join(p.cmdline())]
+    workers[-1].kill()
+
+    assert process.wait(60) != 0
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] >= 1
+
+
+def test_sigterm_to_torchrun_saves_and_ends_as_stopped(recipe_of_three: TrainRecipe, tmp_path: Path) -> None:
+    recipe = recipe_of_three.model_copy(
+        update={"num_steps": 10_000, "checkpoint_every": 10_000, "evaluate_every": 10_000}
+    )
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.recipe.write_text(recipe.model_dump_json())
+    process = train_on(2, folder)
+    while process.poll() is None and len(losses(folder) if folder.metrics.exists() else {}) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+
+    status = folder.read_status()
+    assert status.state == "stopped"
+    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == status.step >= 2

@@ -125,7 +125,8 @@ def gib(size: int) -> str:
 
 def saved_bytes(probe: Probe, num_tokens: int) -> int:
     """Bytes that autograd keeps of one forward pass of one sample, without the student's own weights."""
-    owned = {p.untyped_storage().data_ptr() for p in probe.student.model.parameters()}
+    # Sharded weights are gathered into memory of their own; they count alike whatever the number of tokens.
+    owned = {p.untyped_storage().data_ptr() for p in probe.student.model.parameters() if not isinstance(p, DTensor)}
     kept: dict[int, int] = {}
     held: list[Tensor] = []
 

@@ -121,5 +121,6 @@ def whole(tensor: Tensor) -> Tensor:
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, of which a rank keeps what it keeps of `like`, on its device."""
     if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        # Every rank has read the same, so nothing needs to be sent.
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)
