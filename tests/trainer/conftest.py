@@ -114,7 +114,7 @@ def recipe(student_folder: Path, tokens_file: Path, cache_folder: Path) -> Train
         max_prompt_tokens=64,
         num_steps=6,
         batch_size=3,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         warmup_steps=1,
         loss_workspace_mib=1,
         evaluate_every=3,

@@ -13,19 +13,24 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from blake3 import blake3
+from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
 from tiny_runs import losses, metrics, run
+from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
-from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch
+from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
+from hyperagent_trainer.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.run_folder import RunFolder
 from hyperagent_trainer.train import learning_rate_factor
 
@@ -249,9 +254,68 @@ def test_a_diverging_run_stops_and_names_its_trajectories(
 ) -> None:
     # The pre-flight refuses such a rate; what diverges later gets past it.
     monkeypatch.setattr("hyperagent_trainer.train._preflight", lambda *_: None)
-    wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf})
-    with pytest.raises(ValueError, match=r"step \d+ on trajectories t\d.* lower the learning rate"):
+    wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf, "evaluate_every": 100})
+    with pytest.raises(DataError, match=r"step \d+ is the 4\. in a row without a finite loss"):
         run(wild, tmp_path / "run")
+    skipped = [line for line in metrics(RunFolder(tmp_path / "run")) if "skipped" in line]
+    assert len(skipped) == 4
+    assert all(len(line["skipped"]) == 3 and line["skipped"][0].startswith("t") for line in skipped)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_changes_nothing(
+    recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls, weights = AdaptedStudent.backward, [], []
+
+    def broken_once(self: AdaptedStudent, *args: Any, **kwargs: Any) -> Tensor:
+        loss = original(self, *args, **kwargs)
+        calls.append(loss)
+        weights.append([p.detach().clone() for p in self.network.parameters()])
+        if len(calls) == 5:
+            next(p for p in self.network.parameters() if p.grad is not None).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(AdaptedStudent, "backward", broken_once)
+    folder = run(recipe, tmp_path / "run")
+    assert [line["step"] for line in metrics(folder) if "skipped" in line] == [2]
+    assert list(losses(folder)) == [1, 3, 4, 5, 6]
+    assert folder.read_status().skipped_steps == 1
+    # Five times a step follows another, four times on a network that has changed.
+    assert sum(not all(map(torch.equal, before, after)) for before, after in pairwise(weights)) == 4
+
+
+def test_a_run_whose_held_out_kl_stops_falling_ends_with_the_best_network(
+    recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, kls = Evaluation.run, iter([3.0, 2.0, 1.5, 1.8, 1.6, 9.0, 9.0, 9.0])
+
+    def with_kl(self: Evaluation, *args: Any) -> HeldOut:
+        held_out = original(self, *args)
+        return replace(held_out, kl={**held_out.kl, "adapter": next(kls)})
+
+    monkeypatch.setattr(Evaluation, "run", with_kl)
+    patient = recipe.model_copy(update={"num_steps": 20, "evaluate_every": 2, "patience": 2})
+    folder = run(patient, tmp_path / "run")
+    status = folder.read_status()
+    # Evaluations after steps 0, 2, 4, 6 and 8; the best after step 4.
+    assert (status.state, status.step) == ("done", 8)
+    assert status.reason == "held-out KL was lowest after step 4"
+    best = load_file(folder.best / "network.safetensors")
+    exported = load_file(folder.bundle / "hypernetwork.safetensors")
+    assert best.keys() == exported.keys()
+    assert all(torch.equal(best[name], exported[name]) for name in best)
+    assert not all(map(torch.equal, best.values(), load_file(folder.checkpoint / "network.safetensors").values()))
+
+
+def test_epochs_are_counted_in_steps_of_the_training_split(recipe: TrainRecipe, tmp_path: Path) -> None:
+    fields = recipe.model_dump() | {"num_epochs": 4, "warmup_epochs": 1}
+    # Eight trajectories in steps of three.
+    in_steps = TrainRecipe.model_validate(fields).in_steps(8)
+    assert (in_steps.num_steps, in_steps.warmup_steps) == (12, 3)
+    assert len(losses(run(TrainRecipe.model_validate(fields), tmp_path / "run"))) == 12
+    for changes, reason in (({"num_epochs": None}, "belongs to num_epochs"), ({"warmup_epochs": 4}, "must be fewer")):
+        with pytest.raises(ValidationError, match=reason):
+            TrainRecipe.model_validate(fields | changes)
 
 
 def test_a_recipe_file_resolves_its_paths_and_names_every_bad_field(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.ranks import placed_like, whole
 
 FORMAT_VERSION = 3
@@ -36,6 +37,7 @@ class CheckpointManifest(NetworkManifest):
     """Digest of the recipe."""
     step: int = Field(ge=0)
     """Optimiser steps done."""
+    best: BestEvaluation = BestEvaluation()
     files: dict[str, str]
     """BLAKE3 (hex) of every other file."""
 
@@ -48,6 +50,7 @@ def save_checkpoint(
     step: int,
     recipe: TrainRecipe,
     belongs_to: NetworkManifest,
+    best: BestEvaluation = BestEvaluation(),
     is_first: bool = True,
 ) -> None:
     """Write a checkpoint after `step` optimiser steps, replacing the one before.
@@ -72,6 +75,7 @@ def save_checkpoint(
         **dict(belongs_to),
         recipe=_digest(recipe),
         step=step,
+        best=best,
         files={name: blake3(content).hexdigest() for name, content in contents.items()},
     )
     with new_directory(folder) as aside:
@@ -87,8 +91,8 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     recipe: TrainRecipe,
     belongs_to: NetworkManifest,
-) -> int:
-    """Restore network and optimiser; returns the number of steps done.
+) -> CheckpointManifest:
+    """Restore network and optimiser.
 
     Raises:
         ConfigError: the checkpoint is of another recipe or format.
@@ -122,7 +126,7 @@ def load_checkpoint(
         if state:
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
-    return manifest.step
+    return manifest
 
 
 def _on_host(tensor: Tensor) -> Tensor:

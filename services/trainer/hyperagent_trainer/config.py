@@ -45,6 +45,9 @@ class TrainRecipe(StrictModel):
     """Longest prompt the hypernetwork reads; a longer one in the data stops the run before it starts."""
     seed: int = Field(0, ge=0, lt=2**31)
     num_steps: int = Field(1000, ge=1)
+    """Optimiser steps, unless `num_epochs` is given."""
+    num_epochs: int | None = Field(None, ge=1)
+    """Passes over the training split, instead of a number of steps."""
     batch_size: int = Field(8, ge=1)
     """Trajectories per step, over all processes."""
     micro_batch_size: int = Field(1, ge=1)
@@ -66,8 +69,16 @@ class TrainRecipe(StrictModel):
     """Multiplies the learning rate of what makes B, which starts at zero (LoRA+, arXiv:2402.12354)."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    warmup_epochs: int | None = Field(None, ge=0)
+    """Passes of warm-up among the `num_epochs`, instead of a number of steps."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger L2 norm, over all parameters, are scaled down to it."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps in a row without a finite loss and gradient that are skipped and reported, before the run is given up."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a lower held-out KL after which training ends. What is exported is then the network of
+    the best evaluation; without `patience`, training never ends early, and the last step's is."""
     temperature: float = Field(1.0, ge=0.1, le=100)
     """Of both softmaxes in training's loss (held-out KL is always at 1). The cache must have rows at it."""
     loss: LossOptions = LossOptions()
@@ -99,6 +110,23 @@ class TrainRecipe(StrictModel):
             raise ValueError("warm_start is for a hypernetwork; leave it out, or set arm: hypernetwork")
         return self
 
+    @model_validator(mode="after")
+    def _warm_up_is_counted_as_training_is(self) -> TrainRecipe:
+        if self.warmup_epochs is not None and self.num_epochs is None:
+            raise ValueError("warmup_epochs belongs to num_epochs; give warmup_steps with num_steps")
+        if self.warmup_epochs is not None and self.num_epochs is not None and self.warmup_epochs >= self.num_epochs:
+            raise ValueError("warmup_epochs are among num_epochs, so they must be fewer")
+        return self
+
+    def in_steps(self, num_trajectories: int) -> TrainRecipe:
+        """The same with epochs of a training split of this size turned into steps."""
+        if self.num_epochs is None:
+            return self
+        per_epoch = -(-num_trajectories // self.batch_size)
+        warmup = self.warmup_steps if self.warmup_epochs is None else self.warmup_epochs * per_epoch
+        changes = {"num_steps": self.num_epochs * per_epoch, "warmup_steps": warmup}
+        return self.model_copy(update={**changes, "num_epochs": None, "warmup_epochs": None})
+
 
 def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecipe:
     """Read a recipe, with its paths made absolute and `overrides` applied.
@@ -107,6 +135,8 @@ def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecip
         ConfigError: the file is missing or has a bad field; every bad field is named.
     """
     changes: dict[str, Any] = overrides.model_dump(exclude_none=True) if overrides else {}
+    if "num_steps" in changes:
+        changes |= {"num_epochs": None, "warmup_epochs": None}
     return load_yaml(path, TrainRecipe, context={"base": path.parent}).model_copy(update=changes)
 
 

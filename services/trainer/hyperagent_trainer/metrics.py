@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,7 @@ class RunReporter:
         self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
         self._written_at = 0.0
+        self._skipped = 0
         if is_first:
             _keep_until(folder.metrics, first_step)
         self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
@@ -58,6 +60,12 @@ class RunReporter:
         eta_s = (self._status.num_steps - step) * seconds / steps
         self._line(step=step, loss=loss, tokens_per_s=tokens_per_s, **values)
         self._update(step=step, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
+
+    def skipped(self, step: int, trajectory_ids: Sequence[str]) -> None:
+        """Report a step that has left the network as it was."""
+        self._skipped += 1
+        self._line(step=step, skipped=list(trajectory_ids))
+        self._update(step=step, skipped_steps=self._skipped)
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Report an evaluation; the time it took does not count as training."""

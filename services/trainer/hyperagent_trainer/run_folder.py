@@ -9,6 +9,7 @@ preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; only ever appended
 log.txt           the training process's stdout and stderr
 checkpoint/       the last checkpoint: network, optimiser, step
+best/             with `patience`: the checkpoint of the best evaluation
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
@@ -43,6 +44,8 @@ class RunStatus(StrictModel):
     num_steps: int
     loss: float | None = None
     """Training loss of the last step, nats per supervised token."""
+    skipped_steps: int = 0
+    """Since the process was started: steps left out because their loss or gradient was not finite."""
     tokens_per_s: float | None = None
     """Tokens, context included, over the last steps."""
     eta_s: float | None = None
@@ -68,6 +71,7 @@ class RunFolder:
         self.preflight = root / "preflight.json"
         self.log = root / "log.txt"
         self.checkpoint = root / "checkpoint"
+        self.best = root / "best"
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"

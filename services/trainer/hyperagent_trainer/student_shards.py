@@ -71,7 +71,7 @@ def _make_rotary_buffers(model: PreTrainedModel, device: torch.device) -> None:
                     f"the student's {name} has buffers {sorted(module._non_persistent_buffers_set)} that no file holds; "
                     "run it in one process, which loads it with transformers"
                 )
-            fresh: nn.Module = type(module)(config=model.config.get_text_config())  # type: ignore[call-arg]
+            fresh: nn.Module = type(module)(config=model.config.get_text_config())
             for buffer_name, buffer in fresh.named_buffers():
                 setattr(module, buffer_name, buffer.to(device))
 

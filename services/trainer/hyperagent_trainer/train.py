@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import tee
 
@@ -21,10 +21,11 @@ from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
-from hyperagent_trainer.batches import DistillationData, batches_from, load_split
+from hyperagent_trainer.batches import Batch, DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.evaluate import Evaluation
+from hyperagent_trainer.early_stop import BestEvaluation
+from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget
@@ -32,9 +33,10 @@ from hyperagent_trainer.metrics import RunReporter
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
+from hyperagent_trainer.recompute import RoutingWatch
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.step_memory import recomputation
-from hyperagent_trainer.steps import accumulate_gradients, micro_batches
+from hyperagent_trainer.steps import StepPlan, accumulate_gradients, micro_batches
 from hyperagent_trainer.student import Student
 
 log = structlog.get_logger()
@@ -77,6 +79,7 @@ def _train_from(
         if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
     }
     training = splits.pop(TRAIN)
+    recipe = recipe.in_steps(len(training.trajectories))
     warm_start = read_warm_start(recipe)
     # Not earlier: how a student is loaded draws random numbers, and depends on the number of ranks.
     torch.manual_seed(recipe.seed)
@@ -86,20 +89,19 @@ def _train_from(
     if recipe.shard_network and ranks.size > 1:
         shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
-    checkpoint = partial(
+    save = partial(
         save_checkpoint,
-        folder.checkpoint,
         network=network,
         optimizer=optimizer,
         recipe=recipe,
         belongs_to=belongs_to,
         is_first=ranks.is_first,
     )
-    step = 0
+    load = partial(load_checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to)
+    step, best = 0, BestEvaluation()
     if folder.checkpoint.exists():
-        step = load_checkpoint(
-            folder.checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to
-        )
+        manifest = load(folder.checkpoint)
+        step, best = manifest.step, manifest.best
         log.info("resumed", step=step)
     evaluation = Evaluation(splits, training, seed=recipe.seed)
 
@@ -107,18 +109,21 @@ def _train_from(
         report.state("running")
         if step == 0:
             report.evaluation(0, evaluation.run(adapted, ranks))
-        step = _run_steps(recipe, stop, adapted, optimizer, training, evaluation, report, step, checkpoint, ranks)
+        run = _Run(recipe, folder, stop, adapted, optimizer, training, evaluation, report, save, ranks)
+        step, best = run.steps_after(step, best)
         report.state("saving")
-        checkpoint(step=step)
-        if step < recipe.num_steps:
+        save(folder.checkpoint, step=step, best=best)
+        if step < recipe.num_steps and not run.is_over(best):
             report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
             return
+        if recipe.patience is not None:
+            step = load(folder.best).step
         probe = make_probe(adapted, splits[HELD_OUT])
         trained = whole_network(network, recipe, student, warm_start)
         if ranks.is_first:
             teacher = cache.identity.fingerprint
             export(folder, student, trained, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=probe)
-        report.state("done")
+        report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 
 def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
@@ -143,58 +148,81 @@ def _preflight(
     report.require_passed()
 
 
-def _run_steps(
-    recipe: TrainRecipe,
-    stop: threading.Event,
-    adapted: AdaptedStudent,
-    optimizer: torch.optim.Optimizer,
-    data: DistillationData,
-    evaluation: Evaluation,
-    report: RunReporter,
-    first_step: int,
-    checkpoint: Callable[..., None],
-    ranks: Ranks,
-) -> int:
-    """Run the optimiser steps after `first_step`; returns the number of the last one done."""
-    lengths = [len(t.student_ids) for t in data.trajectories]
-    order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
-    for_steps, for_loader = tee(
-        micro_batches(step, lengths, rank=ranks.rank, num_ranks=ranks.size, size=recipe.micro_batch_size)
-        for step in order
-    )
-    batches = data.batches(
-        (micro.indices for step in for_loader for micro in step.micro_batches),
-        adapted.student.head.device,
-        workers=recipe.loader_workers,
-    )
-    with recomputation(adapted.student.model, recipe) as watch:
-        for step in range(first_step + 1, recipe.num_steps + 1):
-            if ranks.any(stop.is_set()):
-                return step - 1
-            plan = next(for_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
-            found = accumulate_gradients(plan, batches, adapted, data, recipe, ranks)
-            grad_norm = float(whole(nn.utils.clip_grad_norm_(adapted.network.parameters(), recipe.max_grad_norm)))
-            if not (math.isfinite(found.loss) and math.isfinite(grad_norm)):
-                names = ", ".join(data.trajectories[i].trajectory_id for i in plan.indices)
-                raise DataError(
-                    f"step {step} on trajectories {names}: loss {found.loss}, gradient norm {grad_norm}; "
-                    "lower the learning rate, or look at these trajectories"
-                )
-            optimizer.step()
-            report.step(
-                step,
-                **asdict(found),
-                grad_norm=grad_norm,
-                rerouted=watch.take(),
-                learning_rate=optimizer.param_groups[0]["lr"],
-            )
-            if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
-                report.evaluation(step, evaluation.run(adapted, ranks))
-            if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
-                checkpoint(step=step)
-    return recipe.num_steps
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Everything that the steps of a run need."""
+
+    recipe: TrainRecipe
+    folder: RunFolder
+    stop: threading.Event
+    adapted: AdaptedStudent
+    optimizer: torch.optim.Optimizer
+    data: DistillationData
+    evaluation: Evaluation
+    report: RunReporter
+    save: Callable[..., None]
+    ranks: Ranks
+
+    def steps_after(self, first_step: int, best: BestEvaluation) -> tuple[int, BestEvaluation]:
+        """Run the optimiser steps after `first_step`; returns the number of the last one done, and the best evaluation."""
+        recipe, num_skipped = self.recipe, 0
+        plans, batches = self._data_after(first_step)
+        with recomputation(self.adapted.student.model, recipe) as watch:
+            for step in range(first_step + 1, recipe.num_steps + 1):
+                if self.ranks.any(self.stop.is_set()) or self.is_over(best):
+                    return step - 1, best
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
+                num_skipped = 0 if self._step(step, next(plans), batches, watch) else num_skipped + 1
+                if num_skipped > recipe.max_skipped_steps:
+                    raise DataError(
+                        f"step {step} is the {num_skipped}. in a row without a finite loss and gradient; lower the learning "
+                        "rate, or look at the trajectories that the log names"
+                    )
+                if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
+                    best = self._evaluate(step, best)
+                if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
+                    self.save(self.folder.checkpoint, step=step, best=best)
+        return recipe.num_steps, best
+
+    def is_over(self, best: BestEvaluation) -> bool:
+        """Whether the held-out KL has stopped falling."""
+        return self.recipe.patience is not None and best.waited >= self.recipe.patience
+
+    def _data_after(self, first_step: int) -> tuple[Iterator[StepPlan], Iterator[Batch]]:
+        recipe, lengths = self.recipe, [len(t.student_ids) for t in self.data.trajectories]
+        order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+        plans, for_loader = tee(
+            micro_batches(step, lengths, rank=self.ranks.rank, num_ranks=self.ranks.size, size=recipe.micro_batch_size)
+            for step in order
+        )
+        return plans, self.data.batches(
+            (micro.indices for plan in for_loader for micro in plan.micro_batches),
+            self.adapted.student.head.device,
+            workers=recipe.loader_workers,
+        )
+
+    def _step(self, step: int, plan: StepPlan, batches: Iterator[Batch], watch: RoutingWatch) -> bool:
+        """One optimiser step; False if it has left the network as it was, for want of a finite loss and gradient."""
+        found = accumulate_gradients(plan, batches, self.adapted, self.data, self.recipe, self.ranks)
+        grad_norm = float(whole(nn.utils.clip_grad_norm_(self.adapted.network.parameters(), self.recipe.max_grad_norm)))
+        rerouted, rate = watch.take(), self.optimizer.param_groups[0]["lr"]
+        if math.isfinite(found.loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+            self.report.step(step, **asdict(found), grad_norm=grad_norm, rerouted=rerouted, learning_rate=rate)
+            return True
+        names = [self.data.trajectories[i].trajectory_id for i in plan.indices]
+        log.warning("step skipped", step=step, trajectories=names, loss=found.loss, grad_norm=grad_norm)
+        self.report.skipped(step, names)
+        return False
+
+    def _evaluate(self, step: int, best: BestEvaluation) -> BestEvaluation:
+        held_out = self.evaluation.run(self.adapted, self.ranks)
+        self.report.evaluation(step, held_out)
+        best = best.after(step, held_out.kl[ADAPTER])
+        if best.step == step and self.recipe.patience is not None:
+            self.save(self.folder.best, step=step, best=best)
+        return best
 
 
 def make_optimizer(network: AdapterNetwork, recipe: TrainRecipe) -> torch.optim.AdamW:
