@@ -19,7 +19,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.network import assemble, shard_network
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
 from hyperagent_trainer.step_memory import recomputation
-from hyperagent_trainer.steps import accumulate_gradients, micro_batches
+from hyperagent_trainer.steps import accumulate_gradients, plan_step
 from hyperagent_trainer.student import Student
 from hyperagent_trainer.train import make_optimizer
 
@@ -55,7 +55,7 @@ def run(recipe: TrainRecipe, ranks: Ranks) -> tuple[list[float], dict[str, torch
         lengths = [len(t.student_ids) for t in data.trajectories]
         order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=0)
         for _ in range(NUM_STEPS):
-            plan = micro_batches(next(order), lengths, rank=ranks.rank, num_ranks=ranks.size, size=1)
+            plan = plan_step(next(order), lengths, rank=ranks.rank, num_ranks=ranks.size, size=1)
             batches = data.batches([m.indices for m in plan.micro_batches], ranks.device, workers=0)
             found.append(accumulate_gradients(plan, batches, adapted, data, recipe, ranks).loss)
             if len(found) == 1:

@@ -23,8 +23,10 @@ from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.loader.rows import RowTensors, load_rows, require_temperature
 
-# Batches drawn together before they are sorted by length: enough to cut padding, too few to order an epoch.
-_BATCHES_PER_GROUP = 8
+# Trajectories that are sorted by length among themselves before they are cut into batches: the more, the better the
+# ranks are balanced. Of a small split an eighth at most, or every epoch would have the same batches.
+_MAX_GROUP = 512
+_MIN_BATCHES_PER_GROUP = 8
 # Batches that each worker process has ready or in work: enough to cover one that takes longer than the others.
 _BATCHES_AHEAD = 2
 
@@ -189,7 +191,7 @@ def load_split(
             f"the cache lacks {len(missing)} of {len(trajectories)} {split} trajectories, the first is "
             f"{missing[0]!r}; run `hyperagent cache populate {tokens}` again"
         )
-    if longest := max(len(t.prompt_ids) for t in trajectories if len(t.prompt_ids)) > max_prompt_tokens:
+    if (longest := max(len(t.prompt_ids) for t in trajectories)) > max_prompt_tokens:
         raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
     return DistillationData(trajectories, cache, data, temperature=temperature)
 
@@ -197,13 +199,16 @@ def load_split(
 def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
 
-    Trajectories of similar length share a batch, which saves padding; the batches' order is random again.
+    Trajectories of similar length share a batch, so that no rank waits long for another and little is padded; the
+    batches' order is random again. Nothing of it depends on the number of ranks.
     """
     generator = np.random.default_rng([seed, epoch])
     shuffled = generator.permutation(len(lengths))
+    wanted = min(_MAX_GROUP, max(_MIN_BATCHES_PER_GROUP * batch_size, len(lengths) // 8))
+    group_size = max(1, wanted // batch_size) * batch_size
     batches: list[list[int]] = []
-    for start in range(0, len(shuffled), batch_size * _BATCHES_PER_GROUP):
-        group = sorted(shuffled[start : start + batch_size * _BATCHES_PER_GROUP].tolist(), key=lambda i: lengths[i])
+    for start in range(0, len(shuffled), group_size):
+        group = sorted(shuffled[start : start + group_size].tolist(), key=lambda i: lengths[i])
         batches.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
     return [batches[i] for i in generator.permutation(len(batches))]
 

@@ -36,6 +36,8 @@ class StepPlan:
     indices: tuple[int, ...]
     """Trajectories of all ranks."""
     micro_batches: tuple[MicroBatch, ...]
+    efficiency: float
+    """Mean over maximum of the ranks' predicted costs: the share of the step in which a rank does not wait."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,24 @@ def accumulate_gradients(
     return StepResult(float(ranks.sum_(loss)), tokens, ranks.max(wait_s), hits, misses, failed > 0)
 
 
-def micro_batches(step: Sequence[int], lengths: Sequence[int], *, rank: int, num_ranks: int, size: int) -> StepPlan:
+def plan_step(step: Sequence[int], costs: Sequence[float], *, rank: int, num_ranks: int, size: int) -> StepPlan:
     """One rank's part of a step.
 
     Args:
         step: its trajectories.
+        costs: of each trajectory of the split.
         size: most trajectories of a micro-batch.
     """
-    # Longest first and always to the rank with the least, so that no rank waits long for another.
+    # The dearest first and always to the rank with the least (longest processing time, Graham 1969).
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in sorted(step, key=lambda i: -lengths[i]):
-        min(shares, key=lambda share: sum(lengths[i] for i in share)).append(index)
+    loads = [0.0] * num_ranks
+    for index in sorted(step, key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(index)
+        loads[least] += costs[index]
     num_micro = max(-(-len(share) // size) for share in shares)
     own = [tuple(shares[rank][i : i + size]) for i in range(0, len(shares[rank]), size)]
-    shortest = (min(step, key=lambda i: lengths[i]),)
-    for_company = [MicroBatch(shortest, counts=False)] * (num_micro - len(own))
-    return StepPlan(tuple(step), (*(MicroBatch(indices, counts=True) for indices in own), *for_company))
+    cheapest = (min(step, key=lambda i: costs[i]),)
+    for_company = [MicroBatch(cheapest, counts=False)] * (num_micro - len(own))
+    micro = (*(MicroBatch(indices, counts=True) for indices in own), *for_company)
+    return StepPlan(tuple(step), micro, sum(loads) / num_ranks / max(loads))

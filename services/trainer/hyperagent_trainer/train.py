@@ -35,8 +35,9 @@ from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
 from hyperagent_trainer.recompute import RoutingWatch
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
+from hyperagent_trainer.step_cost import StepCost
 from hyperagent_trainer.step_memory import recomputation
-from hyperagent_trainer.steps import StepPlan, accumulate_gradients, micro_batches
+from hyperagent_trainer.steps import StepPlan, accumulate_gradients, plan_step
 from hyperagent_trainer.student import Student
 
 log = structlog.get_logger()
@@ -192,8 +193,11 @@ class _Run:
     def _data_after(self, first_step: int) -> tuple[Iterator[StepPlan], Iterator[Batch]]:
         recipe, lengths = self.recipe, [len(t.student_ids) for t in self.data.trajectories]
         order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+        model = self.adapted.student.model
+        cost = StepCost.of(model.get_decoder(), model.config.get_text_config())
+        costs = [cost(length) for length in lengths]
         plans, for_loader = tee(
-            micro_batches(step, lengths, rank=self.ranks.rank, num_ranks=self.ranks.size, size=recipe.micro_batch_size)
+            plan_step(step, costs, rank=self.ranks.rank, num_ranks=self.ranks.size, size=recipe.micro_batch_size)
             for step in order
         )
         return plans, self.data.batches(
@@ -209,7 +213,14 @@ class _Run:
         rerouted, rate = watch.take(), self.optimizer.param_groups[0]["lr"]
         if math.isfinite(found.loss) and math.isfinite(grad_norm):
             self.optimizer.step()
-            self.report.step(step, **asdict(found), grad_norm=grad_norm, rerouted=rerouted, learning_rate=rate)
+            self.report.step(
+                step,
+                **asdict(found),
+                step_efficiency=plan.efficiency,
+                grad_norm=grad_norm,
+                rerouted=rerouted,
+                learning_rate=rate,
+            )
             return True
         names = [self.data.trajectories[i].trajectory_id for i in plan.indices]
         log.warning("step skipped", step=step, trajectories=names, loss=found.loss, grad_norm=grad_norm)

@@ -1,0 +1,98 @@
+"""How busy the ranks are, simulated: steps as training cuts them against steps of trajectories drawn at random.
+
+    python benchmarks/schedule.py [--tokens TOKENS.parquet] [--ranks 8] [--batch-size 8] [--json]
+
+A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/step_cost.py, for the 48-layer
+student), a step's time that of the slowest rank; the efficiency is the mean over the maximum, over all steps of an epoch.
+Lengths are those of a tokens file, and of two made-up splits of 32,768 trajectories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+from hyperagent.data.tokens import TRAIN, read_tokens
+from hyperagent_trainer.batches import batch_order
+from hyperagent_trainer.step_cost import StepCost
+from hyperagent_trainer.steps import plan_step
+
+MADE_UP = 32_768
+LONGEST = 131_072
+
+
+def student_cost() -> StepCost:
+    config = Qwen3NextConfig(
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
+        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+        linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
+        num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return StepCost.of(AutoModelForCausalLM.from_config(config).get_decoder(), config)
+
+
+def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:
+    generator = np.random.default_rng(0)
+    # Mean 45,000, standard deviation as large as the mean times 0.8.
+    spread = np.sqrt(np.log(1 + 0.8**2))
+    lognormal = generator.lognormal(np.log(45_000) - spread**2 / 2, spread, MADE_UP).clip(1_000, LONGEST)
+    found = {
+        "lognormal, mean 45,000": lognormal.astype(int).tolist(),
+        "uniform, 8,000 to 131,072": generator.integers(8_000, LONGEST, MADE_UP).tolist(),
+    }
+    if tokens is not None:
+        found = {tokens.name: [len(t.student_ids) for t in read_tokens(tokens, split=TRAIN)], **found}
+    return found
+
+
+def efficiency(steps: list[list[int]], costs: list[float], num_ranks: int) -> float:
+    """Of all steps together."""
+    busy = slowest = 0.0
+    for step in steps:
+        plan = plan_step(step, costs, rank=0, num_ranks=num_ranks, size=1)
+        total = sum(costs[i] for i in step)
+        busy += total
+        slowest += total / plan.efficiency
+    return busy / slowest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cost, size, results = student_cost(), options.batch_size, {}
+    for name, lengths in lengths_by_name(options.tokens).items():
+        costs = [cost(n) for n in lengths]
+        shuffled = np.random.default_rng(1).permutation(len(lengths)).tolist()
+        at_random = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+        ours = batch_order(lengths, batch_size=size, seed=0, epoch=0)
+        results[name] = {
+            "trajectories": len(lengths),
+            "mean_tokens": float(np.mean(lengths)),
+            "step_efficiency": efficiency(ours, costs, options.ranks),
+            "random_step_efficiency": efficiency(at_random, costs, options.ranks),
+        }
+    if options.json:
+        machine = {"processor": platform.machine(), "simulated_ranks": options.ranks}
+        print(json.dumps({"machine": machine, "batch_size": size, "results": results}, indent=2))
+        return
+    print(f"{options.ranks} ranks, {size} trajectories a step (simulated)")
+    for name, row in results.items():
+        print(
+            f"  {name:28} {row['trajectories']:7} trajectories, mean {row['mean_tokens']:8.0f} tokens: "
+            f"{row['step_efficiency']:.1%} busy, at random {row['random_step_efficiency']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
