@@ -78,6 +78,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
 

@@ -4,7 +4,8 @@
 
 A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/step_cost.py, for the 48-layer
 student), a step's time that of the slowest rank; the efficiency is the mean over the maximum, over all steps of an epoch.
-Lengths are those of a tokens file, and of two made-up splits of 32,768 trajectories.
+Lengths are those of a tokens file, 32,768 drawn from them with replacement, and those of two made-up splits of that size.
+A small split is cut into smaller groups, for the sake of other batches every epoch, and is balanced less well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:
         "uniform, 8,000 to 131,072": generator.integers(8_000, LONGEST, MADE_UP).tolist(),
     }
     if tokens is not None:
-        found = {tokens.name: [len(t.student_ids) for t in read_tokens(tokens, split=TRAIN)], **found}
+        real = [len(t.student_ids) for t in read_tokens(tokens, split=TRAIN)]
+        found = {tokens.name: real, f"drawn from {tokens.name}": generator.choice(real, MADE_UP).tolist(), **found}
     return found
 
 
