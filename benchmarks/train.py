@@ -54,7 +54,7 @@ HIDDEN = 128
 Step = Callable[[], None]
 
 
-class _Student:
+class StudentWithoutFiles:
     """What an `AdaptedStudent` needs of a student, without files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -105,7 +105,7 @@ def make_batch(options: argparse.Namespace, batch_size: int) -> Batch:
 
 def our_step(options: argparse.Namespace, *, static: bool = False, recomputed: bool = False) -> Step:
     recipe = load_recipe(RECIPE)
-    student, batch = _Student(make_model(options)), make_batch(options, recipe.batch_size)
+    student, batch = StudentWithoutFiles(make_model(options)), make_batch(options, recipe.batch_size)
     layers, config = discover_target_layers(student.model), recipe.hypernetwork
     network: StaticLoRA | AgenticHyperNetwork = (
         StaticLoRA(layers, rank=config.rank, alpha=config.alpha)
@@ -138,7 +138,7 @@ def peft_step(options: argparse.Namespace, *, rows_only: bool) -> Step:
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def logits_NV() -> Tensor:
+    def supervised_logits() -> Tensor:
         if not rows_only:
             return peft(input_ids=batch.token_ids_BT, use_cache=False).logits[batch.sample_N, batch.index_N]
         hidden_BTD = model.get_decoder()(input_ids=batch.token_ids_BT, use_cache=False).last_hidden_state
@@ -146,7 +146,7 @@ def peft_step(options: argparse.Namespace, *, rows_only: bool) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        logq_NV = logits_NV().float().log_softmax(-1)
+        logq_NV = supervised_logits().float().log_softmax(-1)
         logq_NK = logq_NV.gather(1, batch.ids_NK)
         logq_rest_N = logq_NV.scatter(1, batch.ids_NK, -torch.inf).logsumexp(-1)
         kept = (batch.logprobs_NK.exp() * (batch.logprobs_NK - logq_NK)).sum()
@@ -167,7 +167,7 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
 }
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
@@ -177,12 +177,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     step = VARIANTS[name](options)
     # Man page proc_pid_clear_refs(5): 5 sets the peak back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
-    before, seconds = _status_bytes("VmRSS"), []
+    before, seconds = status_bytes("VmRSS"), []
     for _ in range(options.steps + 1):
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds[1:]), "peak_extra_bytes": _status_bytes("VmHWM") - before}
+    return {"seconds": statistics.median(seconds[1:]), "peak_extra_bytes": status_bytes("VmHWM") - before}
 
 
 def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
