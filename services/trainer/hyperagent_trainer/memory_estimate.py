@@ -7,6 +7,8 @@ leaves out what a kernel needs for itself while it runs, so the sum is a lower e
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +118,14 @@ def machine_bytes(device: torch.device) -> int:
         return total
     limit = _CGROUP_LIMIT.read_text().strip()
     return total if limit == "max" else min(total, int(limit))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that this process has held so far, of the GPU's memory or of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes (man page getrusage(2)).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gib(size: int) -> str:

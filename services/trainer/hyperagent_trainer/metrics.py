@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hyperagent.files import write_atomically
+from hyperagent_trainer.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluate import HeldOut
 from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
 
@@ -51,7 +52,7 @@ class RunReporter:
         """Change the run's state."""
         self._update(state=state, reason=reason, force=True)
 
-    def step(self, step: int, *, loss: float, num_tokens: int, **values: float) -> None:
+    def step(self, step: int, *, loss: float, num_tokens: int, **values: Any) -> None:
         """Report one optimiser step; `num_tokens` counts context too."""
         self._recent.append((time.monotonic(), num_tokens))
         seconds = self._recent[-1][0] - self._recent[0][0]
@@ -67,17 +68,25 @@ class RunReporter:
         self._line(step=step, skipped=list(trajectory_ids))
         self._update(step=step, skipped_steps=self._skipped)
 
-    def evaluation(self, step: int, held_out: HeldOut) -> None:
+    def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics) -> None:
         """Report an evaluation; the time it took does not count as training."""
         conditioning = {
             split: {"gain": asdict(report.conditioning_gain), "verdict": report.verdict}
             for split, report in held_out.conditioning.items()
         }
-        self._line(step=step, held_out_kl=held_out.kl, conditioning=conditioning)
+        self._line(
+            step=step,
+            held_out_kl=held_out.kl,
+            conditioning=conditioning,
+            adapter_relative_norm=adapters.relative_norm,
+            adapter_cosine=adapters.cosine,
+        )
         self._recent.clear()
         self._recent.append((time.monotonic(), 0))
         verdicts = {split: report.verdict for split, report in held_out.conditioning.items()}
-        self._update(held_out_kl=held_out.kl, conditioning=verdicts, force=True)
+        self._update(
+            held_out_kl=held_out.kl, conditioning=verdicts, adapters_collapsed=adapters.has_collapsed, force=True
+        )
 
     def _line(self, **values: Any) -> None:
         self._metrics.write(json.dumps(values) + "\n")

@@ -54,6 +54,8 @@ class RunStatus(StrictModel):
     """The last evaluation: nats per supervised token, by arm."""
     conditioning: dict[str, str] = Field(default_factory=dict)
     """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.conditioning`)."""
+    adapters_collapsed: bool = False
+    """Whether the last evaluation found that different prompts get the same adapter."""
     updated_at: float = Field(default_factory=time.time)
     """Seconds since the epoch."""
 

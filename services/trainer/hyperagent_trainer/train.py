@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import tee
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from hyperagent.cache.hot import HotTier
@@ -21,6 +23,7 @@ from hyperagent.data.tokens import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
+from hyperagent_trainer.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.batches import Batch, DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
 from hyperagent_trainer.config import TrainRecipe
@@ -28,7 +31,7 @@ from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loss import default_workspace_bytes
-from hyperagent_trainer.memory_estimate import MemoryBudget
+from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.metrics import RunReporter
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
@@ -41,6 +44,8 @@ from hyperagent_trainer.steps import StepPlan, accumulate_gradients, plan_step
 from hyperagent_trainer.student import Student
 
 log = structlog.get_logger()
+
+_STATISTICS_PROMPTS = 8
 
 
 def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redis_url: str | None = None) -> None:
@@ -108,9 +113,11 @@ def _train_from(
 
     with RunReporter(folder, num_steps=recipe.num_steps, first_step=step, is_first=ranks.is_first) as report:
         report.state("running")
+        prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
+        sizes = weight_norms(student.model, network.layers)
+        run = _Run(recipe, folder, stop, adapted, optimizer, training, evaluation, report, save, ranks, prompts, sizes)
         if step == 0:
-            report.evaluation(0, evaluation.run(adapted, ranks))
-        run = _Run(recipe, folder, stop, adapted, optimizer, training, evaluation, report, save, ranks)
+            best = run.evaluate(step, best)
         step, best = run.steps_after(step, best)
         report.state("saving")
         save(folder.checkpoint, step=step, best=best)
@@ -163,6 +170,9 @@ class _Run:
     report: RunReporter
     save: Callable[..., None]
     ranks: Ranks
+    prompts: Sequence[NDArray[np.uint32]]
+    """Whose adapters are compared with each other at every evaluation."""
+    weight_norms: Mapping[str, float]
 
     def steps_after(self, first_step: int, best: BestEvaluation) -> tuple[int, BestEvaluation]:
         """Run the optimiser steps after `first_step`; returns the number of the last one done, and the best evaluation."""
@@ -181,7 +191,7 @@ class _Run:
                         "rate, or look at the trajectories that the log names"
                     )
                 if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
-                    best = self._evaluate(step, best)
+                    best = self.evaluate(step, best)
                 if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
                     self.save(self.folder.checkpoint, step=step, best=best)
         return recipe.num_steps, best
@@ -209,6 +219,7 @@ class _Run:
     def _step(self, step: int, plan: StepPlan, batches: Iterator[Batch], watch: RoutingWatch) -> bool:
         """One optimiser step; False if it has left the network as it was, for want of a finite loss and gradient."""
         found = accumulate_gradients(plan, batches, self.adapted, self.data, self.recipe, self.ranks)
+        norms = gradient_norms(self.adapted.network)
         grad_norm = float(whole(nn.utils.clip_grad_norm_(self.adapted.network.parameters(), self.recipe.max_grad_norm)))
         rerouted, rate = watch.take(), self.optimizer.param_groups[0]["lr"]
         if math.isfinite(found.loss) and math.isfinite(grad_norm):
@@ -218,6 +229,8 @@ class _Run:
                 **asdict(found),
                 step_efficiency=plan.efficiency,
                 grad_norm=grad_norm,
+                grad_norms=norms,
+                peak_memory_bytes=peak_memory_bytes(self.ranks.device),
                 rerouted=rerouted,
                 learning_rate=rate,
             )
@@ -227,9 +240,16 @@ class _Run:
         self.report.skipped(step, names)
         return False
 
-    def _evaluate(self, step: int, best: BestEvaluation) -> BestEvaluation:
+    def evaluate(self, step: int, best: BestEvaluation) -> BestEvaluation:
+        """Measure on the held-out splits; returns the best evaluation with this one counted."""
         held_out = self.evaluation.run(self.adapted, self.ranks)
-        self.report.evaluation(step, held_out)
+        with torch.no_grad():
+            adapters = self.adapted.adapters(self.prompts)
+        network = self.adapted.network
+        found = adapter_statistics(adapters, network.layers, self.weight_norms, scale=network.scale)
+        if found.has_collapsed and self.adapted.reads_prompt:
+            log.warning("different prompts get the same adapter", step=step, cosine=found.cosine)
+        self.report.evaluation(step, held_out, found)
         best = best.after(step, held_out.kl[ADAPTER])
         if best.step == step and self.recipe.patience is not None:
             self.save(self.folder.best, step=step, best=best)
