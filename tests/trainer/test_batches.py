@@ -44,6 +44,43 @@ def test_a_later_start_sees_what_it_would_have_seen() -> None:
     assert [next(later) for _ in range(5)] == expected
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 9), st.floats(0.01, 1))
+def test_every_trajectory_occurs_once_in_one_of_its_views(num: int, batch_size: int, seed: int, share: float) -> None:
+    lengths = list(range(1, 2 * num + 1))
+    batches = batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0, full_view_share=share)
+    assert sorted(i % num for batch in batches for i in batch) == list(range(num))
+    if share == 1:
+        assert all(i >= num for batch in batches for i in batch)
+
+
+def test_the_share_of_full_views_is_kept_and_falls_on_others_each_epoch() -> None:
+    lengths = [10] * 4000
+    full = [
+        {
+            i
+            for batch in batch_order(lengths, batch_size=8, seed=0, epoch=e, full_view_share=0.3)
+            for i in batch
+            if i >= 2000
+        }
+        for e in (0, 1)
+    ]
+    assert all(540 <= len(samples) <= 660 for samples in full)
+    assert len(full[0] & full[1]) < 250
+
+
+def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
+    student_folder: Path, tokens_file: Path, cache_folder: Path
+) -> None:
+    cache = TopKCache.open(cache_folder)
+    data = load_split(tokens_file, cache, TRAIN, tokenizer=ChatTokenizer(student_folder).identity, max_prompt_tokens=64)
+    both = data.with_full_views()
+    hidden, full = both[[1]], both[[1 + len(data.trajectories)]]
+    assert hidden.num_tokens < full.num_tokens == len(data.trajectories[1].token_ids)
+    assert (full.index_N + 1).tolist() == data.trajectories[1].positions.tolist()
+    for name in ("target_ids_N", "ids_NK", "logprobs_NK"):
+        assert torch.equal(getattr(hidden, name), getattr(full, name))
+
+
 def test_a_batch_points_at_the_output_before_each_position(
     student_folder: Path, tokens_file: Path, cache_folder: Path
 ) -> None:

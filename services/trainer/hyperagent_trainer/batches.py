@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ class DistillationData(Dataset[Batch]):
         self.temperature = temperature
         self.trajectories = tuple(trajectories)
         self._cache = cache
+
+    def with_full_views(self) -> DistillationData:
+        """With every trajectory a second time, n further on for n of them, as the teacher sees it: nothing hidden."""
+        full = [replace(t, student_ids=t.token_ids, student_positions=t.positions) for t in self.trajectories]
+        return DistillationData([*self.trajectories, *full], self._cache, self.identity, temperature=self.temperature)
 
     def rows(self, index: int) -> RowTensors:
         """The teacher's rows of one trajectory at the temperature, normalised.
@@ -196,15 +202,24 @@ def load_split(
     return DistillationData(trajectories, cache, data, temperature=temperature)
 
 
-def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def batch_order(
+    lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, full_view_share: float = 0.0
+) -> list[list[int]]:
     """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
 
     Trajectories of similar length share a batch, so that no rank waits long for another and little is padded; the
     batches' order is random again. Nothing of it depends on the number of ranks.
+
+    Args:
+        full_view_share: if above 0, the second half of `lengths` are those of full views (`with_full_views`), and about
+            this share of the trajectories, other ones in every epoch, occur as those.
     """
     generator = np.random.default_rng([seed, epoch])
-    shuffled = generator.permutation(len(lengths))
-    wanted = min(_MAX_GROUP, max(_MIN_BATCHES_PER_GROUP * batch_size, len(lengths) // 8))
+    num = len(lengths) if full_view_share == 0 else len(lengths) // 2
+    shuffled = generator.permutation(num)
+    if full_view_share > 0:
+        shuffled = shuffled + num * (generator.random(num) < full_view_share)
+    wanted = min(_MAX_GROUP, max(_MIN_BATCHES_PER_GROUP * batch_size, num // 8))
     group_size = max(1, wanted // batch_size) * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), group_size):
@@ -213,12 +228,14 @@ def batch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: in
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def batches_from(lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+def batches_from(
+    lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int, full_view_share: float = 0.0
+) -> Iterator[list[int]]:
     """The endless sequence of batches from `first_step` on, so that a resumed run sees what it would have seen."""
-    per_epoch = len(batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0))
-    epoch, skip = divmod(first_step, per_epoch)
+    order = partial(batch_order, lengths, batch_size=batch_size, seed=seed, full_view_share=full_view_share)
+    epoch, skip = divmod(first_step, len(order(epoch=0)))
     while True:
-        yield from batch_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)[skip:]
+        yield from order(epoch=epoch)[skip:]
         epoch, skip = epoch + 1, 0
 
 

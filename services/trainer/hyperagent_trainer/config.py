@@ -43,6 +43,9 @@ class TrainRecipe(StrictModel):
     """Projections to adapt, as paths inside a decoder layer; by default those of the student's type."""
     max_prompt_tokens: int = Field(32_768, ge=1)
     """Longest prompt the hypernetwork reads; a longer one in the data stops the run before it starts."""
+    full_view_share: float = Field(0.0, ge=0, le=1)
+    """Share of the training trajectories, other ones in every epoch, that the student sees as the teacher does instead of
+    in the view that the tokens file has for it (`hyperagent data tokenize --internalise`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     num_steps: int = Field(1000, ge=1)
     """Optimiser steps, unless `num_epochs` is given."""

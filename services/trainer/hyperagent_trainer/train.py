@@ -86,6 +86,8 @@ def _train_from(
     }
     training = splits.pop(TRAIN)
     recipe = recipe.in_steps(len(training.trajectories))
+    if recipe.full_view_share > 0:
+        training = training.with_full_views()
     warm_start = read_warm_start(recipe)
     # Not earlier: how a student is loaded draws random numbers, and depends on the number of ranks.
     torch.manual_seed(recipe.seed)
@@ -202,7 +204,13 @@ class _Run:
 
     def _data_after(self, first_step: int) -> tuple[Iterator[StepPlan], Iterator[Batch]]:
         recipe, lengths = self.recipe, [len(t.student_ids) for t in self.data.trajectories]
-        order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=first_step)
+        order = batches_from(
+            lengths,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            first_step=first_step,
+            full_view_share=recipe.full_view_share,
+        )
         model = self.adapted.student.model
         cost = StepCost.of(model.get_decoder(), model.config.get_text_config())
         costs = [cost(length) for length in lengths]
