@@ -97,7 +97,9 @@ def bundle_folder(
         step=7,
     )
     embeddings = student.get_input_embeddings().weight
-    save_bundle(folder, manifest, hypernetwork=hypernetwork, embeddings=embeddings, tokenizer_folder=student_folder)
+    save_bundle(
+        folder, manifest, hypernetwork=hypernetwork, embeddings=embeddings, tokenizer_folder=student_folder, card=""
+    )
     return folder
 
 

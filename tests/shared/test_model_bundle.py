@@ -45,6 +45,7 @@ def save(
         "hypernetwork": AgenticHyperNetwork(CONFIG, LAYERS, 16),
         "embeddings": torch.randn(30, 16),
         "tokenizer_folder": tokenizer.folder,
+        "card": "",
         **changes,
     }
     return save_bundle(folder, manifest, **parts)
@@ -59,7 +60,7 @@ def folder(tokenizer: ChatTokenizer, tmp_path: Path) -> Path:
 def test_a_bundle_holds_these_files_and_their_digests(folder: Path) -> None:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     listed = {"hypernetwork.safetensors", "embeddings.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
-    assert names == listed | {"bundle.json"}
+    assert names == listed | {"bundle.json", "README.md"}
     assert set(load_bundle(folder).manifest.files) == listed
 
 

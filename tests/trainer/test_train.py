@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from blake3 import blake3
 from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
@@ -86,6 +87,21 @@ class StopAfter(threading.Event):
     def is_set(self) -> bool:
         self._left -= 1
         return self._left < 0
+
+
+def test_the_bundle_has_a_model_card(recipe: TrainRecipe, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run")
+    card = (folder.bundle / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == recipe.student.name
+    kl = metrics(folder)[-1]["held_out_kl"]
+    for arm in ("frozen", "adapter", "adapter_shuffled_prompt"):
+        assert f"| {kl[arm]:.4f} |" in card
+    assert f"`{read_data_identity(recipe.tokens).fingerprint}`" in card
+    assert "6 steps of 3 trajectories" in card
+    # People may add to it.
+    (folder.bundle / "README.md").write_text("mine")
+    load_bundle(folder.bundle)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:

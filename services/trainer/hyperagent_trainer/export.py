@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from safetensors.torch import save
 
@@ -13,6 +15,7 @@ from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.model_card import model_card
 from hyperagent_trainer.run_folder import RunFolder
 from hyperagent_trainer.student import Student
 
@@ -29,12 +32,14 @@ def export(
     teacher: str,
     step: int,
     probe: bytes,
+    held_out_kl: Mapping[str, float],
 ) -> None:
     """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, and the probe.
 
     Args:
         teacher: fingerprint of the teacher.
         probe: what `make_probe` has made.
+        held_out_kl: of the evaluation after that step, by arm.
 
     Raises:
         StorageError: the file system refused.
@@ -54,6 +59,7 @@ def export(
             hypernetwork=network,
             embeddings=student.embeddings,
             tokenizer_folder=student.folder,
+            card=model_card(manifest, recipe, held_out_kl, sum(p.numel() for p in network.parameters())),
         )
     else:
         files = encode_adapter(

@@ -106,3 +106,12 @@ def _keep_until(metrics: Path, last_step: int) -> None:
     whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= last_step]
     write_atomically(metrics, "".join(kept).encode())
+
+
+def held_out_kl_at(metrics: Path, step: int) -> dict[str, float]:
+    """What the evaluation after `step` found, by arm."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, float] = next(
+        x["held_out_kl"] for x in reversed(lines) if x["step"] == step and "held_out_kl" in x
+    )
+    return found

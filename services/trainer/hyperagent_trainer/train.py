@@ -32,7 +32,7 @@ from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
-from hyperagent_trainer.metrics import RunReporter
+from hyperagent_trainer.metrics import RunReporter, held_out_kl_at
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
@@ -132,7 +132,17 @@ def _train_from(
         trained = whole_network(network, recipe, student, warm_start)
         if ranks.is_first:
             teacher = cache.identity.fingerprint
-            export(folder, student, trained, recipe, belongs_to=belongs_to, teacher=teacher, step=step, probe=probe)
+            export(
+                folder,
+                student,
+                trained,
+                recipe,
+                belongs_to=belongs_to,
+                teacher=teacher,
+                step=step,
+                probe=probe,
+                held_out_kl=held_out_kl_at(folder.metrics, step),
+            )
         report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 

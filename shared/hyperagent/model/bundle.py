@@ -1,9 +1,10 @@
 """The bundle: all that turning a prompt into an adapter needs, as a rule without the student.
 
-bundle.json               manifest: who it belongs to, shapes, and a digest of every other file
+bundle.json               manifest: who it belongs to, shapes, and a digest of every file below
 hypernetwork.safetensors  the hypernetwork's weights, with the static adapter that it started from, if any
 embeddings.safetensors    the student's frozen embedding table, where that is what the hypernetwork reads
 tokenizer/                the student's tokenizer files
+README.md                 the model card, without a digest
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class BundleManifest(NetworkManifest):
     step: int = Field(ge=0)
     """Optimiser steps it was trained for."""
     files: dict[str, str] = Field(default_factory=dict)
-    """BLAKE3 (hex) of every other file, by path inside the bundle."""
+    """BLAKE3 (hex) of every file but this and the model card, by path inside the bundle."""
 
     @property
     def rank(self) -> int:
@@ -110,11 +111,13 @@ def save_bundle(
     hypernetwork: AgenticHyperNetwork,
     embeddings: Tensor,
     tokenizer_folder: Path,
+    card: str,
 ) -> BundleManifest:
     """Write a bundle, whole or not at all; returns the manifest with the files' digests.
 
     Args:
         embeddings: the student's table; written if it is what the hypernetwork reads.
+        card: the model card, Markdown.
 
     Raises:
         ConfigError: a tokenizer file is missing.
@@ -135,6 +138,8 @@ def save_bundle(
             for p in sorted(aside.rglob("*"))
             if p.is_file()
         }
+        # Not among the files with a digest: people add to it.
+        (aside / "README.md").write_text(card, encoding="utf-8")
         manifest = manifest.model_copy(update={"files": files})
         (aside / "bundle.json").write_text(
             json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8"
