@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -25,11 +26,13 @@ from tiny_runs import losses, metrics, run
 from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
-from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch
+from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
+from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
 from hyperagent_trainer.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.run_folder import RunFolder
@@ -321,6 +324,42 @@ def test_a_run_whose_held_out_kl_stops_falling_ends_with_the_best_network(
     assert best.keys() == exported.keys()
     assert all(torch.equal(best[name], exported[name]) for name in best)
     assert not all(map(torch.equal, best.values(), load_file(folder.checkpoint / "network.safetensors").values()))
+
+
+def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
+    recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = DistillationData.rows
+
+    def with_nan(self: DistillationData, index: int) -> RowTensors:
+        rows = original(self, index)
+        if self.trajectories[index].trajectory_id == "t3":
+            rows.logprobs_NK[1, 2] = math.nan
+        return rows
+
+    monkeypatch.setattr(DistillationData, "rows", with_nan)
+    with pytest.raises(DataError, match=r"the teacher's rows of t3 cannot be trained on: .*NaN"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_full_disk_while_saving_ends_the_run_and_the_checkpoint_before_stands(
+    recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.write_bytes
+    folder = RunFolder(tmp_path / "run")
+
+    def no_space_later(self: Path, data: bytes) -> int:
+        if self.name == "optimizer.safetensors" and folder.checkpoint.exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", no_space_later)
+    with pytest.raises(StorageError, match="No space left"):
+        run(recipe, folder.root)
+    monkeypatch.undo()
+    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == 2
+    assert sorted(p.name for p in folder.root.iterdir() if "checkpoint" in p.name) == ["checkpoint"]
+    assert losses(run(recipe, folder.root)) == losses(run(recipe, tmp_path / "undisturbed"))
 
 
 def test_epochs_are_counted_in_steps_of_the_training_split(recipe: TrainRecipe, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hyperagent.errors import DataError, InvalidRequest
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import Batch, DistillationData
 from hyperagent_trainer.config import TrainRecipe
@@ -64,7 +65,12 @@ def accumulate_gradients(
     recipe: TrainRecipe,
     ranks: Ranks,
 ) -> StepResult:
-    """Leave the gradient of the step's loss in the network's parameters, on every rank the same."""
+    """Leave the gradient of the step's loss in the network's parameters, on every rank the same.
+
+    Raises:
+        DataError: the teacher's rows of a trajectory hold NaN, or are not normalised.
+        CorruptRecord: the cache's record of one is damaged.
+    """
     num_rows = sum(len(data.trajectories[i].positions) for i in plan.indices)
     adapted.network.zero_grad(set_to_none=True)
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -74,7 +80,11 @@ def accumulate_gradients(
         batch = next(batches)
         wait_s += time.monotonic() - asked_at
         adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
-        loss += adapted.backward(batch, adapters, recipe.loss, scale=1 / num_rows if micro.counts else 0.0)
+        try:
+            loss += adapted.backward(batch, adapters, recipe.loss, scale=1 / num_rows if micro.counts else 0.0)
+        except InvalidRequest as error:
+            names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
+            raise DataError(f"the teacher's rows of {names} cannot be trained on: {error}") from error
         tokens += batch.num_tokens if micro.counts else 0
         hits, misses = hits + batch.hot_use.hits, misses + batch.hot_use.misses
         degraded |= batch.hot_use.is_degraded
