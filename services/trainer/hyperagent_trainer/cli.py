@@ -1,4 +1,4 @@
-"""The trainer's part of the command line: `hyperagent serve trainer` and `hyperagent preflight`."""
+"""The trainer's part of the command line: `hyperagent serve trainer`, `hyperagent preflight`, `hyperagent plan`."""
 
 from __future__ import annotations
 
@@ -83,3 +83,29 @@ def preflight(
     show(report, as_json=as_json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def plan(
+    recipe: Annotated[Path, typer.Option(help="The recipe; its cache is not read, of its student config.json alone.")],
+    machine: Annotated[str, typer.Option(help="Such as 8xh200.")],
+    data: Annotated[Path | None, typer.Option(help="A tokens file, instead of the recipe's.")] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the peak that the frozen student's operations reach.")
+    ] = 0.3,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="To compute a cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say what a run will need of a machine: memory of each GPU, operations, days; exits 1 if it does not fit."""
+    from hyperagent.errors import ConfigError
+    from hyperagent_trainer.config import load_recipe
+    from hyperagent_trainer.plan_command import plan as make
+    from hyperagent_trainer.plan_command import show, why_it_does_not_fit
+    from hyperagent_trainer.plan_machines import machine_named
+
+    chosen = load_recipe(recipe)
+    if data is not None:
+        chosen = chosen.model_copy(update={"tokens": data})
+    found = make(chosen, machine, mfu=mfu)
+    show(found, num_gpus=machine_named(machine).gpus, price=price_per_gpu_hour, as_json=as_json)
+    if not found.fits:
+        raise ConfigError(why_it_does_not_fit(found))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hyperagent.cli.display import print_result
-from hyperagent.errors import ConfigError
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.memory_estimate import check_weights_fit
 from hyperagent_trainer.network import assemble, read_warm_start
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.preflight_report import PreflightReport
 from hyperagent_trainer.student import Student
+from hyperagent_trainer.student_skeleton import student_without_weights
 from hyperagent_trainer.train import make_optimizer, memory_budget
 
 
@@ -30,7 +27,7 @@ def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: torch.dtype = getattr(torch, recipe.student_dtype)
-    weights_fit = check_weights_fit(_skeleton(recipe.student, dtype), device)
+    weights_fit = check_weights_fit(student_without_weights(recipe.student, dtype), device)
     if not weights_fit.passed:
         return PreflightReport((weights_fit,))
     student = Student(recipe.student, device=device, dtype=dtype)
@@ -55,14 +52,3 @@ def show(report: PreflightReport, *, as_json: bool) -> None:
     for check in report.checks:
         if not check.passed:
             console.print(f"{check.name}: {check.remedy}", style="red", markup=False, highlight=False)
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The student without its weights."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a model folder: {error}; give one with config.json and weights") from error
-    with torch.device("meta"):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return skeleton

@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hyperagent.errors import ConfigError
+from hyperagent_trainer.student_skeleton import student_without_weights
 
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """A stacked tensor of routed experts, and what each expert's rows are made of in the files."""
@@ -38,11 +39,9 @@ def load_sharded(folder: Path, mesh: DeviceMesh, *, device: torch.device, dtype:
         ConfigError: the files lack a weight of the model, hold one that it has no place for, or of another shape; or
             the model has a buffer that no file holds and that is not of a rotary embedding.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = student_without_weights(folder, dtype)
     model.eval().requires_grad_(False)
-    _shard(model, mesh)
+    shard_student(model, mesh)
     model.to_empty(device=device)
     _make_rotary_buffers(model, device)
     model.tie_weights()
@@ -53,7 +52,8 @@ def load_sharded(folder: Path, mesh: DeviceMesh, *, device: torch.device, dtype:
     return model
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def shard_student(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard the decoder over the mesh, layer by layer; the embedding table and the head stay whole."""
     decoder = model.get_decoder()
     whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     for layer in decoder.layers:

@@ -1,0 +1,25 @@
+"""The student's architecture without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hyperagent.errors import ConfigError
+
+
+def student_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder's config.json, on the meta device.
+
+    Raises:
+        ConfigError: the folder holds no config.json of a model that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a model folder: {error}; give one with config.json and weights") from error
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
