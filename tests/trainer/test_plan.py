@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from hyperagent.cli.main import build_app
 from hyperagent.model.targets import discover_target_layers
-from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.config import TrainRecipe, load_recipe
 from hyperagent_trainer.memory_estimate import bytes_by_dtype
 from hyperagent_trainer.plan import make_plan, shard_bytes
 from hyperagent_trainer.plan_machines import MACHINES
 from hyperagent_trainer.student_shards import shard_student
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # Of the published config.json.
 REAL = Qwen3NextConfig(
@@ -116,3 +118,23 @@ def test_what_is_wrong_is_said(
     shown = CliRunner().invoke(build_app(), ["plan", "--recipe", str(recipe), "--machine", machine])
     assert shown.exit_code != 0
     assert reason in str(shown.exception) + shown.output
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("recipes/*.yaml"), CONFIGS / "train_config.yaml"]), ids=lambda p: p.stem
+)
+def test_a_recipe_of_the_project_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.in_steps(32_161).num_steps > recipe.in_steps(32_161).warmup_steps > 0
+
+
+def test_the_full_run_is_what_the_configuration_says() -> None:
+    recipe = load_recipe(CONFIGS / "train_config.yaml").in_steps(32_161)
+    assert (recipe.batch_size, recipe.learning_rate, recipe.hypernetwork.rank, recipe.hypernetwork.alpha) == (
+        8,
+        1e-4,
+        16,
+        32,
+    )
+    assert recipe.num_steps == 22 * 4021
+    assert recipe.warmup_steps == 2 * 4021

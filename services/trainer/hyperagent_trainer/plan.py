@@ -143,13 +143,8 @@ def _memory(
     adapters = num_adapter_parameters(layers, recipe.hypernetwork.rank) * recipe.micro_batch_size
     routers = sum(1 for name, _ in decoder.named_modules() if name.endswith("mlp.experts"))
     picks = tokens * getattr(config, "num_experts_per_tok", 0) * routers
-    peaks = _layer_peaks(config, tokens, recipe.moe_tile_tokens, element)
     kept = len(_layers_of(model)) * tokens * size * element
-    inside = (
-        max(peaks.values())
-        if recipe.checkpoint_activations
-        else sum(peaks.values()) * len(_layers_of(model)) / len(peaks)
-    )
+    inside = _activations(recipe, config, tokens, element)
     shards = machine.gpus_per_node
     largest = max(_bytes(layer, recipe) for layer in _layers_of(model))
     return [
@@ -157,7 +152,7 @@ def _memory(
         MemoryItem("embedding table and head, whole", whole * element, True),
         MemoryItem("layers gathered: one in use, one ahead", 0 if shards == 1 else 2 * largest, True),
         MemoryItem("inputs kept of all layers", kept if recipe.checkpoint_activations else 0, True),
-        MemoryItem("one layer run again and backward" if recipe.checkpoint_activations else "activations", round(inside), False),
+        MemoryItem("one layer run again and backward" if recipe.checkpoint_activations else "activations", inside, False),
         MemoryItem("loss: workspace, hidden states, gradient", _LOSS_WORKSPACE + round((1 + 2 * supervised_share) * tokens * size * element), True),
         MemoryItem("network, gradient and AdamW", math.ceil(num_network_parameters / network_shards) * _TRAINED_BYTES, True),
         MemoryItem("network's activations", 10 * recipe.max_prompt_tokens * recipe.hypernetwork.width * 4 * recipe.micro_batch_size, False),
@@ -177,35 +172,41 @@ def shard_bytes(decoder: nn.Module, shards: int, element: int) -> int:
     return element * sum(first * math.prod(rest) for first, rest in rows)
 
 
-def _layer_peaks(config: PreTrainedConfig, tokens: int, tile: int | None, element: int) -> dict[str, float]:
-    """Bytes that a decoder layer's parts hold while they are run again and backward, by part; estimates.
+def _activations(recipe: TrainRecipe, config: PreTrainedConfig, tokens: int, element: int) -> int:
+    """Bytes that are kept inside decoder layers: of one at a time where they are run again, or else of all."""
+    mixers = _mixer_bytes(config, tokens, element)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if recipe.checkpoint_activations:
+        return max(mixers.values()) + _expert_bytes(config, min(tokens, recipe.moe_tile_tokens or tokens), element)
+    return sum(mixers[kind] for kind in kinds) + len(kinds) * _expert_bytes(config, tokens, element)
 
-    A part keeps the inputs and outputs of its products and of what stands between them, and its backward pass holds the
+
+def _mixer_bytes(config: PreTrainedConfig, tokens: int, element: int) -> dict[str, int]:
+    """Of one layer's attention or Gated DeltaNet, by kind; an estimate.
+
+    It keeps inputs and outputs of its products and of what stands between them, and its backward pass holds the
     gradients of the two widest of them beside.
     """
     size = config.hidden_size
-    heads = config.num_attention_heads * config.head_dim
-    widths = {
-        "attention": [
-            2 * heads,
-            *[heads + 2 * config.num_key_value_heads * config.head_dim] * 2,
-            heads,
-            heads,
-            heads,
-            size,
-            size,
-        ]
-    }
+    head_size = getattr(config, "head_dim", None) or size // config.num_attention_heads
+    heads, keys = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
+    # x, projections, after norms and rotation, what attention makes, gated, o_proj's output.
+    widths = {"full_attention": [size, 2 * heads + 2 * keys, heads + 2 * keys, heads, heads, heads, size]}
     if "linear_attention" in (getattr(config, "layer_types", None) or ()):
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         values = config.linear_num_value_heads * config.linear_value_head_dim
         mixed = 2 * keys + values
-        widths["gated delta net"] = [mixed + values, mixed, mixed, 3 * values, 2 * values, 2 * values, size, size]
-    peaks = {name: element * tokens * (sum(w) + sum(sorted(w)[-2:])) for name, w in widths.items()}
-    if getattr(config, "num_experts", 0):
-        copies = min(tokens, tile or tokens) * config.num_experts_per_tok
-        peaks["experts"] = 2 * element * copies * (2 * size + 3 * config.moe_intermediate_size)
-    return peaks
+        # x, in_proj_qkvz, before and after the convolution, q, k and v repeated, output and gated norm in float32, out_proj.
+        widths["linear_attention"] = [size, mixed + values, mixed, mixed, 3 * values, 2 * values, 2 * values, size]
+    return {kind: element * tokens * (sum(w) + sum(sorted(w)[-2:])) for kind, w in widths.items()}
+
+
+def _expert_bytes(config: PreTrainedConfig, tokens: int, element: int) -> int:
+    """Of routed experts: a copy of each token for each of its experts, before, within and after; and gradients. An estimate."""
+    if not getattr(config, "num_experts", 0):
+        return 0
+    copies = tokens * config.num_experts_per_tok
+    return 2 * element * copies * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
 
 
 def _layers_of(model: PreTrainedModel) -> nn.ModuleList:
