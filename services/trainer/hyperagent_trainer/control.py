@@ -107,9 +107,21 @@ def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
     return _body(supervisor.stop(run_id))
 
 
+@router.post("/runs/{run_id}/pause", status_code=status.HTTP_202_ACCEPTED)
+def pause_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step and wait; the run pauses once its state says so."""
+    return _body(supervisor.pause(run_id))
+
+
+@router.post("/runs/{run_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
+def save_checkpoint(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step, and go on."""
+    return _body(supervisor.checkpoint(run_id))
+
+
 @router.post("/runs/{run_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Go on with a stopped or failed run from its last checkpoint."""
+    """Go on with a paused run, or with a stopped or failed one from its last checkpoint."""
     return _body(supervisor.resume(run_id))
 
 
@@ -129,8 +141,8 @@ def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
     links = {"self": path, "metrics": f"{path}/metrics"}
     if run.status.state not in FINAL_STATES:
-        links["stop"] = f"{path}/stop"
-    if run.is_resumable:
+        links |= {wish: f"{path}/{wish}" for wish in ("stop", "pause", "checkpoint")}
+    if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(
         id=run.run_id, recipe=run.request.recipe, folder=str(run.folder.root), links=links, **run.status.model_dump()
