@@ -61,11 +61,11 @@ def wait_for_state(client: TestClient, run: dict[str, Any], *states: str) -> dic
 def test_a_run_is_started_watched_stopped_and_resumed(client: TestClient) -> None:
     run = wait_for_state(client, start(client, "trains", overrides={"num_steps": 500}), "running")
     assert (run["recipe"], run["num_steps"]) == ("trains", 500)
-    assert set(run["links"]) == {"self", "metrics", "stop", "pause", "checkpoint"}
+    assert set(run["links"]) == {"self", "metrics", "events", "stop", "pause", "checkpoint"}
 
     assert client.post(run["links"]["stop"]).status_code == 202
     run = wait_for_state(client, run, *FINAL_STATES)
-    assert (run["state"], set(run["links"])) == ("stopped", {"self", "metrics", "resume"})
+    assert (run["state"], set(run["links"])) == ("stopped", {"self", "metrics", "events", "resume"})
     assert [listed["id"] for listed in client.get("/v1/runs").json()["runs"]] == [run["id"]]
 
     first = client.get(run["links"]["metrics"]).json()
@@ -115,6 +115,7 @@ def test_what_is_not_there_is_404(client: TestClient) -> None:
     for answer in (
         client.get(path),
         client.get(f"{path}/metrics"),
+        client.get(f"{path}/events"),
         client.post(f"{path}/stop"),
         client.post(f"{path}/resume"),
         client.post(f"{path}/pause"),
