@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from hyperagent import __version__
 from hyperagent.http.app import create_app
+from hyperagent_trainer import events
 from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs import MAX_METRIC_LINES, Run, RunRequest
 from hyperagent_trainer.supervisor import Supervisor
@@ -107,9 +109,21 @@ def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
     return _body(supervisor.stop(run_id))
 
 
+@router.post("/runs/{run_id}/pause", status_code=status.HTTP_202_ACCEPTED)
+def pause_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step and wait; the run pauses once its state says so."""
+    return _body(supervisor.pause(run_id))
+
+
+@router.post("/runs/{run_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
+def save_checkpoint(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step, and go on."""
+    return _body(supervisor.checkpoint(run_id))
+
+
 @router.post("/runs/{run_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Go on with a stopped or failed run from its last checkpoint."""
+    """Go on with a paused run, or with a stopped or failed one from its last checkpoint."""
     return _body(supervisor.resume(run_id))
 
 
@@ -121,16 +135,32 @@ def get_metrics(run_id: str, supervisor: Supervised, since: Annotated[int, Query
     return MetricsBody(metrics=metrics, next=since + len(metrics))
 
 
+@router.get(
+    "/runs/{run_id}/events",
+    response_class=StreamingResponse,
+    responses={status.HTTP_200_OK: {"description": "Server-sent events", "content": {events.MEDIA_TYPE: {}}}},
+)
+def get_events(
+    run_id: str,
+    supervisor: Supervised,
+    last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0,
+) -> StreamingResponse:
+    """`status` and `metrics` as they come, until the run has ended; a metrics event's id is its line's number from 1."""
+    supervisor.runs.get(run_id)  # what is not there is 404, and no stream
+    stream = events.run_events(supervisor.runs, run_id, since=last_event_id)
+    return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers={"Cache-Control": "no-cache"})
+
+
 def _path(run_id: str) -> str:
     return f"/v1/runs/{run_id}"
 
 
 def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
-    links = {"self": path, "metrics": f"{path}/metrics"}
+    links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
-        links["stop"] = f"{path}/stop"
-    if run.is_resumable:
+        links |= {wish: f"{path}/{wish}" for wish in ("stop", "pause", "checkpoint")}
+    if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(
         id=run.run_id, recipe=run.request.recipe, folder=str(run.folder.root), links=links, **run.status.model_dump()

@@ -40,7 +40,7 @@ class RunReporter:
         if is_first:
             _keep_until(folder.metrics, first_step)
         self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
-        self._recent.append((time.monotonic(), 0))
+        self._restart_clock()
 
     def __enter__(self) -> RunReporter:
         return self
@@ -49,8 +49,9 @@ class RunReporter:
         self._metrics.close()
 
     def state(self, state: RunState, reason: str = "") -> None:
-        """Change the run's state."""
-        self._update(state=state, reason=reason, force=True)
+        """Change the run's state; the time it had another does not count as training."""
+        self._restart_clock()
+        self._update(state=state, reason=reason, eta_s=None, force=True)
 
     def step(self, step: int, *, loss: float, num_tokens: int, **values: Any) -> None:
         """Report one optimiser step; `num_tokens` counts context too."""
@@ -81,12 +82,15 @@ class RunReporter:
             adapter_relative_norm=adapters.relative_norm,
             adapter_cosine=adapters.cosine,
         )
-        self._recent.clear()
-        self._recent.append((time.monotonic(), 0))
+        self._restart_clock()
         verdicts = {split: report.verdict for split, report in held_out.conditioning.items()}
         self._update(
             held_out_kl=held_out.kl, conditioning=verdicts, adapters_collapsed=adapters.has_collapsed, force=True
         )
+
+    def _restart_clock(self) -> None:
+        self._recent.clear()
+        self._recent.append((time.monotonic(), 0))
 
     def _line(self, **values: Any) -> None:
         self._metrics.write(json.dumps(values) + "\n")

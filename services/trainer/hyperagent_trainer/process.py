@@ -1,7 +1,8 @@
 """One training process: started, found again, awaited, ended.
 
 The process leads a session of its own, so that neither a terminal's Ctrl-C nor the death of the control
-process reaches it, and so that what it leaves behind can be ended as a group.
+process reaches it, and so that what it leaves behind can be ended as a group. What starts sessions of its
+own, as torchrun does for each rank, is found by a variable that it has inherited.
 
 It starts behind a gate: a shell that waits for one line before it becomes the command. The line is sent
 once process.json is on the disk, so there is never a training process that a later control process could
@@ -27,6 +28,7 @@ from hyperagent_trainer.run_folder import RunFolder
 
 _GATE = 'read -r line && exec "$@" </dev/null'
 _POLL_S = 0.1
+_FOLDER_VARIABLE = "HYPERAGENT_RUN_FOLDER"
 # Linux derives a creation time from the wall clock's idea of the boot time, which clock corrections move.
 _CREATE_TIME_TOLERANCE_S = 2.0
 
@@ -42,8 +44,9 @@ class ProcessRecord(StrictModel):
 class TrainingProcess:
     """A living or just ended training process of one run."""
 
-    def __init__(self, process: psutil.Process, *, child: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, process: psutil.Process, folder: RunFolder, *, child: subprocess.Popen[bytes] | None) -> None:
         self._process = process
+        self._folder = folder
         # None for an adopted process: only a parent learns an exit code.
         self._child = child
 
@@ -65,6 +68,7 @@ class TrainingProcess:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    env={**os.environ, _FOLDER_VARIABLE: str(folder.root)},
                     start_new_session=True,
                 )
         except OSError as error:
@@ -84,7 +88,7 @@ class TrainingProcess:
             # A gate that was killed from outside has no reader; waiting for the process tells.
             with suppress(BrokenPipeError):
                 gate.write(b"go\n")
-        return cls(process, child=child)
+        return cls(process, folder, child=child)
 
     @classmethod
     def find(cls, folder: RunFolder) -> TrainingProcess | None:
@@ -106,7 +110,7 @@ class TrainingProcess:
             ) from error
         try:
             process = psutil.Process(record.pid)
-            found = cls(process, child=None)
+            found = cls(process, folder, child=None)
             same = (
                 abs(process.create_time() - record.create_time) < _CREATE_TIME_TOLERANCE_S
                 and str(folder.root) in process.cmdline()
@@ -135,7 +139,7 @@ class TrainingProcess:
         """
         while self.is_alive():
             time.sleep(_POLL_S)
-        self._kill_group()
+        self._kill_all()
         return self._child.wait() if self._child else None
 
     def terminate(self) -> None:
@@ -146,12 +150,22 @@ class TrainingProcess:
     def kill(self) -> None:
         """End the process and all it started, at once (SIGKILL)."""
         if self.is_alive():
-            self._kill_group()
+            self._kill_all()
 
-    def _kill_group(self) -> None:
+    def _kill_all(self) -> None:
         # An empty group is gone, and its number may come to be somebody else's.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        end_leftovers(self._folder)
+
+
+def end_leftovers(folder: RunFolder) -> None:
+    """End (SIGKILL) what any training process of the run has started and left running."""
+    for process in psutil.process_iter():
+        # One that has ended, or is another user's, is no leftover.
+        with suppress(psutil.Error):
+            if process.environ().get(_FOLDER_VARIABLE) == str(folder.root):
+                process.kill()
 
 
 def describe_exit(exit_code: int | None) -> str:

@@ -46,10 +46,6 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank."""
-        return self.max(float(flag)) > 0
-
     def max(self, number: float) -> float:
         """The largest on any rank."""
         if self.size == 1:

@@ -3,6 +3,7 @@
 request.json      what the caller asked for; the supervisor's own
 recipe.json       the resolved recipe; the supervisor writes it, the training process reads it
 process.json      which process trains, or last did; the supervisor's own
+control.json      what the supervisor asks of the training process that lives: see `hyperagent_trainer.wishes`
 status.json       the training process's last word about itself, replaced as a whole; while no process
                   lives, the supervisor's
 preflight.json    what the pre-flight measured before training started
@@ -26,8 +27,9 @@ from pydantic import Field
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.files import write_atomically
+from hyperagent_trainer.config import TrainRecipe
 
-RunState = Literal["queued", "loading", "running", "saving", "stopped", "failed", "done"]
+RunState = Literal["queued", "loading", "running", "saving", "paused", "stopped", "failed", "done"]
 
 FINAL_STATES: frozenset[RunState] = frozenset({"stopped", "failed", "done"})
 """No process belongs to a run in one of these."""
@@ -49,7 +51,7 @@ class RunStatus(StrictModel):
     tokens_per_s: float | None = None
     """Tokens, context included, over the last steps."""
     eta_s: float | None = None
-    """Seconds until the last step, at the present speed."""
+    """Seconds until the last step, at the present speed; None unless it is running."""
     held_out_kl: dict[str, float] = Field(default_factory=dict)
     """The last evaluation: nats per supervised token, by arm."""
     conditioning: dict[str, str] = Field(default_factory=dict)
@@ -68,6 +70,7 @@ class RunFolder:
         self.request = root / "request.json"
         self.recipe = root / "recipe.json"
         self.process = root / "process.json"
+        self.control = root / "control.json"
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         self.preflight = root / "preflight.json"
@@ -77,6 +80,17 @@ class RunFolder:
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
+
+    def read_recipe(self) -> TrainRecipe:
+        """The resolved recipe.
+
+        Raises:
+            CorruptRecord: it is missing or cannot be read.
+        """
+        try:
+            return TrainRecipe.model_validate_json(self.recipe.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CorruptRecord(f"{self.recipe} is damaged; start a new run of the recipe") from error
 
     def write_status(self, status: RunStatus) -> None:
         """Replace the status, durably.

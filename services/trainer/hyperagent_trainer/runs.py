@@ -22,7 +22,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a recipe may be called."""
 
 MAX_METRIC_LINES = 10_000
-"""Most lines `Runs.metrics` returns at once."""
+"""Most lines a caller gets at once."""
 
 _RUN_ID = re.compile(r"\d{8}-\d{6}-\d{6}")
 
@@ -105,8 +105,8 @@ class Runs:
             ) from error
         return Run(run_id, record.request, record.idempotency_key, folder.read_status(), folder)
 
-    def metrics(self, run_id: str, *, since: int) -> list[dict[str, Any]]:
-        """The run's metrics from line `since` (the first is 0), at most `MAX_METRIC_LINES`.
+    def metrics(self, run_id: str, *, since: int, limit: int = MAX_METRIC_LINES) -> list[dict[str, Any]]:
+        """The run's metrics from line `since` (the first is 0), at most `limit` lines.
 
         A last line that is still being written is left for the next call.
 
@@ -119,7 +119,7 @@ class Runs:
         if not path.exists():
             return values
         with path.open("rb") as lines:
-            for number, line in enumerate(islice(lines, since, since + MAX_METRIC_LINES), start=since):
+            for number, line in enumerate(islice(lines, since, since + limit), start=since):
                 if not line.endswith(b"\n"):
                     break
                 try:

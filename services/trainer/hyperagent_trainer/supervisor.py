@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -26,13 +25,12 @@ import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
 from hyperagent.files import is_aside
+from hyperagent_trainer.command import training_command
 from hyperagent_trainer.config import ControlSettings, load_recipe
-from hyperagent_trainer.process import TrainingProcess, describe_exit
+from hyperagent_trainer.process import TrainingProcess, describe_exit, end_leftovers
 from hyperagent_trainer.run_folder import FINAL_STATES, RunFolder, RunState
 from hyperagent_trainer.runs import NAME_PATTERN, Run, RunRequest, Runs
-
-WORKER = (sys.executable, "-m", "hyperagent_trainer.worker")
-"""The training process's command; the run's folder follows."""
+from hyperagent_trainer.wishes import Wishes, read_wishes, write_wishes
 
 _LOG_TAIL_BYTES = 4096
 _LOG_LINE_CHARACTERS = 300
@@ -60,8 +58,11 @@ class Supervisor:
         runs: the runs, to list and read.
     """
 
-    def __init__(self, settings: ControlSettings, *, command: Sequence[str] = WORKER) -> None:
+    def __init__(self, settings: ControlSettings, *, command: Sequence[str] | None = None) -> None:
         """Take hold of the runs folder, and over what an earlier supervisor left in it.
+
+        Args:
+            command: stands in for every recipe's own training process; a run's folder follows.
 
         Raises:
             ConfigError: there is no recipes folder, or the runs folder cannot be made.
@@ -73,8 +74,8 @@ class Supervisor:
         self.runs = Runs(settings.runs.resolve())
         self._recipes = settings.recipes.resolve()
         self._stop_grace_s = settings.stop_grace_s
-        self._command = tuple(command)
-        self._starting = threading.Lock()
+        self._command = command
+        self._changing = threading.Lock()
         self._training: _Training | None = None
         self._hold = _hold(self.runs.root)
         try:
@@ -85,7 +86,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop the training process as `stop` does, wait for it, and let go of the runs folder."""
-        with self._starting:
+        with self._changing:
             if self._training is not None:
                 self._end(self._training)
             os.close(self._hold)
@@ -103,7 +104,7 @@ class Supervisor:
             Conflict: a run is training, or the key came with another request before.
             ServiceError, StorageError: the system refused to start it.
         """
-        with self._starting:
+        with self._changing:
             if idempotency_key is not None:
                 for run in self.runs.all():
                     if run.idempotency_key == idempotency_key:
@@ -116,24 +117,57 @@ class Supervisor:
             return self._launch(self.runs.create(request, recipe, idempotency_key=idempotency_key))
 
     def resume(self, run_id: str) -> Run:
-        """Go on with a stopped or failed run from its last checkpoint.
+        """End a run's pause, also one it has not come to yet, or go on with a stopped or failed run from its last checkpoint.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: it is not stopped or failed, it has no checkpoint, or a run is training.
+            Conflict: there is nothing to go on with, or another run is training.
             ServiceError, StorageError: the system refused to start it.
         """
-        with self._starting:
+        with self._changing:
             run = self.runs.get(run_id)
+            if self._trains(run):
+                wishes = read_wishes(run.folder.control)
+                if wishes.pause or run.status.state == "paused":
+                    write_wishes(run.folder.control, wishes.model_copy(update={"pause": False}))
+                    return run
             if not run.is_resumable:
                 raise Conflict(
                     f"run {run_id} is {run.status.state} and cannot be resumed: "
-                    "only a stopped or failed run with a checkpoint can; otherwise start a new run"
+                    "only a paused run, or a stopped or failed one with a checkpoint, can; otherwise start a new run"
                 )
             self._make_room()
             changes = {"state": "queued", "reason": "", "eta_s": None, "updated_at": time.time()}
             run.folder.write_status(run.status.model_copy(update=changes))
             return self._launch(run)
+
+    def pause(self, run_id: str) -> Run:
+        """Ask a run's process to save and wait before its next step; asking again changes nothing.
+
+        Raises:
+            NotFound: there is no such run.
+            Conflict: it is not training.
+            StorageError: the file system refused.
+        """
+        with self._changing:
+            run, _ = self._in_training(run_id)
+            wishes = read_wishes(run.folder.control)
+            write_wishes(run.folder.control, wishes.model_copy(update={"pause": True}))
+            return run
+
+    def checkpoint(self, run_id: str) -> Run:
+        """Ask a run's process to save before its next step; a run that pauses has done so already.
+
+        Raises:
+            NotFound: there is no such run.
+            Conflict: it is not training.
+            StorageError: the file system refused.
+        """
+        with self._changing:
+            run, _ = self._in_training(run_id)
+            wishes = read_wishes(run.folder.control)
+            write_wishes(run.folder.control, wishes.model_copy(update={"checkpoints": wishes.checkpoints + 1}))
+            return run
 
     def stop(self, run_id: str) -> Run:
         """Ask a run's process to save and end; it is killed when it has not after the grace period.
@@ -144,12 +178,20 @@ class Supervisor:
             NotFound: there is no such run.
             Conflict: it is not training.
         """
-        run = self.runs.get(run_id)
-        training = self._training
-        if training is None or training.run_id != run_id or run.status.state in FINAL_STATES:
-            raise Conflict(f"run {run_id} is {run.status.state}; there is nothing to stop")
+        run, training = self._in_training(run_id)
         threading.Thread(target=self._end, args=(training,), name=f"stop {run_id}", daemon=True).start()
         return run
+
+    def _in_training(self, run_id: str) -> tuple[Run, _Training]:
+        """The run and the process that trains it."""
+        run, training = self.runs.get(run_id), self._training
+        if training is None or not self._trains(run):
+            raise Conflict(f"run {run_id} is {run.status.state}; there is nothing to stop, pause or save")
+        return run, training
+
+    def _trains(self, run: Run) -> bool:
+        training = self._training
+        return training is not None and training.run_id == run.run_id and run.status.state not in FINAL_STATES
 
     def _make_room(self) -> None:
         """Refuse while a run is training; a process that has said its last word is ended and waited for."""
@@ -162,7 +204,11 @@ class Supervisor:
 
     def _launch(self, run: Run) -> Run:
         try:
-            process = TrainingProcess.start(run.folder, self._command)
+            # What was asked of an earlier process is not asked of this one.
+            write_wishes(run.folder.control, Wishes())
+            processes = run.folder.read_recipe().processes
+            command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
+            process = TrainingProcess.start(run.folder, command)
         except HyperagentError as error:
             _settle(run.folder, state="failed", reason=str(error))
             raise
@@ -181,7 +227,9 @@ class Supervisor:
             if training.killed:
                 reason = f"the training process had not ended {self._stop_grace_s:g} s after SIGTERM and was killed"
                 _settle(training.folder, state="failed", reason=reason)
-            elif training.stop_requested and exit_code in (None, -signal.SIGTERM):
+            elif training.stop_requested and (
+                exit_code in (None, -signal.SIGTERM) or not _has_started(training.folder)
+            ):
                 reason = "stopped on request before the training process could answer signals"
                 _settle(training.folder, state="stopped", reason=reason)
             else:
@@ -204,10 +252,17 @@ class Supervisor:
         for run in self.runs.all():
             process = TrainingProcess.find(run.folder)
             if process is None:
-                _settle(run.folder, state="failed", reason=describe_exit(None))
+                if run.status.state not in FINAL_STATES:
+                    end_leftovers(run.folder)
+                    _settle(run.folder, state="failed", reason=describe_exit(None))
             else:
                 log.info("run adopted", run=run.run_id, pid=process.pid)
                 self._watch(_Training(run.run_id, run.folder, process))
+
+
+def _has_started(folder: RunFolder) -> bool:
+    """Whether the training process has come to the point where it answers SIGTERM; torchrun's exit code does not tell."""
+    return folder.read_status().state not in ("queued", "loading")
 
 
 def _same(run: Run, request: RunRequest) -> Run:

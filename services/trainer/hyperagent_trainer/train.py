@@ -37,6 +37,7 @@ from hyperagent_trainer.network import assemble, describe, read_warm_start, shar
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
 from hyperagent_trainer.recompute import RoutingWatch
+from hyperagent_trainer.run_control import RunControl
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 from hyperagent_trainer.step_cost import StepCost
 from hyperagent_trainer.step_memory import recomputation
@@ -190,9 +191,11 @@ class _Run:
         """Run the optimiser steps after `first_step`; returns the number of the last one done, and the best evaluation."""
         recipe, num_skipped = self.recipe, 0
         plans, batches = self._data_after(first_step)
+        control = RunControl(self.folder.control, self.stop, self.ranks)
         with recomputation(self.adapted.student.model, recipe) as watch:
             for step in range(first_step + 1, recipe.num_steps + 1):
-                if self.ranks.any(self.stop.is_set()) or self.is_over(best):
+                save = partial(self.save, self.folder.checkpoint, step=step - 1, best=best)
+                if self.is_over(best) or not control.obey(save, self.report):
                     return step - 1, best
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)

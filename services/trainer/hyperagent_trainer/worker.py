@@ -1,4 +1,4 @@
-"""The training process: `python -m hyperagent_trainer.worker RUN_FOLDER`, started by the supervisor.
+"""One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER` (`hyperagent_trainer.command`).
 
 SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` names the cache's hot tier,
 for this process as for the teacher.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from hyperagent.errors import HyperagentError
 from hyperagent.logs import configure_logging
-from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.run_folder import RunFolder
 
 
@@ -24,11 +23,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     configure_logging(service="trainer")
-    recipe = TrainRecipe.model_validate_json(folder.recipe.read_bytes())
     from hyperagent_trainer.train import train  # torch takes seconds to import: answer signals first
 
     try:
-        train(recipe, folder, stop, redis_url=os.environ.get("HYPERAGENT_REDIS_URL"))
+        train(folder.read_recipe(), folder, stop, redis_url=os.environ.get("HYPERAGENT_REDIS_URL"))
     except HyperagentError as error:
         status = folder.read_status()
         folder.write_status(status.model_copy(update={"state": "failed", "reason": str(error)}))
