@@ -6,12 +6,22 @@ import base64
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+
+# It reads from descriptor 3 and writes to 4, wherever the pipes' own ends are.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, end in enumerate(ends, start=3):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -24,10 +34,11 @@ class Browser:
     def __init__(self, chromium: str, profile: Path) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # It reads from descriptor 3 and writes to 4.
-        command = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", command, "sh", chromium, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+            [
+                *(sys.executable, "-I", "-c", _START, str(to_browser), str(from_browser)),
+                *(chromium, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"),
+            ],
             pass_fds=(to_browser, from_browser),
             stderr=subprocess.DEVNULL,
         )
