@@ -1,4 +1,4 @@
-"""The trainer's control endpoint: routes that translate between HTTP and the supervisor.
+"""The trainer's control endpoint: routes that translate between HTTP and the supervisor, and a page to watch runs on.
 
 A caller chooses among the recipes the service has and may change a few bounded numbers of them; it can
 name no path, no command and no module.
@@ -20,6 +20,7 @@ from hyperagent.http.app import create_app
 from hyperagent_trainer import events
 from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs import MAX_METRIC_LINES, Run, RunRequest
+from hyperagent_trainer.status_page import PUBLIC_PATHS, page_router
 from hyperagent_trainer.supervisor import Supervisor
 
 router = APIRouter(prefix="/v1")
@@ -58,9 +59,12 @@ def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
         yield
         await run_in_threadpool(supervisor.close)
 
-    app = create_app(title="hyperagent trainer", version=__version__, token=token, lifespan=lifespan)
+    app = create_app(
+        title="hyperagent trainer", version=__version__, token=token, public_paths=PUBLIC_PATHS, lifespan=lifespan
+    )
     app.state.supervisor = supervisor
     app.include_router(router)
+    app.include_router(page_router())
     return app
 
 

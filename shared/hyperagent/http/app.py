@@ -1,13 +1,13 @@
 """A REST application with everything in place but its routes.
 
-Errors leave as problem details, every path but the health checks asks for the bearer token, bodies are limited and
+Errors leave as problem details, every path but the public ones asks for the bearer token, bodies are limited and
 requests are measured. There is no page at /docs: a browser could not send the token, and the page would load its
 scripts from elsewhere. The schema is at /openapi.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Any
@@ -39,12 +39,19 @@ _log = structlog.get_logger()
 
 
 def create_app(
-    *, title: str, version: str, token: str, max_body_bytes: int = 1 << 20, lifespan: Lifespan | None = None
+    *,
+    title: str,
+    version: str,
+    token: str,
+    public_paths: Collection[str] = (),
+    max_body_bytes: int = 1 << 20,
+    lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """An application to add routes to; they raise the project's errors and never handle them.
 
     Args:
         token: what callers must send as `Authorization: Bearer`.
+        public_paths: answered without it, besides the health checks: a page's files, and never anybody's data.
         max_body_bytes: the largest body a request may have.
     """
     registry = CollectorRegistry()
@@ -61,7 +68,7 @@ def create_app(
         responses={"default": {"description": "Problem details (RFC 9457)", **schema}},
         middleware=[
             Middleware(MeasureRequests, registry=registry),
-            Middleware(RequireToken, token=token),
+            Middleware(RequireToken, token=token, public_paths=public_paths),
             Middleware(LimitBody, max_body_bytes=max_body_bytes),
         ],
         exception_handlers={

@@ -76,12 +76,18 @@ class MeasureRequests:
 class RequireToken:
     """Refuses whoever does not carry the bearer token (RFC 6750)."""
 
-    def __init__(self, app: ASGIApp, *, token: str) -> None:
+    def __init__(self, app: ASGIApp, *, token: str, public_paths: Collection[str]) -> None:
+        """Guard `app`.
+
+        Args:
+            public_paths: answered to everybody, as the health checks are.
+        """
         self._app = app
         self._token = token
+        self._public_paths = {*OPEN_PATHS, *public_paths}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in self._public_paths:
             return await self._app(scope, receive, send)
         header = Headers(scope=scope).get("authorization")
         if is_authorised(header, self._token):
