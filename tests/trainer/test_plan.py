@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from typer.testing import CliRunner
 
 from hyperagent.cli.main import build_app
+from hyperagent.errors import ConfigError
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe, load_recipe
 from hyperagent_trainer.memory_estimate import bytes_by_dtype
@@ -54,7 +55,15 @@ def test_a_gpus_share_of_the_80b_student_is_what_fsdp2_counts(real_model: torch.
 
 
 def plan_of(real_model: torch.nn.Module, machine: str, lengths: list[int], **changes: object) -> object:
-    fields = {"student": "s", "tokens": "t", "cache": "c", "student_dtype": "bfloat16", "num_epochs": 22, **changes}
+    fields = {
+        "student": "s",
+        "tokens": "t",
+        "cache": "c",
+        "student_dtype": "bfloat16",
+        "num_epochs": 22,
+        "processes": MACHINES[machine].gpus_per_node,
+        **changes,
+    }
     layers = discover_target_layers(real_model)
     return make_plan(
         TrainRecipe.model_validate(fields), real_model, layers, 168_275_968, MACHINES[machine], lengths,
@@ -84,9 +93,15 @@ def test_without_recomputation_131072_tokens_fit_nowhere(real_model: torch.nn.Mo
     assert kept.memory_total > 500e9
 
 
+def test_a_recipe_for_another_number_of_gpus_is_refused_and_one_process_takes_one(real_model: torch.nn.Module) -> None:
+    with pytest.raises(ConfigError, match="starts 4 processes, 8xh200 has 8 GPUs in each node"):
+        plan_of(real_model, "8xh200", [1000] * 64, processes=4)
+    assert not plan_of(real_model, "8xh200", [1000] * 64, processes=1).fits
+
+
 def write_recipe(folder: Path, student: Path, tokens: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(f"student: {student}\ntokens: {tokens}\ncache: cache\nnum_epochs: 3\nbatch_size: 3\n")
+    path.write_text(f"student: {student}\ntokens: {tokens}\ncache: cache\nnum_epochs: 3\nbatch_size: 3\nprocesses: 8\n")
     return path
 
 

@@ -3,19 +3,21 @@
 Weights, gathered layers, kept inputs, picks, adapters and the network's state are arithmetic and exact. A layer's own peak, the
 network's activations and the reserve are estimates, from the widths of what the layer computes. Times are operations
 divided by an assumed share of the peak, the *frozen MFU*: twice the linear operations (forward, and the gradient of the
-input) and three times those of attention, recomputation not counted.
+input) and three times those of attention. Recomputation, the head, Gated DeltaNet's recurrence and the hypernetwork are not
+among them, and neither is the sum of the network's gradients between nodes in the time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hyperagent.errors import ConfigError
 from hyperagent.model.targets import LayerInfo, num_adapter_parameters
 from hyperagent_trainer.batches import batch_order
 from hyperagent_trainer.config import TrainRecipe
@@ -87,7 +89,18 @@ def make_plan(
         layers: its targets.
         supervised_share: of the tokens.
         mfu: share of the peak that the frozen operations are assumed to reach.
+
+    Raises:
+        ConfigError: the recipe's number of processes is not that of a node's GPUs.
     """
+    if recipe.processes not in (1, machine.gpus_per_node):
+        raise ConfigError(
+            f"the recipe starts {recipe.processes} processes, {machine.name} has {machine.gpus_per_node} GPUs in each node; "
+            "make them equal"
+        )
+    if recipe.processes == 1:
+        # One process trains on one GPU, whatever else there is.
+        machine = replace(machine, gpus_per_node=1, nodes=1)
     recipe = recipe.in_steps(len(lengths))
     config = model.config.get_text_config()
     cost = StepCost.of(model.get_decoder(), config)
@@ -139,7 +152,9 @@ def _memory(
     tokens = longest * recipe.micro_batch_size
     tables: tuple[Tensor, ...] = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # type: ignore[assignment]
     whole = sum(table.numel() for table in tables)
-    network_shards = machine.gpus if recipe.shard_network else 1
+    # A shard stays within a node, and a sharded network is gathered whole for its passes.
+    network_shards = machine.gpus_per_node if recipe.shard_network else 1
+    gathered_network = 0 if network_shards == 1 else 8 * num_network_parameters
     adapters = num_adapter_parameters(layers, recipe.hypernetwork.rank) * recipe.micro_batch_size
     routers = sum(1 for name, _ in decoder.named_modules() if name.endswith("mlp.experts"))
     picks = tokens * getattr(config, "num_experts_per_tok", 0) * routers
@@ -153,8 +168,8 @@ def _memory(
         MemoryItem("layers gathered: one in use, one ahead", 0 if shards == 1 else 2 * largest, True),
         MemoryItem("inputs kept of all layers", kept if recipe.checkpoint_activations else 0, True),
         MemoryItem("one layer run again and backward" if recipe.checkpoint_activations else "activations", inside, False),
-        MemoryItem("loss: workspace, hidden states, gradient", _LOSS_WORKSPACE + round((1 + 2 * supervised_share) * tokens * size * element), True),
-        MemoryItem("network, gradient and AdamW", math.ceil(num_network_parameters / network_shards) * _TRAINED_BYTES, True),
+        MemoryItem("loss: workspace, hidden states, gradient", (recipe.loss_workspace_bytes or _LOSS_WORKSPACE) + round((1 + 2 * supervised_share) * tokens * size * element), True),
+        MemoryItem("network, gradient and AdamW", math.ceil(num_network_parameters / network_shards) * _TRAINED_BYTES + gathered_network, True),
         MemoryItem("network's activations", 10 * recipe.max_prompt_tokens * recipe.hypernetwork.width * 4 * recipe.micro_batch_size, False),
         MemoryItem("adapters and their gradients", 3 * 4 * adapters, True),
         MemoryItem("router picks", 2 * picks if recipe.checkpoint_activations else 0, True),
