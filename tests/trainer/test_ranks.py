@@ -110,8 +110,10 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     process = train_on(2, folder)
     while process.poll() is None and not folder.checkpoint.exists():
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # torchrun gives every rank a session of its own.
+    for victim in (*psutil.Process(process.pid).children(recursive=True), process):
+        victim.kill()
+        victim.wait()
     done = len(losses(folder))
     assert 3 <= done < 6
     assert train_on(3, folder).wait() == 0
