@@ -49,8 +49,10 @@ def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, on
     assert report.gap_closed["own"] >= 0.9
     assert report.gap_closed["static"] >= 0.9
     assert report.gap_closed["shuffled"] == pytest.approx(report.gap_closed["own"], abs=0.02)
-    assert report.conditioning_gain.low is not None
-    assert report.conditioning_gain.low <= 0
+    # Not the interval around the own prompt's gain: by chance alone it lies above 0 in one seed of forty.
+    assert report.over_static is not None
+    assert report.over_static.low is not None
+    assert report.over_static.low <= 0
     assert report.verdict == STATIC_SUFFICES
 
 

@@ -38,6 +38,7 @@ class AdapterStatistics:
         return self.cosine is not None and self.cosine > COLLAPSED_COSINE
 
 
+@torch.no_grad()
 def adapter_statistics(
     adapters: AdapterWeights, layers: Sequence[LayerInfo], weight_norms: Mapping[str, float], *, scale: float
 ) -> AdapterStatistics:
