@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,11 @@ def our_step(options: argparse.Namespace, *, static: bool = False, recomputed: b
     adapted = AdaptedStudent(student, network)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     prompts = [ids.numpy().astype(np.uint32) for ids in batch.token_ids_BT[:, :PROMPT_TOKENS]]
-    if recomputed:
-        recomputed_layers(student.model).__enter__()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        adapted.backward(batch, adapted.adapters(prompts), recipe.loss, scale=1 / batch.num_rows)
+        with recomputed_layers(student.model) if recomputed else nullcontext():
+            adapted.backward(batch, adapted.adapters(prompts), recipe.loss, scale=1 / batch.num_rows)
         torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
         optimizer.step()
 
