@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3NextConfig
 
 from hyperagent.model.blocks import Attention
 from hyperagent.model.featurizer import EmbeddingFeaturizer
 from hyperagent.model.hypernetwork import PRESETS, AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo, discover_target_layers, num_adapter_parameters
+from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 
 VOCAB, HIDDEN = 151_936, 2048
 REPEATS = 3
@@ -37,16 +37,17 @@ Product = tuple[int, int, int, int]
 """(batch, rows, inner, columns) of one matrix product."""
 
 
-def student_layers() -> list[LayerInfo]:
-    """The default targets of Qwen3-Coder-Next, from its architecture alone."""
+def real_student() -> PreTrainedModel:
+    """Qwen3-Coder-Next on the meta device, from its architecture alone."""
     config = Qwen3NextConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
         head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
         linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
         num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
-        return discover_target_layers(AutoModelForCausalLM.from_config(config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def products_of(network: AgenticHyperNetwork, run: Callable[[], object]) -> Counter[Product]:
@@ -97,7 +98,7 @@ def bound_seconds(products: Counter[Product]) -> float:
 def measure(preset: str, num_tokens: int) -> dict[str, Any]:
     """One prompt length: seconds of each stage, of the whole, and of the bound; memory; sizes."""
     torch.manual_seed(0)
-    layers = student_layers()
+    layers = discover_target_layers(real_student())
     network = AgenticHyperNetwork(HyperNetworkConfig.preset(preset), layers, HIDDEN).eval()
     featurizer = EmbeddingFeaturizer(torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16))
     for head in network.b_parameters():

@@ -16,8 +16,7 @@ import platform
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, Qwen3NextConfig
+from generate import real_student
 
 from hyperagent.data.tokens import TRAIN, read_tokens
 from hyperagent_trainer.batches import batch_order
@@ -29,14 +28,8 @@ LONGEST = 131_072
 
 
 def student_cost() -> StepCost:
-    config = Qwen3NextConfig(
-        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
-        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-        linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
-        num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return StepCost.of(AutoModelForCausalLM.from_config(config).get_decoder(), config)
+    model = real_student()
+    return StepCost.of(model.get_decoder(), model.config)
 
 
 def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_student import real_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, Qwen3NextConfig
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hyperagent.cli.main import build_app
@@ -24,26 +25,18 @@ from hyperagent_trainer.student_shards import shard_student
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# Of the published config.json.
-REAL = Qwen3NextConfig(
-    vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
-    head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-    linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
-    num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def real_model() -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(REAL, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(real_config(), dtype=torch.bfloat16)
 
 
 def test_a_gpus_share_of_the_80b_student_is_what_fsdp2_counts(real_model: torch.nn.Module) -> None:
     shard = shard_bytes(real_model.get_decoder(), 8, 2)
     whole = 2 * 151_936 * 2048 * 2
     with torch.device("meta"):
-        sharded = AutoModelForCausalLM.from_config(REAL, dtype=torch.bfloat16)
+        sharded = AutoModelForCausalLM.from_config(real_config(), dtype=torch.bfloat16)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     try:
         shard_student(sharded, init_device_mesh("cpu", (8,)))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_student import tiny_config
+from tiny_student import real_config, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from hyperagent_trainer.batches import batches_from
 from hyperagent_trainer.step_cost import StepCost
@@ -66,14 +66,8 @@ def decoder_cost(config: PreTrainedConfig) -> StepCost:
 
 
 def test_the_cost_of_the_80b_student_is_that_of_its_active_parameters() -> None:
-    # Of the published config.json; 3.252e9 active parameters in the layers' products, twelve layers of attention.
-    config = Qwen3NextConfig(
-        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
-        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-        linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
-        num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
-    )  # fmt: skip
-    cost = decoder_cost(config)
+    # 3.252e9 active parameters in the layers' products, twelve layers of attention.
+    cost = decoder_cost(real_config())
     assert cost.per_token == pytest.approx(3 * 2 * 3.252e9, rel=2e-3)
     assert cost.per_token_squared == pytest.approx(4.5 * 2 * 4096 * 12)
 

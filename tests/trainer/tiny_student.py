@@ -40,6 +40,16 @@ def tiny_config(**changes: Any) -> Qwen3NextConfig:
     return Qwen3NextConfig(**{**shape, **changes})
 
 
+def real_config() -> Qwen3NextConfig:
+    """That of Qwen3-Coder-Next, 80B, from its published config.json."""
+    return Qwen3NextConfig(
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
+        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+        linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
+        num_experts_per_tok=10, full_attention_interval=4, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def write_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer without merges and with two control tokens: 258 entries."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

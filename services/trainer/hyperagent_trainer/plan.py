@@ -27,7 +27,7 @@ from hyperagent_trainer.steps import plan_step
 
 _LOSS_WORKSPACE = 600 * 2**20
 _RESERVE = 6 * 10**9
-"""Of the driver, NCCL and fragmentation; seen on such machines, not computed."""
+"""Of the driver, NCCL and fragmentation; an assumption."""
 # Weight, gradient and AdamW's two moments, float32.
 _TRAINED_BYTES = 16
 

@@ -65,11 +65,6 @@ class Ranks:
             for parameter, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = gradient.view_as(parameter)
 
-    def wait(self) -> None:
-        """Until every rank has come here."""
-        if self.size > 1:
-            dist.barrier()
-
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """In their order, by type, so many numbers at once that starting a sum costs little beside it."""

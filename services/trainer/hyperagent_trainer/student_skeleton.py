@@ -16,6 +16,10 @@ def student_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel
     Raises:
         ConfigError: the folder holds no config.json of a model that transformers knows.
     """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is not a model folder: it has no config.json; name the student's folder in the recipe"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
