@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     try:
         code = process.wait(800)
     finally:
-        # The services that the blocks leave running in the background.
-        os.killpg(process.pid, signal.SIGKILL)
+        # The services that the blocks leave running in the background, if any has been reached.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, log.read_text(encoding="utf-8")[-4000:]
     assert (tmp_path / "runs/demo/report.png").is_file()
     assert list((tmp_path / "runs/steps/runs").glob("*/bundle/bundle.json"))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,19 @@ def test_an_item_whose_workers_vanish_is_set_aside(opened: Open) -> None:
     assert queue.claim("w3") is None
     (aside,) = queue.set_aside()
     assert (aside.tries, aside.reason) == (2, "its worker vanished 2 times")
+
+
+def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    for round_ in range(20):
+        start = threading.Barrier(8)
+
+        def open_when_all_are_ready(place: str = str(tmp_path / f"{round_}.sqlite")) -> None:
+            start.wait(60)
+            open_queue(place).close()
+
+        with ThreadPoolExecutor(8) as pool:
+            for opening in [pool.submit(open_when_all_are_ready) for _ in range(8)]:
+                opening.result()
 
 
 def _work(place: str, worker: str, start: Any, results: Any) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -110,10 +111,14 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     process = train_on(2, folder)
     while process.poll() is None and not folder.checkpoint.exists():
         time.sleep(0.05)
-    # torchrun gives every rank a session of its own.
-    for victim in (*psutil.Process(process.pid).children(recursive=True), process):
-        victim.kill()
-        victim.wait()
+    # torchrun gives every rank a session of its own, and ends the others when one dies.
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.kill()
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
     done = len(losses(folder))
     assert 3 <= done < 6
     assert train_on(3, folder).wait() == 0

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hyperagent.errors import ConfigError, StorageError
 from hyperagent.fill.queue import VANISHED, Claim, Finished, QueueCounts, SetAside, WorkItem
 
@@ -41,6 +43,7 @@ CREATE INDEX by_turn ON items (queue, state, tries, row);
 """
 _ITEM = "item_id, row, trajectory_id, num_tokens, num_rows"
 _ITEM_FIELDS = 5
+_WAIT_S = 30.0
 
 
 class SqliteQueue:
@@ -62,9 +65,10 @@ class SqliteQueue:
         self._lock = threading.Lock()
         with self._refusals():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
         try:
-            with self._refusals():
+            # Two that change the journal's mode at once do not wait for each other: SQLite answers "locked" at once.
+            with self._refusals(), FileLock(f"{path}.lock", timeout=_WAIT_S):
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 # Losing the last moments to a power cut means doing some items again, which is what happens anyway.
                 self._connection.execute("PRAGMA synchronous = NORMAL")
