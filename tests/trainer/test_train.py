@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -22,7 +19,7 @@ import yaml
 from blake3 import blake3
 from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
-from tiny_runs import losses, metrics, run
+from tiny_runs import losses, metrics, run, start_worker
 from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
@@ -226,18 +223,6 @@ def test_learning_rate_warms_up_and_decays(recipe: TrainRecipe) -> None:
     assert factors[9] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[9:]))
-
-
-def start_worker(recipe: TrainRecipe, root: Path) -> subprocess.Popen[bytes]:
-    root.mkdir()
-    folder = RunFolder(root)
-    folder.recipe.write_text(recipe.model_dump_json())
-    with folder.log.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
 
 
 def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,3 +28,17 @@ def metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 def losses(folder: RunFolder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+
+
+def start_worker(recipe: TrainRecipe, root: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """The training process itself, with these variables in its environment."""
+    root.mkdir()
+    folder = RunFolder(root)
+    folder.recipe.write_text(recipe.model_dump_json())
+    with folder.log.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        )

@@ -14,6 +14,7 @@ from typing import IO, Any
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluate import HeldOut
+from hyperagent_trainer.loggers import Loggers
 from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
@@ -25,20 +26,25 @@ _STATUS_INTERVAL_S = 0.5
 class RunReporter:
     """Writes a run's metrics and status; a context manager."""
 
-    def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int, is_first: bool = True) -> None:
+    def __init__(
+        self, folder: RunFolder, *, num_steps: int, first_step: int, loggers: Loggers, is_first: bool = True
+    ) -> None:
         """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
 
         Args:
-            is_first: whether this is the rank that writes; on others nothing is.
+            loggers: what else is told every line of the metrics, and closed in the end.
+            is_first: whether this is the rank that writes; on others nothing is, and `loggers` has to be empty.
         """
         self._folder = folder
         self._is_first = is_first
+        self._loggers = loggers
         self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
         self._written_at = 0.0
         self._skipped = 0
         if is_first:
-            _keep_until(folder.metrics, first_step)
+            # From step 0 on, a run begins with an evaluation at step 0.
+            _keep_until(folder.metrics, first_step or -1)
         self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
         self._restart_clock()
 
@@ -47,6 +53,7 @@ class RunReporter:
 
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
+        self._loggers.close()
 
     def state(self, state: RunState, reason: str = "") -> None:
         """Change the run's state; the time it had another does not count as training."""
@@ -95,6 +102,7 @@ class RunReporter:
     def _line(self, **values: Any) -> None:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
+        self._loggers.log(values)
 
     def _update(self, *, force: bool = False, **changes: Any) -> None:
         self._status = self._status.model_copy(update={**changes, "updated_at": time.time()})

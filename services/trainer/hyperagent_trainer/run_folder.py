@@ -8,6 +8,8 @@ status.json       the training process's last word about itself, replaced as a w
                   lives, the supervisor's
 preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; only ever appended
+tensorboard/      with the logger of that name: event files
+wandb/            with the logger of that name: a folder per start, for `wandb sync` where it was offline
 log.txt           the training process's stdout and stderr
 checkpoint/       the last checkpoint: network, optimiser, step
 best/             with `patience`: the checkpoint of the best evaluation
@@ -74,6 +76,7 @@ class RunFolder:
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         self.preflight = root / "preflight.json"
+        self.tensorboard = root / "tensorboard"
         self.log = root / "log.txt"
         self.checkpoint = root / "checkpoint"
         self.best = root / "best"

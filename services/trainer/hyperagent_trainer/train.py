@@ -30,6 +30,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
+from hyperagent_trainer.loggers import Loggers, require_installed
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.metrics import RunReporter, held_out_kl_at
@@ -63,6 +64,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     with joined_ranks() as ranks:
         if ranks.is_first:
             folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
+        require_installed(recipe.loggers)
         dtype = getattr(torch, recipe.student_dtype)
         student = Student(recipe.student, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
         hot = HotTier.connect(redis_url) if redis_url else None
@@ -114,7 +116,10 @@ def _train_from(
         log.info("resumed", step=step)
     evaluation = Evaluation(splits, training, seed=recipe.seed)
 
-    with RunReporter(folder, num_steps=recipe.num_steps, first_step=step, is_first=ranks.is_first) as report:
+    loggers = Loggers.of(recipe, folder) if ranks.is_first else Loggers({})
+    with RunReporter(
+        folder, num_steps=recipe.num_steps, first_step=step, loggers=loggers, is_first=ranks.is_first
+    ) as report:
         report.state("running")
         prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
         sizes = weight_norms(student.model, network.layers)
