@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import signal
-import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +18,7 @@ import yaml
 from blake3 import blake3
 from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
-from tiny_runs import losses, metrics, run, start_worker
+from tiny_runs import StopAfter, losses, metrics, run, start_worker
 from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
@@ -75,18 +74,6 @@ def test_the_bundle_makes_the_adapter_that_training_ended_with(recipe: TrainReci
     with torch.no_grad():
         bare = student(input_ids=probe["token_ids"][None]).logits[0]
     assert float((bare - probe["logits"]).abs().max()) > 1e-3
-
-
-class StopAfter(threading.Event):
-    """Set once it has been asked `count` times."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._left = count
-
-    def is_set(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def test_the_bundle_has_a_model_card(recipe: TrainRecipe, tmp_path: Path) -> None:

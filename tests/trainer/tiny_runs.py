@@ -15,6 +15,18 @@ from hyperagent_trainer.run_folder import RunFolder
 from hyperagent_trainer.train import train
 
 
+class StopAfter(threading.Event):
+    """Set once it has been asked `count` times."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._left = count
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
 def run(recipe: TrainRecipe, root: Path, stop: threading.Event | None = None) -> RunFolder:
     root.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(root)

@@ -8,6 +8,7 @@ optimizer.safetensors   AdamW's moments and step counts, as <parameter>.<name>
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hyperagent.config import parse
-from hyperagent.errors import ConfigError, CorruptRecord
+from hyperagent.errors import ConfigError, CorruptRecord, NotFound
 from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
@@ -27,6 +28,8 @@ from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.ranks import placed_like, whole
 
 FORMAT_VERSION = 3
+# More than two renames take.
+_REPLACED_S = 0.1
 
 
 class CheckpointManifest(NetworkManifest):
@@ -109,11 +112,7 @@ def load_checkpoint(
             found=_brief(getattr(belongs_to, name)),
             remedy="restore what the run was started with, or start a new run",
         )
-    contents = {}
-    for name, digest in manifest.files.items():
-        contents[name] = (folder / name).read_bytes()
-        if blake3(contents[name]).hexdigest() != digest:
-            raise CorruptRecord(f"{folder / name} is not the file that was written; start a new run")
+    contents = _read_contents(folder, manifest)
     weights, state_dict = load(contents["network.safetensors"]), network.state_dict()
     network.load_state_dict(
         {name: placed_like(tensor, state_dict.get(name, tensor)) for name, tensor in weights.items()}, strict=True
@@ -127,6 +126,45 @@ def load_checkpoint(
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     return manifest
+
+
+def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
+    """A checkpoint's manifest and the network's weights, also while the run replaces it by newer ones.
+
+    Raises:
+        NotFound: there is none.
+        ConfigError: it is of another release's format.
+        CorruptRecord: a file is missing, or is not the one that was written.
+    """
+    before: bytes | None = b""
+    while True:
+        try:
+            found: bytes | None = (folder / "checkpoint.json").read_bytes()
+        except FileNotFoundError:
+            found = None
+        try:
+            manifest = _read_manifest(folder)
+            return manifest, load(_read_contents(folder, manifest)["network.safetensors"])
+        except CorruptRecord:
+            # Not one checkpoint's files, unless the same one stands there still; or the moment between two renames.
+            if found == before:
+                if found is None:
+                    raise NotFound(f"there is no checkpoint in {folder}") from None
+                raise
+        before = found
+        time.sleep(_REPLACED_S)
+
+
+def _read_contents(folder: Path, manifest: CheckpointManifest) -> dict[str, bytes]:
+    contents = {}
+    for name, digest in manifest.files.items():
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise CorruptRecord(f"{folder / name} cannot be read: {error.strerror}; start a new run") from error
+        if blake3(contents[name]).hexdigest() != digest:
+            raise CorruptRecord(f"{folder / name} is not the file that was written; start a new run")
+    return contents
 
 
 def _on_host(tensor: Tensor) -> Tensor:

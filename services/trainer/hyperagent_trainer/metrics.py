@@ -7,10 +7,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hyperagent.errors import CorruptRecord
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluate import HeldOut
@@ -115,15 +116,36 @@ def _keep_until(metrics: Path, last_step: int) -> None:
     """Cut lines of later steps, and what a killed process left of a line."""
     if not metrics.exists():
         return
-    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    kept = [line for line in _whole_lines(metrics) if json.loads(line)["step"] <= last_step]
     write_atomically(metrics, "".join(kept).encode())
 
 
-def held_out_kl_at(metrics: Path, step: int) -> dict[str, float]:
-    """What the evaluation after `step` found, by arm."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, float] = next(
-        x["held_out_kl"] for x in reversed(lines) if x["step"] == step and "held_out_kl" in x
-    )
-    return found
+@dataclass(frozen=True)
+class HeldOutKL:
+    """What one evaluation found."""
+
+    step: int
+    """Optimiser steps done before it."""
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+
+
+def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
+    """Of the last evaluation at `step` or before it; the run may be writing meanwhile.
+
+    Raises:
+        CorruptRecord: the metrics cannot be read, or tell of none.
+    """
+    try:
+        lines = [json.loads(line) for line in _whole_lines(metrics)]
+    except (OSError, ValueError) as error:
+        raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
+    for line in reversed(lines):
+        if line["step"] <= step and "held_out_kl" in line:
+            return HeldOutKL(line["step"], line["held_out_kl"])
+    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
+
+
+def _whole_lines(metrics: Path) -> list[str]:
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

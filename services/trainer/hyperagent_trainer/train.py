@@ -33,7 +33,7 @@ from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loggers import Loggers, require_installed
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
-from hyperagent_trainer.metrics import RunReporter, held_out_kl_at
+from hyperagent_trainer.metrics import RunReporter, last_held_out_kl
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
@@ -137,18 +137,17 @@ def _train_from(
         probe = make_probe(adapted, splits[HELD_OUT])
         trained = whole_network(network, recipe, student, warm_start)
         if ranks.is_first:
-            teacher = cache.identity.fingerprint
             export(
-                folder,
-                student,
+                folder.adapter if recipe.arm == "static" else folder.bundle,
                 trained,
                 recipe,
                 belongs_to=belongs_to,
-                teacher=teacher,
+                embeddings=student.embeddings,
+                teacher=cache.identity.fingerprint,
                 step=step,
-                probe=probe,
-                held_out_kl=held_out_kl_at(folder.metrics, step),
+                held_out=last_held_out_kl(folder.metrics, step),
             )
+            write_atomically(folder.probe, probe)
         report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 
