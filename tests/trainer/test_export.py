@@ -305,8 +305,8 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
     try:
         while not (tmp_path / "checkpoint").exists():
             pass
-        steps = []
-        for _ in range(300):
+        steps: list[int] = []
+        while len(set(steps)) < 200:
             manifest, weights = read_network(tmp_path / "checkpoint")
             assert (weights["weight"] == manifest.step).all()
             steps.append(manifest.step)
@@ -314,4 +314,3 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
         ended.set()
         writer.join()
     assert steps == sorted(steps)
-    assert len(set(steps)) > 10
