@@ -74,9 +74,12 @@ def test_a_run_is_started_watched_stopped_and_resumed(client: TestClient) -> Non
 
     assert client.post(run["links"]["resume"]).status_code == 202
     wait_for_state(client, run, "running")
-    conflict = client.post("/v1/runs", json={"recipe": "finishes"})
+    waiting = start(client, "finishes")
+    assert (waiting["state"], set(waiting["links"])) == ("queued", {"self", "metrics", "events", "stop"})
+    conflict = client.post(f"{waiting['links']['self']}/pause")
     assert conflict.status_code == 409
-    assert run["id"] in conflict.json()["detail"]
+    assert waiting["id"] in conflict.json()["detail"]
+    assert client.post(waiting["links"]["stop"]).json()["state"] == "stopped"
 
 
 def test_the_same_idempotency_key_answers_with_the_same_run(client: TestClient) -> None:

@@ -59,6 +59,9 @@ match behaviour:
         ignore_sigterm("running")
     case "lingers":
         ignore_sigterm("done")
+    case "stops-and-lingers":
+        save(7)
+        ignore_sigterm("stopped")
     case "answers-no-signals-yet":
         say("loading")
         time.sleep(600)

@@ -89,7 +89,7 @@ def start_run(
     supervisor: Supervised,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> RunBody:
-    """Start a run; with an Idempotency-Key, the same request again returns the same run."""
+    """Start a run, or let it wait for the one that trains; with an Idempotency-Key, the same request again returns the same run."""
     run = supervisor.start(body, idempotency_key=idempotency_key)
     response.headers["Location"] = _path(run.run_id)
     return _body(run)
@@ -109,7 +109,7 @@ def get_run(run_id: str, supervisor: Supervised) -> RunBody:
 
 @router.post("/runs/{run_id}/stop", status_code=status.HTTP_202_ACCEPTED)
 def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Save a checkpoint and end; the run is stopped once its state says so."""
+    """Save a checkpoint and end, or leave the queue; the run is stopped once its state says so."""
     return _body(supervisor.stop(run_id))
 
 
@@ -163,7 +163,8 @@ def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
     links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
-        links |= {wish: f"{path}/{wish}" for wish in ("stop", "pause", "checkpoint")}
+        wishes = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
+        links |= {wish: f"{path}/{wish}" for wish in wishes}
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(

@@ -59,26 +59,29 @@ class Run:
         return self.status.state in ("stopped", "failed") and self.folder.checkpoint.is_dir()
 
 
+def new_run_id() -> str:
+    """The id of a run that begins now."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
 class Runs:
     """The runs under one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def create(self, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> Run:
+    def create(self, run_id: str, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> None:
         """Make the folder of a new run, whole or not at all.
 
         Raises:
             StorageError: the file system refused.
         """
-        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         record = _RunRecord(request=request, idempotency_key=idempotency_key)
         with new_directory(self.root / run_id) as root:
             folder = RunFolder(root)
             folder.request.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.recipe.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.write_status(RunStatus(state="queued", num_steps=recipe.num_steps))
-        return self.get(run_id)
 
     def all(self) -> list[Run]:
         """Every run, the newest first.
@@ -96,7 +99,7 @@ class Runs:
             NotFound: there is no such run.
             CorruptRecord: its files cannot be read.
         """
-        folder = self._folder(run_id)
+        folder = self.folder(run_id)
         try:
             record = _RunRecord.model_validate_json(folder.request.read_bytes())
         except (OSError, ValueError) as error:
@@ -114,7 +117,7 @@ class Runs:
             NotFound: there is no such run.
             CorruptRecord: a line is not JSON.
         """
-        path = self._folder(run_id).metrics
+        path = self.folder(run_id).metrics
         values: list[dict[str, Any]] = []
         if not path.exists():
             return values
@@ -128,7 +131,12 @@ class Runs:
                     raise CorruptRecord(f"{path}: line {number + 1} is not JSON; delete it to read on") from error
         return values
 
-    def _folder(self, run_id: str) -> RunFolder:
+    def folder(self, run_id: str) -> RunFolder:
+        """One run's files.
+
+        Raises:
+            NotFound: there is no such run.
+        """
         # The pattern keeps a caller's "../.." out of the path.
         folder = RunFolder(self.root / run_id)
         if not _RUN_ID.fullmatch(run_id) or not folder.root.is_dir():
