@@ -98,6 +98,8 @@ def test_the_same_idempotency_key_answers_with_the_same_run(client: TestClient) 
         {"recipe": "finishes", "overrides": {"num_steps": 0}},
         {"recipe": "finishes", "overrides": {"batch_size": 100_000}},
         {"recipe": "finishes", "overrides": {"student": "/etc"}},
+        {"recipe": "finishes", "overrides": {"seed": False}},
+        {"recipe": "finishes", "overrides": {"num_steps": "7"}},
         {"recipe": "../recipes/finishes"},
         {"recipe": "finishes", "command": ["sh"]},
         {},

@@ -17,7 +17,7 @@ from hyperagent_trainer.config import ControlSettings, TrainRecipe
 from hyperagent_trainer.control import create_control_app
 from hyperagent_trainer.events import run_events
 from hyperagent_trainer.run_folder import RunState, RunStatus
-from hyperagent_trainer.runs import Run, RunRequest, Runs
+from hyperagent_trainer.runs import Run, RunRequest, Runs, new_run_id
 from hyperagent_trainer.supervisor import Supervisor
 
 Event = tuple[str, int | None, dict[str, Any]]
@@ -38,7 +38,7 @@ def runs(tmp_path: Path) -> Runs:
 @pytest.fixture
 def run(runs: Runs) -> Run:
     recipe = TrainRecipe(student=Path("s"), tokens=Path("t"), cache=Path("c"))
-    return runs.create(RunRequest(recipe="r"), recipe, idempotency_key=None)
+    return runs.create(new_run_id(), RunRequest(recipe="r"), recipe, idempotency_key=None)
 
 
 def say(run: Run, state: RunState, step: int = 0) -> None:
@@ -120,7 +120,7 @@ def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_
     recipes.mkdir()
     supervisor = Supervisor(ControlSettings(recipes=recipes, runs=runs.root))
     recipe = TrainRecipe(student=Path("s"), tokens=Path("t"), cache=Path("c"))
-    run = runs.create(RunRequest(recipe="r"), recipe, idempotency_key=None)
+    run = runs.create(new_run_id(), RunRequest(recipe="r"), recipe, idempotency_key=None)
     add_lines(run, 1, 12)
     app = create_control_app(supervisor, token="secret")
     with TestClient(app, headers={"Authorization": "Bearer secret"}) as client:

@@ -6,23 +6,19 @@ import json
 import math
 import re
 import shutil
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from browser import Browser
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from served import served
 
 import hyperagent_trainer
 from hyperagent_trainer.config import ControlSettings, TrainRecipe
 from hyperagent_trainer.control import create_control_app
 from hyperagent_trainer.run_folder import RunStatus
-from hyperagent_trainer.runs import Run, RunRequest
+from hyperagent_trainer.runs import Run, RunRequest, new_run_id
 from hyperagent_trainer.status_page import PUBLIC_PATHS
 from hyperagent_trainer.supervisor import Supervisor
 
@@ -84,7 +80,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
 def make_run(supervisor: Supervisor, *, num_lines: int, evaluations: bool = True) -> Run:
     """A run of which a line of each kind is known; it lacks the fields of the hot tier."""
     recipe = TrainRecipe(student=Path("s"), tokens=Path("t"), cache=Path("c"), num_steps=4000)
-    run = supervisor.runs.create(RunRequest(recipe="qwen3-next-80b"), recipe, idempotency_key=None)
+    run = supervisor.runs.create(new_run_id(), RunRequest(recipe="qwen3-next-80b"), recipe, idempotency_key=None)
     with run.folder.metrics.open("w") as file:
         for step in range(num_lines):
             if evaluations and step % 200 == 0:
@@ -110,19 +106,6 @@ def make_run(supervisor: Supervisor, *, num_lines: int, evaluations: bool = True
     )
     run.folder.write_status(status)
     return run
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def sign_in(browser: Browser, token: str) -> None:

@@ -34,13 +34,13 @@ def train_until_told() -> None:
     saved = run / "checkpoint" / "step"
     step = int(saved.read_text()) if saved.exists() else 0
     with (run / "metrics.jsonl").open("a", buffering=1) as metrics:
-        while not told:
+        while not told and step < recipe["num_steps"]:
             step += 1
             metrics.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
             say("running", step)
             time.sleep(0.02)
     save(step)
-    say("stopped", step)
+    say("stopped" if told else "done", step)
 
 
 def ignore_sigterm(state: str) -> None:

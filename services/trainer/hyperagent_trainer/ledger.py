@@ -45,7 +45,7 @@ class Ledger:
     def close(self) -> None:
         self._database.close()
 
-    def add(self, run_id: str, idempotency_key: str | None, *, make_folder: Callable[[], None]) -> None:
+    def add(self, run_id: str, idempotency_key: str | None, *, make_folder: Callable[[], object]) -> None:
         """Enter a new run, at the end of the queue, and make its folder; or neither."""
         with self._database.transaction() as database:
             database.execute("INSERT INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, _end_of_queue(database)))

@@ -70,7 +70,7 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def create(self, run_id: str, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> None:
+    def create(self, run_id: str, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> Run:
         """Make the folder of a new run, whole or not at all.
 
         Raises:
@@ -82,6 +82,7 @@ class Runs:
             folder.request.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.recipe.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.write_status(RunStatus(state="queued", num_steps=recipe.num_steps))
+        return self.get(run_id)
 
     def all(self) -> list[Run]:
         """Every run, the newest first.
