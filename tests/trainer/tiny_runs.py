@@ -25,3 +25,7 @@ def metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 def losses(folder: RunFolder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+
+
+def last_checkpoint(folder: RunFolder) -> Path:
+    return folder.checkpoint(folder.saved_steps()[-1])

@@ -24,15 +24,14 @@ def say(state: str, step: int = 0) -> None:
 
 
 def save(step: int) -> None:
-    (run / "checkpoint").mkdir(exist_ok=True)
-    (run / "checkpoint" / "step").write_text(str(step))
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def train_until_told() -> None:
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    saved = run / "checkpoint" / "step"
-    step = int(saved.read_text()) if saved.exists() else 0
+    step = max((int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("*")), default=0)
     with (run / "metrics.jsonl").open("a", buffering=1) as metrics:
         while not told and step < recipe["num_steps"]:
             step += 1

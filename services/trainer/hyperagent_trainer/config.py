@@ -103,6 +103,8 @@ class TrainRecipe(StrictModel):
     """Steps between evaluations on the held-out split; there is always one at the end."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The last so many checkpoints are kept, and with `patience` that of the best evaluation."""
 
     @property
     def loss_workspace_bytes(self) -> int | None:

@@ -9,8 +9,7 @@ status.json       the training process's last word about itself, replaced as a w
 preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; only ever appended
 log.txt           the training process's stdout and stderr
-checkpoint/       the last checkpoint: network, optimiser, step
-best/             with `patience`: the checkpoint of the best evaluation
+checkpoints/      step-00000200/ and so on: network, optimiser and step; the last few, with `patience` also the best
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
@@ -18,6 +17,7 @@ probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle b
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,8 @@ RunState = Literal["queued", "loading", "running", "saving", "paused", "stopped"
 
 FINAL_STATES: frozenset[RunState] = frozenset({"stopped", "failed", "done"})
 """No process belongs to a run in one of these."""
+
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 class RunStatus(StrictModel):
@@ -75,11 +77,21 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"
         self.preflight = root / "preflight.json"
         self.log = root / "log.txt"
-        self.checkpoint = root / "checkpoint"
-        self.best = root / "best"
+        self.checkpoints = root / "checkpoints"
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` optimiser steps lies, if there is one."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def saved_steps(self) -> list[int]:
+        """The steps there are checkpoints of, the last at the end."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(name[1]) for name in found if name)
 
     def read_recipe(self) -> TrainRecipe:
         """The resolved recipe.

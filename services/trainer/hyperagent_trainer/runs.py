@@ -56,7 +56,7 @@ class Run:
     @property
     def is_resumable(self) -> bool:
         """Whether there is something to go on from and no process that does."""
-        return self.status.state in ("stopped", "failed") and self.folder.checkpoint.is_dir()
+        return self.status.state in ("stopped", "failed") and bool(self.folder.saved_steps())
 
 
 def new_run_id() -> str:
