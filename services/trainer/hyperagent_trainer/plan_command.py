@@ -75,8 +75,8 @@ def show(found: Plan, *, price: float | None, as_json: bool) -> None:
         operations.add_row(name, f"{flops / 1e12:,.3f}", f"{100 * flops / found.flops_per_step:.1f}")
     operations.add_row("total", f"{found.flops_per_step / 1e12:,.3f}", "", style="bold")
     console = Console()
-    console.print(memory, operations, sep="\n\n")
-    console.print()
+    for part in (memory, "", operations, ""):
+        console.print(part)
     print_result({"steps": found.num_steps, **summary}, as_json=False)
     console.print("\nassumed:", *(f"  {line}" for line in found.assumptions), sep="\n", soft_wrap=True)
 
