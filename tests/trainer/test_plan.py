@@ -173,7 +173,7 @@ def test_a_cpu_is_the_machine_that_the_plan_runs_on(student_folder: Path, tokens
     ("machine", "student", "reason"),
     [
         ("9xh300", None, "no machine is called '9xh300'; write GPUSxKIND"),
-        ("8xcpu", None, "no machine is called '8xcpu'"),
+        ("8xcpu", None, "the kind; or 1xcpu, the machine at hand"),
         ("8xh200", "nothing", "is not a model folder"),
     ],
 )

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from hyperagent import machines
+from hyperagent.errors import ConfigError
 from hyperagent.machines import Machine
 from hyperagent_trainer.memory_estimate import machine_bytes
 
@@ -23,7 +24,10 @@ def machine_named(name: str) -> Machine:
         ConfigError: there is none.
     """
     if name != CPU:
-        return machines.machine_named(name)
+        try:
+            return machines.machine_named(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or {CPU}, the machine at hand") from error
     flops = CORE_FLOPS * num_cores()
     memory = machine_bytes(torch.device("cpu"))
     # One process exchanges nothing.
