@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 import socket
@@ -93,7 +94,7 @@ NUM_STEPS = 4000
 
 def step_line(step: int) -> dict[str, Any]:
     """What a step of an 80B student's run says, but for the hot tier's figures."""
-    wave = math.sin(step * 12.9898) * 0.06
+    wave = random.Random(step).uniform(-0.06, 0.06)
     norms = {part: (0.5 + wave) * 10.0**-index / (1 + step / 500) for index, part in enumerate(PARTS[:2])}
     for index, part in enumerate(PARTS[2:]):
         norms[part] = (1 + 3 * wave) * 2.0**index * 1e-3 * (1 + 2 * math.exp(-step / 300))
@@ -233,8 +234,8 @@ def test_a_browser_shows_runs_and_follows_them(app: FastAPI, supervisor: Supervi
         assert "step 3,000 of 4,000 · 75 % · 1 h 30 min left" in text
         assert "<b>own prompt helps</b>" in text
         assert titles(browser) == [
-            *("Loss", "Held-out KL", "Worth of the own prompt", "Learning rate"),
-            *("‖BA‖ / ‖W‖", "Cosine between prompts", "Gradient norm", "Gradient norm by group"),
+            *("Loss", "Held-out KL", "Worth of the own prompt", "‖BA‖ / ‖W‖", "Cosine between prompts"),
+            *("Gradient norm", "Learning rate", "Gradient norm by group"),
             *("Speed", "Step efficiency", "Data wait", "Peak memory", "Rerouted picks"),
         ]
         # The one spike among 3,000 values survives the thinning: nothing else is near the picture's top.
@@ -297,7 +298,7 @@ def test_pointing_at_one_figure_reads_out_the_same_step_in_all(supervisor: Super
         )
         assert len(set(said)) == 1
         step = int(said[0].removeprefix("step "))
-        assert 450 < step < 650
+        assert 400 < step < 600
         shown = browser.evaluate(f"{figure('Loss')}.querySelector('.value').textContent")
         assert float(shown) == pytest.approx(step_line(step)["loss"], abs=1e-4)
 
@@ -318,7 +319,7 @@ def test_a_collapse_raises_an_alarm_for_a_hypernetwork_alone(supervisor: Supervi
         browser.wait_for(f"{alarm}.textContent.includes('collapsed')")
         assert browser.evaluate(f"{alarm}.checkVisibility() && {alarm}.getBoundingClientRect().height > 50")
         assert "different prompts got practically the same adapter" in browser.evaluate(f"{alarm}.innerText")
-        assert "Stop or pause the run" in browser.evaluate(f"{alarm}.innerText")
+        assert "stop the run" in browser.evaluate(f"{alarm}.innerText")
 
         run.folder.write_status(status.model_copy(update={"adapters_collapsed": False}))
         browser.wait_for(f"{alarm}.textContent === ''")
@@ -333,7 +334,7 @@ def test_what_is_not_finite_is_a_gap_and_a_skipped_step_a_mark(supervisor: Super
     with page() as browser:
         browser.wait_for(f"!{figure('Loss')}.hidden")
         (loss,) = curves(browser, "Loss")
-        assert [len(points(part)) for part in loss.split("M")[1:]] == [20, 1]
+        assert [part.count("L") + 1 for part in loss.split("M")[1:]] == [20, 1]
         assert browser.evaluate(f"{figure('Loss')}.querySelectorAll('.mark').length") == 1
         assert "1 skipped" in browser.evaluate(f"{figure('Loss')}.textContent")
         assert "Steps skipped\n1, the last is 22" in browser.evaluate("document.getElementById('facts').innerText")
@@ -385,14 +386,14 @@ def test_curves_move_while_a_run_trains(supervisor: Supervisor, recipe: TrainRec
     training.start()
     try:
         with page() as browser:
-            step = "Number(document.getElementById('progress').value)"
-            browser.wait_for(f"{figure('Loss')}.querySelector('svg[role=img] path')", timeout_s=120)
+            path = f"{figure('Loss')}.querySelector('svg[role=img] path')"
+            browser.wait_for(f"{path} !== null", timeout_s=120)
             seen = len(points(curves(browser, "Loss")[0]))
-            browser.wait_for(f"{step} > {seen} && {figure('Loss')}.querySelector('svg[role=img] path')"
-                             f".getAttribute('d').split('L').length > {seen}", timeout_s=120)  # fmt: skip
-            groups = json.loads(run.folder.metrics.read_text().splitlines()[-1])["grad_norms"]
-            assert len(browser.evaluate(f"[...{figure('Gradient norm by group')}.querySelectorAll('.name')]"
-                                        ".map((n) => n.textContent)")) == len(groups)  # fmt: skip
+            browser.wait_for(f"{path}.getAttribute('d').split(/[ML]/).length - 1 > {seen}", timeout_s=120)
+            assert browser.evaluate("document.getElementById('progress').value") > 0
+            first = next(line for line in run.folder.metrics.read_text().splitlines() if "grad_norms" in line)
+            groups = json.loads(first)["grad_norms"]
+            assert len(set(curves(browser, "Gradient norm by group"))) == len(groups) > 4
     finally:
         stop.set()
         training.join()

@@ -19,7 +19,7 @@ from typing import Any
 
 from hyperagent.errors import CorruptRecord
 
-PLACE_PATTERN = r"^\d{1,10}(-[0-9a-f]{16})?$"
+PLACE_PATTERN = r"^[0-9]{1,10}(-[0-9a-f]{16})?$"
 """A place as text: the number of lines, and the digest unless only the number is known."""
 
 _DIGEST_BYTES = 8

@@ -64,14 +64,11 @@ export class Chart {
     if (isWide) this.figure.className = "wide";
     this.heading = html("h3", "", `${title} `);
     this.heading.append(html("small", "", unit));
-    this.at = html("span", "at", "");
     this.legend = html("div", "legend", "");
     this.skipped = html("span", "marks", "");
     this.names = "";
-    const head = html("div", "head", "");
-    head.append(this.heading, this.at);
     const caption = document.createElement("figcaption");
-    caption.append(head, this.legend);
+    caption.append(this.heading, this.legend);
     this.picture = svg("svg", { height: this.height, role: "img" });
     this.name = svg("title", {}, `${title}, ${unit}, over steps`);
     this.figure.append(caption, this.picture);
@@ -105,16 +102,17 @@ export class Chart {
 
   draw() {
     if (this.figure.hidden) return;
-    const width = this.picture.clientWidth || 384, bottom = this.height - BOTTOM;
+    const width = this.picture.clientWidth, bottom = this.height - BOTTOM;
     const x = linear(this.steps.low, this.steps.high, LEFT, width - RIGHT);
     const y = this.vertical(bottom);
     this.x = x;
+    this.width = width;
     const nodes = [this.name];
     for (const [tick, text] of y.ticks) {
       nodes.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
       nodes.push(svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, text));
     }
-    for (const tick of ticks(this.steps.low, this.steps.high, Math.max(2, Math.floor(width / 90)), 1)) {
+    for (const tick of ticks(this.steps.low, this.steps.high, Math.max(2, Math.floor(width / 70)), 1)) {
       // The outermost numbers stay within the picture.
       const anchor = x(tick) > width - 24 ? "end" : "middle";
       nodes.push(svg("text", { x: Math.min(x(tick), width - 2), y: this.height - 6, "text-anchor": anchor }, number(tick)));
@@ -131,9 +129,9 @@ export class Chart {
         if (y.has(py)) nodes.push(svg("circle", { class: `point ${className}${faded}`, cx: x(px), cy: y(py), r: 2.5 }));
       }
     }
-    this.cursor = svg("line", { class: "cursor", y1: TOP, y2: bottom, visibility: "hidden" });
-    nodes.push(this.cursor);
-    this.picture.replaceChildren(...nodes);
+    this.cursor = svg("line", { class: "cursor", y1: TOP, y2: bottom });
+    this.at = svg("text", { class: "at", y: this.height - 6, "text-anchor": "middle" });
+    this.picture.replaceChildren(...nodes, this.cursor, this.at);
     this.writeCaption();
     this.readOut();
   }
@@ -200,8 +198,11 @@ export class Chart {
     const step = this.steps.at;
     this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step !== null) {
-      this.cursor.setAttribute("x1", this.x(step));
-      this.cursor.setAttribute("x2", this.x(step));
+      const x = this.x(step);
+      this.cursor.setAttribute("x1", x);
+      this.cursor.setAttribute("x2", x);
+      // Over the axis, and within the picture.
+      this.at.setAttribute("x", Math.min(Math.max(x, LEFT), this.width - 36));
     }
     const values = this.legend.querySelectorAll(".value");
     this.series.forEach(({ points }, index) => {

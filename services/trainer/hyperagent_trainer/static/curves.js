@@ -13,24 +13,24 @@ const SECTIONS = [
   ["Learning", [
     { title: "Loss", unit: "nats per token", read: value("loss"), hasMarks: true },
     { title: "Held-out KL", unit: "nats per token", read: values("held_out_kl") },
-    { title: "Worth of the own prompt", unit: "nats per token, over another's", read: worth },
-    { title: "Learning rate", unit: "of all but B's heads", read: value("learning_rate") },
+    { title: "Worth of the own prompt", unit: "nats per token", read: worth },
   ]],
   ["Adapters", [
     { title: "‖BA‖ / ‖W‖", unit: "by kind of layer", read: values("adapter_relative_norm"), isLog: true },
-    { title: "Cosine between prompts", unit: "1: the prompt makes no difference", read: value("adapter_cosine") },
+    { title: "Cosine between prompts", unit: "1: no difference", read: value("adapter_cosine") },
   ]],
-  ["Gradients", [
+  ["Optimiser", [
     { title: "Gradient norm", unit: "before clipping", read: value("grad_norm"), isLog: true },
+    { title: "Learning rate", unit: "of all but B's heads", read: value("learning_rate") },
     { title: "Gradient norm by group", unit: "A and B of each group of layers", read: values("grad_norms", group), isLog: true, isWide: true },
   ]],
   ["Machine", [
     { title: "Speed", unit: "tokens per second", read: value("tokens_per_s") },
-    { title: "Step efficiency", unit: "share of a step that no rank waits", read: value("step_efficiency") },
+    { title: "Step efficiency", unit: "predicted share of ranks busy", read: value("step_efficiency") },
     { title: "Data wait", unit: "seconds per step", read: value("data_wait_s") },
     { title: "Peak memory", unit: "GiB, first rank", read: value("peak_memory_bytes", 1 / GIB) },
-    { title: "Rerouted picks", unit: "% of the experts, in recomputation", read: value("rerouted", 100) },
-    { title: "Cache hits", unit: "share of reads that Redis answered", read: hits },
+    { title: "Rerouted picks", unit: "% in recomputation", read: value("rerouted", 100) },
+    { title: "Cache hits", unit: "share of reads, from Redis", read: hits },
   ]],
 ];
 
@@ -69,8 +69,11 @@ export class Curves {
       return { section, charts };
     });
     this.charts = this.sections.flatMap(({ charts }) => charts);
-    // A figure gets its width with its section, and another one with the window.
-    new ResizeObserver(() => this.draw()).observe(parent);
+    let width = 0;
+    new ResizeObserver(() => {
+      if (width !== parent.clientWidth) for (const { chart } of this.charts) chart.draw();
+      width = parent.clientWidth;
+    }).observe(parent);
     this.forget();
   }
 
@@ -105,10 +108,6 @@ export class Curves {
         chart.show([...series].sort(([a], [b]) => order(a, b)), hasMarks ? this.skipped : []);
       }
     }
-  }
-
-  draw() {
-    for (const { chart } of this.charts) chart.draw();
   }
 }
 

@@ -81,7 +81,7 @@ function showAlarm(run) {
       ? [
           node("strong", "The adapters have collapsed."),
           node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.999): the network ignores what it reads, and a static adapter would do as well."),
-          node("p", "Stop or pause the run. Then look whether the prompts of the training data differ in what the student needs, and start again with a lower learning rate, or with warm_start, which lets the network learn only what a static adapter leaves."),
+          node("p", "Early in a run this may pass. If the next evaluations find the same, stop the run, see whether the prompts of its data differ in what the student needs, and start again with a lower learning rate, or with warm_start, so that the network learns only what a static adapter leaves."),
         ]
       : []),
   );
