@@ -146,7 +146,7 @@ export class Chart {
       y.ticks = decades(low, high, 5).map((tick) => [tick, number(tick)]);
       return y;
     }
-    if (low === high) [low, high] = [low - (Math.abs(low) / 2 || 0.5), high + (Math.abs(high) / 2 || 0.5)];
+    if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [0, 1];
     // Amounts start at zero where that costs little of the picture.
     const margin = (high - low) * 0.06;
     low = low > 0 && low < high / 2 ? 0 : low - (low !== 0) * margin;

@@ -78,6 +78,7 @@ export class Curves {
   }
 
   forget() {
+    this.hasChanged = true;
     this.skipped = [];
     this.low = Infinity;
     this.high = -Infinity;
@@ -85,6 +86,7 @@ export class Curves {
   }
 
   add(lines) {
+    this.hasChanged ||= lines.length > 0;
     for (const line of lines) {
       this.low = Math.min(this.low, line.step);
       this.high = Math.max(this.high, line.step);
@@ -99,7 +101,10 @@ export class Curves {
     }
   }
 
+  // Draws, if there is anything new.
   show() {
+    if (!this.hasChanged) return;
+    this.hasChanged = false;
     this.steps.cover(this.low <= this.high ? this.low : 0, this.high);
     for (const { section, charts } of this.sections) {
       // Seen before it is drawn, or it has no width.

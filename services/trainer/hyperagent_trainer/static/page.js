@@ -102,19 +102,16 @@ function showFacts(run) {
 }
 
 async function showCurves(run) {
-  let hasChanged = false;
   for (;;) {
     const path = `/v1/runs/${encodeURIComponent(run.id)}/metrics?since=${encodeURIComponent(since)}`;
     const { metrics, next, reset } = await get(path);
-    if (shownRun !== run.id) return;
     // A resumed run does the steps after its checkpoint again: their lines are others.
     if (reset) curves.forget();
     curves.add(metrics);
     since = next;
-    hasChanged ||= reset || metrics.length > 0;
     if (!metrics.length) break;
   }
-  if (hasChanged) curves.show();
+  curves.show();
 }
 
 async function refresh() {
@@ -128,7 +125,6 @@ async function refresh() {
     since = START;
     shownWord = null;
     curves.forget();
-    curves.show();
   }
   shownRun = run.id;
   showStatus(run);
