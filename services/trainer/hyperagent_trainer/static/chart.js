@@ -61,6 +61,7 @@ export class Chart {
     this.marks = [];
     this.chosen = null;
     this.figure = document.createElement("figure");
+    this.figure.hidden = true;
     if (isWide) this.figure.className = "wide";
     this.heading = html("h3", "", `${title} `);
     this.heading.append(html("small", "", unit));

@@ -58,6 +58,7 @@ export class Curves {
     this.steps = new Steps();
     this.sections = SECTIONS.map(([title, shown]) => {
       const section = document.createElement("section");
+      section.hidden = true;
       const heading = document.createElement("h2");
       const grid = document.createElement("div");
       heading.textContent = title;

@@ -125,6 +125,8 @@ async function refresh() {
     since = START;
     shownWord = null;
     curves.forget();
+    // Another run's curves must not stand here while this one's are on their way.
+    curves.show();
   }
   shownRun = run.id;
   showStatus(run);
