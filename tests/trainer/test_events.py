@@ -143,6 +143,13 @@ def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch
     assert all(beat.startswith(":") and parse(beat) == [] for beat in beats)
 
 
+def test_what_is_not_finite_is_sent_as_null(runs: Runs, run: Run) -> None:
+    run.folder.metrics.write_text('{"step": 1, "loss": NaN, "norms": {"a": -Infinity, "b": 1e999, "c": 0.5}}\n')
+    say(run, "done", 1)
+    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert told[0][2] == {"step": 1, "loss": None, "norms": {"a": None, "b": None, "c": 0.5}}
+
+
 def test_what_cannot_be_read_ends_the_stream_with_a_problem(runs: Runs, run: Run) -> None:
     run.folder.metrics.write_text("not json\n")
     told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
