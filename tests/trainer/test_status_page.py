@@ -377,6 +377,32 @@ def test_a_long_run_fits_a_phone_and_is_thinned(supervisor: Supervisor, page: Pa
         browser.wait_for(f"{figure('Loss')}.querySelector('.value').textContent === '0.321'")
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance of an `rgb(r, g, b)` (WCAG 2.2, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@needs_chromium
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_curves_and_words_stand_out_from_the_ground(supervisor: Supervisor, page: Page, is_dark: bool) -> None:
+    make_run(supervisor, num_lines=20)
+    colour = "getComputedStyle({}).{}"
+    with page() as browser:
+        browser.resize(1280, 900, is_dark=is_dark)
+        browser.wait_for(f"!{figure('Gradient norm by group')}.hidden")
+        ground = luminance(browser.evaluate(colour.format("document.querySelector('figure')", "backgroundColor")))
+        assert (ground < 0.1) is is_dark
+        lines = browser.evaluate("[...document.querySelectorAll('.line path')].map((p) => getComputedStyle(p).stroke)")
+        words = [browser.evaluate(colour.format(f"document.querySelector('{at}')", "color")) for at in ("h3", "small")]
+        assert len(set(lines)) >= 6
+        for colours, least in ((lines, 3), (words, 4.5)):
+            for said in colours:
+                low, high = sorted((luminance(said), ground))
+                assert (high + 0.05) / (low + 0.05) >= least, said
+
+
 @needs_chromium
 def test_curves_move_while_a_run_trains(supervisor: Supervisor, recipe: TrainRecipe, page: Page) -> None:
     recipe = recipe.model_copy(update={"num_steps": 400, "evaluate_every": 100, "checkpoint_every": 100})
