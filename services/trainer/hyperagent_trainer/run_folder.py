@@ -7,7 +7,7 @@ control.json      what the supervisor asks of the training process that lives: s
 status.json       the training process's last word about itself, replaced as a whole; while no process
                   lives, the supervisor's
 preflight.json    what the pre-flight measured before training started
-metrics.jsonl     one line per step, one per evaluation; only ever appended
+metrics.jsonl     one line per step, one per evaluation; a resumed run first cuts those of steps it does again
 log.txt           the training process's stdout and stderr
 checkpoints/      step-00000200/ and so on: network, optimiser and step; the last few, with `patience` also the best
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
@@ -54,8 +54,8 @@ class RunStatus(StrictModel):
     """Tokens, context included, over the last steps."""
     eta_s: float | None = None
     """Seconds until the last step, at the present speed; None unless it is running."""
-    held_out_kl: dict[str, float] = Field(default_factory=dict)
-    """The last evaluation: nats per supervised token, by arm."""
+    held_out_kl: dict[str, float | None] = Field(default_factory=dict)
+    """The last evaluation: nats per supervised token, by arm; None for what was not finite."""
     conditioning: dict[str, str] = Field(default_factory=dict)
     """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.conditioning`)."""
     adapters_collapsed: bool = False
