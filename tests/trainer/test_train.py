@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +19,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
-from tiny_runs import last_checkpoint, losses, metrics, run
+from tiny_runs import StopAfter, last_checkpoint, losses, metrics, run, start_worker
 from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
@@ -80,18 +76,6 @@ def test_the_bundle_makes_the_adapter_that_training_ended_with(recipe: TrainReci
     with torch.no_grad():
         bare = student(input_ids=probe["token_ids"][None]).logits[0]
     assert float((bare - probe["logits"]).abs().max()) > 1e-3
-
-
-class StopAfter(threading.Event):
-    """Set once it has been asked `count` times."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._left = count
-
-    def is_set(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def test_the_bundle_has_a_model_card(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -228,18 +212,6 @@ def test_learning_rate_warms_up_and_decays(recipe: TrainRecipe) -> None:
     assert factors[9] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[9:]))
-
-
-def start_worker(recipe: TrainRecipe, root: Path) -> subprocess.Popen[bytes]:
-    root.mkdir()
-    folder = RunFolder(root)
-    folder.recipe.write_text(recipe.model_dump_json())
-    with folder.log.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
 
 
 def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:

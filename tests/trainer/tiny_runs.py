@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,18 @@ from typing import Any
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.run_folder import RunFolder
 from hyperagent_trainer.train import train
+
+
+class StopAfter(threading.Event):
+    """Set once it has been asked `count` times."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._left = count
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
 
 
 def run(recipe: TrainRecipe, root: Path, stop: threading.Event | None = None) -> RunFolder:
@@ -29,3 +44,17 @@ def losses(folder: RunFolder) -> dict[int, float]:
 
 def last_checkpoint(folder: RunFolder) -> Path:
     return folder.checkpoint(folder.saved_steps()[-1])
+
+
+def start_worker(recipe: TrainRecipe, root: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """The training process itself, with these variables in its environment."""
+    root.mkdir()
+    folder = RunFolder(root)
+    folder.recipe.write_text(recipe.model_dump_json())
+    with folder.log.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        )

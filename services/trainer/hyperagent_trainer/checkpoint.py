@@ -119,7 +119,7 @@ def load_checkpoint(
         IdentityMismatch: it is of another student, other data, other targets, or another static adapter.
         CorruptRecord: a file is not the one that was written.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.recipe != _digest(recipe):
         raise ConfigError(f"the checkpoint in {folder} is of another recipe; start a new run")
     for name in type(belongs_to).model_fields:
@@ -129,9 +129,7 @@ def load_checkpoint(
             found=_brief(getattr(belongs_to, name)),
             remedy="restore what the run was started with, or start a new run",
         )
-    for name, digest in manifest.files.items():
-        if _digest_of(folder / name) != digest:
-            raise CorruptRecord(f"{folder / name} is not the file that was written; {_GO_ON_BEFORE}")
+    _check_files(folder, manifest)
     weights, state_dict = load_file(folder / "network.safetensors"), network.state_dict()
     network.load_state_dict(
         {name: placed_like(tensor, state_dict.get(name, tensor)) for name, tensor in weights.items()}, strict=True
@@ -145,6 +143,24 @@ def load_checkpoint(
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     return manifest
+
+
+def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
+    """A checkpoint's manifest and the network's weights.
+
+    Raises:
+        ConfigError: it is of another release's format.
+        CorruptRecord: a file is missing, or is not the one that was written.
+    """
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    return manifest, load_file(folder / "network.safetensors")
+
+
+def _check_files(folder: Path, manifest: CheckpointManifest) -> None:
+    for name, digest in manifest.files.items():
+        if _digest_of(folder / name) != digest:
+            raise CorruptRecord(f"{folder / name} is not the file that was written; {_GO_ON_BEFORE}")
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:
@@ -168,7 +184,13 @@ def _digest_of(path: Path) -> str:
         raise CorruptRecord(f"{path} cannot be read: {error}; {_GO_ON_BEFORE}") from error
 
 
-def _read_manifest(folder: Path) -> CheckpointManifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """A checkpoint's manifest.
+
+    Raises:
+        ConfigError: it is of another release's format.
+        CorruptRecord: it cannot be read.
+    """
     path = folder / "checkpoint.json"
     try:
         raw = json.loads(path.read_bytes())

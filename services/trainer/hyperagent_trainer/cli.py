@@ -1,9 +1,9 @@
-"""The trainer's part of the command line: `hyperagent serve trainer`, `hyperagent preflight`, `hyperagent plan`."""
+"""The trainer's part of the command line: `hyperagent serve trainer`, `preflight`, `plan` and `export`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -108,3 +108,20 @@ def plan(
     show(found, price=price_per_gpu_hour, as_json=as_json)
     if not found.fits:
         raise ConfigError(why_it_does_not_fit(found))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, whatever its state.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    checkpoint: Annotated[
+        Literal["last", "best"] | None,
+        typer.Option(help="Which one; by default the best if the recipe has `patience`, or else the last."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make of a run's checkpoint what the run makes at its end: a bundle, or of a static run an adapter in PEFT's format."""
+    from hyperagent.cli.display import print_result
+    from hyperagent_trainer.export_command import export_run
+    from hyperagent_trainer.run_folder import RunFolder
+
+    print_result(export_run(RunFolder(run), out, checkpoint), as_json=as_json)

@@ -105,6 +105,9 @@ class TrainRecipe(StrictModel):
     """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """The last so many checkpoints are kept, and with `patience` that of the best evaluation."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the metrics go besides `metrics.jsonl`, which is always written; each needs the extra of its name. Weights &
+    Biases stays offline unless the environment's WANDB_MODE says otherwise."""
 
     @property
     def loss_workspace_bytes(self) -> int | None:
@@ -117,6 +120,13 @@ class TrainRecipe(StrictModel):
             return path
         base = (info.context or {}).get("base")
         return Path(path) if base is None else (base / path).resolve()
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_logger_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("a logger is named twice; name each once")
+        return names
 
     @model_validator(mode="after")
     def _only_a_hypernetwork_starts_from_an_adapter(self) -> TrainRecipe:

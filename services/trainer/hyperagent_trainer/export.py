@@ -1,13 +1,14 @@
-"""What a finished run leaves for others: a bundle or a PEFT adapter, and a probe to prove it by."""
+"""What a trained network leaves for others: a bundle or a PEFT adapter, and a probe to prove it by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
-from hyperagent.files import new_directory, write_atomically
+from hyperagent.files import new_directory
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
@@ -15,33 +16,33 @@ from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.metrics import HeldOutKL
 from hyperagent_trainer.model_card import model_card
-from hyperagent_trainer.run_folder import RunFolder
-from hyperagent_trainer.student import Student
 
 _PROBE_TOKENS = 64
 
 
 def export(
-    folder: RunFolder,
-    student: Student,
+    out: Path,
     network: AdapterNetwork,
     recipe: TrainRecipe,
     *,
     belongs_to: NetworkManifest,
+    embeddings: Tensor,
     teacher: str,
     step: int,
-    probe: bytes,
-    held_out_kl: Mapping[str, float],
+    held_out: HeldOutKL,
 ) -> None:
-    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, and the probe.
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what stood there.
 
     Args:
+        embeddings: the student's table [V, E].
         teacher: fingerprint of the teacher.
-        probe: what `make_probe` has made.
-        held_out_kl: of the evaluation after that step, by arm.
+        step: optimiser steps that the network was trained for.
+        held_out: the last evaluation at that step or before it.
 
     Raises:
+        ConfigError: the student's folder lacks a tokenizer file.
         StorageError: the file system refused.
     """
     if isinstance(network, AgenticHyperNetwork):
@@ -54,24 +55,23 @@ def export(
             step=step,
         )
         save_bundle(
-            folder.bundle,
+            out,
             manifest,
             hypernetwork=network,
-            embeddings=student.embeddings,
-            tokenizer_folder=student.folder,
-            card=model_card(manifest, recipe, held_out_kl, sum(p.numel() for p in network.parameters())),
+            embeddings=embeddings,
+            tokenizer_folder=recipe.student,
+            card=model_card(manifest, recipe, held_out, sum(p.numel() for p in network.parameters())),
         )
     else:
         files = encode_adapter(
             network.adapter(),
             base_model=str(recipe.student),
             alpha=recipe.hypernetwork.alpha,
-            origin={"hyperagent_student": student.weights, "hyperagent_data": belongs_to.data.fingerprint},
+            origin={"hyperagent_student": belongs_to.student_weights, "hyperagent_data": belongs_to.data.fingerprint},
         )
-        with new_directory(folder.adapter) as aside:
+        with new_directory(out) as aside:
             (aside / MODEL_FILE).write_bytes(files.model)
             (aside / CONFIG_FILE).write_bytes(files.config)
-    write_atomically(folder.probe, probe)
 
 
 def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:

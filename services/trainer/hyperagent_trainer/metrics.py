@@ -8,13 +8,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hyperagent.errors import CorruptRecord
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluate import HeldOut
+from hyperagent_trainer.loggers import Loggers
 from hyperagent_trainer.run_folder import RunFolder, RunState, RunStatus
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
@@ -26,14 +28,18 @@ _STATUS_INTERVAL_S = 0.5
 class RunReporter:
     """Writes a run's metrics and status; a context manager."""
 
-    def __init__(self, folder: RunFolder, *, num_steps: int, first_step: int, is_first: bool = True) -> None:
+    def __init__(
+        self, folder: RunFolder, *, num_steps: int, first_step: int, loggers: Loggers, is_first: bool = True
+    ) -> None:
         """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
 
         Args:
-            is_first: whether this is the rank that writes; on others nothing is.
+            loggers: what else is told every line of the metrics, and closed in the end.
+            is_first: whether this is the rank that writes; on others nothing is, and `loggers` has to be empty.
         """
         self._folder = folder
         self._is_first = is_first
+        self._loggers = loggers
         self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
         self._written_at = 0.0
@@ -48,6 +54,7 @@ class RunReporter:
 
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
+        self._loggers.close()
 
     def state(self, state: RunState, reason: str = "") -> None:
         """Change the run's state; the time it had another does not count as training."""
@@ -96,6 +103,7 @@ class RunReporter:
     def _line(self, **values: Any) -> None:
         self._metrics.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         self._metrics.flush()
+        self._loggers.log(values)
 
     def _update(self, *, force: bool = False, **changes: Any) -> None:
         self._status = self._status.model_copy(update={**changes, "updated_at": time.time()})
@@ -117,13 +125,37 @@ def _keep_until(metrics: Path, last_step: int) -> None:
     """Cut lines of later steps, and what a killed process left of a line; from step 0 on, everything is done again."""
     if not metrics.exists():
         return
-    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if last_step > 0 and json.loads(line)["step"] <= last_step]
+    kept = [line for line in _whole_lines(metrics) if last_step > 0 and json.loads(line)["step"] <= last_step]
     write_atomically(metrics, "".join(kept).encode())
 
 
-def held_out_kl_at(metrics: Path, step: int) -> dict[str, float]:
-    """What the evaluation after `step` found, by arm."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found = next(x["held_out_kl"] for x in reversed(lines) if x["step"] == step and "held_out_kl" in x)
-    return {arm: math.nan if kl is None else kl for arm, kl in found.items()}
+@dataclass(frozen=True)
+class HeldOutKL:
+    """What one evaluation found."""
+
+    step: int
+    """Optimiser steps done before it."""
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+
+
+def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
+    """Of the last evaluation at `step` or before it; the run may be writing meanwhile.
+
+    Raises:
+        CorruptRecord: the metrics cannot be read, or tell of none.
+    """
+    try:
+        lines = [json.loads(line) for line in _whole_lines(metrics)]
+    except (OSError, ValueError) as error:
+        raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
+    for line in reversed(lines):
+        if line["step"] <= step and "held_out_kl" in line:
+            found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
+            return HeldOutKL(line["step"], found)
+    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
+
+
+def _whole_lines(metrics: Path) -> list[str]:
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

@@ -5,13 +5,13 @@ Source of the fields: https://huggingface.co/docs/hub/model-cards#model-card-met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from hyperagent.model.bundle import BundleManifest
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.metrics import HeldOutKL
 
 _ARMS = {
     "frozen": "the student as it is",
@@ -20,13 +20,11 @@ _ARMS = {
 }
 
 
-def model_card(
-    manifest: BundleManifest, recipe: TrainRecipe, held_out_kl: Mapping[str, float], num_parameters: int
-) -> str:
+def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutKL, num_parameters: int) -> str:
     """What the bundle is, what it was trained on and how well it does.
 
     Args:
-        held_out_kl: of the evaluation after the bundle's step, nats per supervised token, by arm.
+        held_out: the last evaluation at the bundle's step or before it.
     """
     student = Path(manifest.base_model).name
     front = {
@@ -35,7 +33,7 @@ def model_card(
         "tags": ["lora", "hypernetwork", "distillation"],
         "pipeline_tag": "text-generation",
     }
-    kl_rows = [f"| {_ARMS[arm]} | {held_out_kl[arm]:.4f} |" for arm in _ARMS if arm in held_out_kl]
+    kl_rows = [f"| {_ARMS[arm]} | {held_out.kl[arm]:.4f} |" for arm in _ARMS if arm in held_out.kl]
     shape = manifest.hypernetwork
     lines = [
         "---",
@@ -64,6 +62,8 @@ def model_card(
         f"| teacher | `{manifest.teacher}` |",
         "",
         "## Held-out KL from the teacher",
+        "",
+        f"Measured after step {held_out.step:,}.",
         "",
         "| | nats per supervised token |",
         "|---|---|",

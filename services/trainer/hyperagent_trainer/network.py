@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import structlog
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from hyperagent.errors import ConfigError
+from hyperagent.errors import ConfigError, CorruptRecord
 from hyperagent.identity import DataIdentity
 from hyperagent.model.adapter import LoRAPair
+from hyperagent.model.bundle import hypernetwork_of
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import Mode, NetworkManifest
 from hyperagent.model.peft_io import ImportedAdapter, read_adapter
@@ -99,6 +100,25 @@ def whole_network(
     copy = make_network(recipe, student, warm_start)
     copy.load_state_dict(state, strict=True)
     return copy
+
+
+def restore_network(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AdapterNetwork:
+    """The network that a checkpoint holds, without its student.
+
+    Raises:
+        CorruptRecord: the weights are not of the network that the manifest describes.
+    """
+    config = manifest.hypernetwork
+    try:
+        if manifest.mode != "static":
+            return hypernetwork_of(manifest, weights)
+        static = StaticLoRA(manifest.layers, rank=config.rank, alpha=config.alpha)
+        static.load_state_dict(weights, strict=True)
+    except (KeyError, RuntimeError) as error:
+        raise CorruptRecord(
+            f"the checkpoint's weights do not fit its manifest: {' '.join(str(error).split())}"
+        ) from error
+    return static
 
 
 def describe(

@@ -8,6 +8,8 @@ status.json       the training process's last word about itself, replaced as a w
                   lives, the supervisor's
 preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; a resumed run first cuts those of steps it does again
+tensorboard/      with the logger of that name: event files
+wandb/            with the logger of that name: a folder per start, for `wandb sync` where it was offline
 log.txt           the training process's stdout and stderr
 checkpoints/      step-00000200/ and so on: network, optimiser and step; the last few, with `patience` also the best
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
@@ -76,6 +78,7 @@ class RunFolder:
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         self.preflight = root / "preflight.json"
+        self.tensorboard = root / "tensorboard"
         self.log = root / "log.txt"
         self.checkpoints = root / "checkpoints"
         self.bundle = root / "bundle"

@@ -62,6 +62,23 @@ def shard_student(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
 
 
+def embedding_table(folder: Path, dtype: torch.dtype) -> Tensor:
+    """The embedding table [V, E] of a student, with nothing else of its weights read.
+
+    Args:
+        dtype: of the table, whatever the folder holds.
+
+    Raises:
+        ConfigError: the folder holds no model, or its files lack the table.
+    """
+    model = student_without_weights(folder, dtype)
+    table_VE = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is table_VE)
+    with _Files(folder) as files:
+        ((_, read_VE),) = files.read(name, slice(0, len(table_VE)), tuple(table_VE.shape))
+        return read_VE.to(dtype)
+
+
 def _make_rotary_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute what no file holds, and memory that has just been allocated holds only by chance."""
     for name, module in model.named_modules():

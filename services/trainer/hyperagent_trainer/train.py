@@ -30,9 +30,10 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
+from hyperagent_trainer.loggers import Loggers, require_installed
 from hyperagent_trainer.loss import default_workspace_bytes
 from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
-from hyperagent_trainer.metrics import RunReporter, held_out_kl_at
+from hyperagent_trainer.metrics import RunReporter, last_held_out_kl
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
@@ -63,6 +64,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     with joined_ranks() as ranks:
         if ranks.is_first:
             folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
+        require_installed(recipe.loggers)
         dtype = getattr(torch, recipe.student_dtype)
         student = Student(recipe.student, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
         hot = HotTier.connect(redis_url) if redis_url else None
@@ -105,17 +107,21 @@ def _train_from(
     )
     with store:
         last = store.load_last()
-        step, best = (0, BestEvaluation()) if last is None else (last.step, last.best)
-        if last is not None:
+        # One of step 0 is of a run that did not come further than its first evaluation, with which it begins again.
+        step, best = (0, BestEvaluation()) if last is None or last.step == 0 else (last.step, last.best)
+        if step > 0:
             log.info("resumed", step=step)
-        with RunReporter(folder, num_steps=recipe.num_steps, first_step=step, is_first=ranks.is_first) as report:
+        loggers = Loggers.of(recipe, folder) if ranks.is_first else Loggers({})
+        with RunReporter(
+            folder, num_steps=recipe.num_steps, first_step=step, loggers=loggers, is_first=ranks.is_first
+        ) as report:
             report.state("running")
             prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
             sizes = weight_norms(student.model, network.layers)
             run = _Run(
                 recipe, folder, stop, adapted, optimizer, training, evaluation, report, store, ranks, prompts, sizes
             )
-            if last is None:
+            if step == 0:
                 best = run.evaluate(step, best)
             step, best = run.steps_after(step, best)
             report.state("saving")
@@ -129,18 +135,17 @@ def _train_from(
             probe = make_probe(adapted, splits[HELD_OUT])
             trained = whole_network(network, recipe, student, warm_start)
             if ranks.is_first:
-                teacher = cache.identity.fingerprint
                 export(
-                    folder,
-                    student,
+                    folder.adapter if recipe.arm == "static" else folder.bundle,
                     trained,
                     recipe,
                     belongs_to=belongs_to,
-                    teacher=teacher,
+                    embeddings=student.embeddings,
+                    teacher=cache.identity.fingerprint,
                     step=step,
-                    probe=probe,
-                    held_out_kl=held_out_kl_at(folder.metrics, step),
+                    held_out=last_held_out_kl(folder.metrics, step),
                 )
+                write_atomically(folder.probe, probe)
             report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 

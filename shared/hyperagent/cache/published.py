@@ -19,12 +19,13 @@ import numpy as np
 
 from hyperagent.cache.compact import compact
 from hyperagent.cache.hot import HotTier
-from hyperagent.cache.manifest import Manifest, manifest_path, parse_manifest
+from hyperagent.cache.manifest import Manifest, manifest_path, parse_manifest, read_manifest
 from hyperagent.cache.readable import ReadableCache
 from hyperagent.cache.record import Header, Kind, check_record
 from hyperagent.cache.shard import SEALED, parse_footer, shard_paths
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, StorageError
+from hyperagent.identity import TeacherIdentity
 
 _UPLOAD_BYTES = 8 << 20
 
@@ -121,6 +122,19 @@ def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> Rea
     if "://" in str(location):
         return PublishedCache.open(str(location), hot=hot)
     return TopKCache.open(Path(location), hot=hot)
+
+
+def read_identity(location: str | Path) -> TeacherIdentity:
+    """Whose rows are in the cache of that address or folder; its manifest alone is read.
+
+    Raises:
+        ConfigError: there is none, or the package that speaks the address's protocol is not installed.
+        CorruptRecord: its manifest is damaged.
+        StorageError: the store, or the file system, refused.
+    """
+    if "://" in str(location):
+        return _manifest(str(location), *_file_system(str(location))).identity
+    return read_manifest(Path(location)).identity
 
 
 def publish(cache: TopKCache, url: str, progress: Callable[[int, int], None] = lambda _done, _total: None) -> int:

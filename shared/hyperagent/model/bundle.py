@@ -179,7 +179,7 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
     try:
         if featurizer is None:
             featurizer = EmbeddingFeaturizer(load(contents["embeddings.safetensors"])["embeddings"])
-        hypernetwork = _hypernetwork(manifest, load(contents["hypernetwork.safetensors"]))
+        hypernetwork = hypernetwork_of(manifest, load(contents["hypernetwork.safetensors"]))
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise CorruptRecord(
             f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}"
@@ -187,8 +187,12 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
     return Bundle(folder, manifest, hypernetwork, featurizer)
 
 
-def _hypernetwork(manifest: BundleManifest, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
-    """The hypernetwork with its weights, frozen."""
+def hypernetwork_of(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
+    """The hypernetwork with its weights, frozen.
+
+    Raises:
+        KeyError, RuntimeError: they are of another one.
+    """
     config, layers = manifest.hypernetwork, manifest.layers
     # The static adapter is among the weights; until they are loaded, any of its shape holds its place.
     place = StaticLoRA(layers, rank=config.rank, alpha=config.alpha).adapter()
