@@ -16,7 +16,7 @@ from cache_rows import IDENTITY, TOKENS, filled, random_rows
 from data_identity import data_identity
 
 from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.published import PublishedCache, open_for_reading, publish
+from hyperagent.cache.published import PublishedCache, open_for_reading, publish, read_identity
 from hyperagent.cache.store import TopKCache
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
 from hyperagent.loader.decode import DeviceRows
@@ -43,7 +43,7 @@ def test_what_is_published_reads_like_the_cache(cache: TopKCache, url: str) -> N
     assert publish(cache, url) > 0
     with open_for_reading(url) as published, open_for_reading(cache.root) as local:
         assert (type(published), type(local)) == (PublishedCache, TopKCache)
-        assert published.identity == cache.identity
+        assert published.identity == cache.identity == read_identity(url) == read_identity(cache.root)
         assert published.trajectory_keys() == cache.trajectory_keys() == sorted(keys)
         published.require_data(DATA)
         with pytest.raises(IdentityMismatch):

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import StopAfter, last_checkpoint, metrics, run
+from tiny_runs import StopAfter, last_checkpoint, metrics, run, start_worker
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -167,6 +168,26 @@ def test_best_and_last_are_chosen_by_name(recipe: TrainRecipe, tmp_path: Path, m
     assert (last["step"], last["evaluated_after_step"], last["held_out_kl"]["adapter"]) == (7, 6, 1.8)
     assert contents(tmp_path / "default") == contents(tmp_path / "best")
     assert load_bundle(tmp_path / "best").fingerprint != load_bundle(tmp_path / "last").fingerprint
+
+
+def test_a_run_is_exported_while_it_trains(recipe: TrainRecipe, tmp_path: Path) -> None:
+    long = recipe.model_copy(update={"num_steps": 80, "evaluate_every": 20, "checkpoint_every": 1})
+    process, folder = start_worker(long, tmp_path / "run"), RunFolder(tmp_path / "run")
+    steps: list[int] = []
+    try:
+        while process.poll() is None:
+            if folder.saved_steps():
+                out = tmp_path / f"out-{len(steps)}"
+                found = export_run(folder, out, None)
+                assert load_bundle(out).manifest.step == found["step"]
+                assert found["evaluated_after_step"] == found["step"] // 20 * 20
+                steps.append(found["step"])
+            time.sleep(0.01)
+        assert process.returncode == 0, folder.log.read_text()
+    finally:
+        process.kill()
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 1
 
 
 def test_what_a_living_process_has_not_finished_writing_is_not_read(folder: RunFolder, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from hyperagent.errors import CorruptRecord
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluate import HeldOut
+from hyperagent_trainer.loggers import Loggers
 from hyperagent_trainer.metric_lines import START, Place, read_lines
-from hyperagent_trainer.metrics import RunReporter, held_out_kl_at
+from hyperagent_trainer.metrics import RunReporter, last_held_out_kl
 from hyperagent_trainer.run_folder import RunFolder
 
 
@@ -67,7 +68,7 @@ def test_readers_have_what_the_file_has_whatever_is_cut_and_written_meanwhile(tm
 
 def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with RunReporter(folder, num_steps=9, first_step=0) as report:
+    with RunReporter(folder, num_steps=9, first_step=0, loggers=Loggers({})) as report:
         held_out = HeldOut({"frozen": 0.5, "adapter": math.nan}, {})
         report.evaluation(0, held_out, AdapterStatistics({"q_proj": math.inf}, math.nan))
         report.step(1, loss=math.nan, num_tokens=5, grad_norms={"encoder": -math.inf, "generator": 1.0})
@@ -82,7 +83,7 @@ def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     # Both are read again: by the service, and for the bundle's card.
     assert folder.read_status().held_out_kl == {"frozen": 0.5, "adapter": None}
     assert folder.read_status().loss is None
-    assert math.isnan(held_out_kl_at(folder.metrics, 0)["adapter"])
+    assert math.isnan(last_held_out_kl(folder.metrics, 0).kl["adapter"])
 
 
 def test_a_resumed_run_keeps_the_lines_until_its_checkpoint_and_none_from_the_start_on(tmp_path: Path) -> None:
@@ -90,5 +91,5 @@ def test_a_resumed_run_keeps_the_lines_until_its_checkpoint_and_none_from_the_st
     lines = [f'{{"step": {step}}}\n' for step in (0, 1, 2, 2, 3)]
     for first_step, kept in ((2, 4), (0, 0)):
         folder.metrics.write_text("".join(lines) + '{"step": 4, "lo')
-        with RunReporter(folder, num_steps=9, first_step=first_step):
+        with RunReporter(folder, num_steps=9, first_step=first_step, loggers=Loggers({})):
             assert folder.metrics.read_text() == "".join(lines[:kept])

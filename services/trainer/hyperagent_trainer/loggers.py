@@ -46,7 +46,7 @@ class TensorBoardLogger:
         from tensorboard.compat import tf
 
         # Where TensorFlow is installed, its file system is what TensorBoard writes with.
-        self.failures = (OSError, tf.errors.OpError)
+        self.failures: tuple[type[Exception], ...] = (OSError, tf.errors.OpError)
         self._folder = folder.tensorboard
         self._writer: SummaryWriter | None = None
 
@@ -79,7 +79,13 @@ class WandbLogger:
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
         # The last two when its process has died; ValueError for a variable that it cannot read.
-        self.failures = (OSError, ValueError, wandb.Error, HandleAbandonedError, MailboxClosedError)
+        self.failures: tuple[type[Exception], ...] = (
+            OSError,
+            ValueError,
+            wandb.Error,
+            HandleAbandonedError,
+            MailboxClosedError,
+        )
         self._folder = folder
         self._recipe = recipe
         self._run: wandb.Run | None = None

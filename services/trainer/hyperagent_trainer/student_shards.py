@@ -72,7 +72,7 @@ def embedding_table(folder: Path, dtype: torch.dtype) -> Tensor:
         ConfigError: the folder holds no model, or its files lack the table.
     """
     model = student_without_weights(folder, dtype)
-    table_VE = model.get_input_embeddings().weight
+    table_VE: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     name = next(name for name, parameter in model.named_parameters() if parameter is table_VE)
     with _Files(folder) as files:
         ((_, read_VE),) = files.read(name, slice(0, len(table_VE)), tuple(table_VE.shape))
