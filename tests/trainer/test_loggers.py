@@ -101,6 +101,14 @@ def test_after_a_kill_no_step_is_shown_twice_and_none_is_missing(
     assert [number for number, _ in shown["held_out_kl/frozen"]] == [0, 3, 6]
 
 
+def test_of_several_ranks_the_first_one_tells(recipe: TrainRecipe, tmp_path: Path) -> None:
+    on_two = recipe.model_copy(update={"loggers": ("tensorboard",), "processes": 2, "shard_network": True})
+    process, folder = start_worker(on_two, tmp_path / "run"), RunFolder(tmp_path / "run")
+    assert process.wait(240) == 0, folder.log.read_text()
+    assert len(list(folder.tensorboard.iterdir())) == 1
+    assert told_to_tensorboard(folder) == numbers_in_metrics(folder)
+
+
 def test_wandb_is_offline_and_reaches_for_no_network(recipe: TrainRecipe, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as anywhere:
         anywhere.setblocking(False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from hyperagent_trainer.command import training_command
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.run_folder import RunFolder
 from hyperagent_trainer.train import train
@@ -47,13 +47,13 @@ def last_checkpoint(folder: RunFolder) -> Path:
 
 
 def start_worker(recipe: TrainRecipe, root: Path, **variables: str) -> subprocess.Popen[bytes]:
-    """The training process itself, with these variables in its environment."""
+    """The training process itself, or torchrun over several, with these variables in its environment."""
     root.mkdir()
     folder = RunFolder(root)
     folder.recipe.write_text(recipe.model_dump_json())
     with folder.log.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "hyperagent_trainer.worker", str(root)],
+            [*training_command(recipe.processes, stop_grace_s=60), str(root)],
             stdout=log,
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
