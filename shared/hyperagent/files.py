@@ -105,6 +105,19 @@ def new_directory(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a folder with all in it; its name is gone at once, so that nobody takes a part of it for the whole.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    aside = _aside(path)
+    with _no_trace(path, aside):
+        path.rename(aside)
+        fsync_directory(path.parent)
+        shutil.rmtree(aside)
+
+
 def fsync_directory(path: Path) -> None:
     """Make renames and unlinks inside `path` durable."""
     _fsync(path)

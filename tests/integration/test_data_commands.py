@@ -99,4 +99,4 @@ def test_a_plan_from_a_sample_covers_the_whole(world: World, run: Run) -> None:
     assert abs(sampled["tokens"]["total"] - tokens["tokens"]) < 4 * error
     assert not sampled["teacher_fits"]
     assert "GPU-hours for 2 epochs" in run("data", *arguments).stdout
-    assert "choose one of" in one_line(run("data", *arguments, "--machine", "toaster"))
+    assert "write GPUSxKIND" in one_line(run("data", *arguments, "--machine", "toaster"))

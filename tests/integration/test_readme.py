@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -11,17 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from doc_blocks import bash_blocks
 from world import World
 
 ROOT = Path(__file__).parents[2]
 # Running the tests from within the tests would not end.
 _NOT_RUN = {"make test\n"}
-
-
-def bash_blocks(page: Path) -> list[str]:
-    found = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    assert found, page
-    return found
 
 
 @pytest.mark.timeout(900)

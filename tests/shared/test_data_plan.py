@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from hyperagent.data.plan import (
-    MACHINES,
     QWEN3_CODER_480B,
     QWEN3_CODER_NEXT,
     STUDENT_UTILISATION,
     TEACHER_UTILISATION,
-    ModelShape,
     estimate,
-    machine_named,
     plan_distillation,
 )
 from hyperagent.errors import ConfigError, DataError
+from hyperagent.machines import machine_named
+from hyperagent.operations import ModelShape
 
 TINY = ModelShape(
     "tiny", 1e3, linear_parameters=3 * 4 * 5, attention_width=2 * 3, num_attention_layers=2, head_parameters=4 * 7
@@ -54,7 +53,7 @@ def test_active_parameters_are_those_of_the_names(shape: ModelShape, active: flo
 def test_the_students_step_costs_what_was_found_independently(length: int, gigaflops: float) -> None:
     """Executed FLOPs per token under full recomputation, from a survey's own count of the same architecture."""
     rows = lengths(int(0.3 * length))
-    plan = plan_distillation(lengths(length), rows, lengths(length), rows=1, machine=MACHINES["8xh200"], epochs=1)
+    plan = plan_distillation(lengths(length), rows, lengths(length), rows=1, machine=machine_named("8xh200"), epochs=1)
     assert plan.student_flops / length / 1e9 == pytest.approx(gigaflops, rel=0.01)
 
 
@@ -70,15 +69,15 @@ def test_attention_is_quadratic_and_all_else_linear() -> None:
 
 def test_hours_follow_from_flops_machine_and_epochs() -> None:
     tokens, rows = lengths(1000, 3000), lengths(300, 900)
-    plan = plan_distillation(tokens, rows, lengths(900, 2900), rows=2, machine=MACHINES["8xh200"], epochs=3)
+    plan = plan_distillation(tokens, rows, lengths(900, 2900), rows=2, machine=machine_named("8xh200"), epochs=3)
     assert (plan.tokens.total, plan.supervised_tokens.total, plan.student_tokens.total) == (4000, 1200, 3800)
     assert plan.tokens.standard_error == 0
     assert plan.teacher_flops == sum(sum(QWEN3_CODER_480B.forward_flops(tokens, rows).values()))
-    assert plan.teacher_gpu_hours * 3600 * 989e12 * TEACHER_UTILISATION == pytest.approx(plan.teacher_flops)
-    assert plan.student_gpu_hours * 3600 * 989e12 * STUDENT_UTILISATION == pytest.approx(plan.student_flops)
+    assert plan.teacher_gpu_hours * 3600 * 989.4e12 * TEACHER_UTILISATION == pytest.approx(plan.teacher_flops)
+    assert plan.student_gpu_hours * 3600 * 989.4e12 * STUDENT_UTILISATION == pytest.approx(plan.student_flops)
     assert plan.teacher_hours == plan.teacher_gpu_hours / 8
     assert plan.student_hours == plan.student_gpu_hours / 8
-    once = plan_distillation(tokens, rows, lengths(900, 2900), rows=2, machine=MACHINES["8xh200"], epochs=1)
+    once = plan_distillation(tokens, rows, lengths(900, 2900), rows=2, machine=machine_named("8xh200"), epochs=1)
     assert plan.student_flops == pytest.approx(3 * once.student_flops)
     assert plan.teacher_flops == once.teacher_flops
 
@@ -114,6 +113,18 @@ def test_a_census_has_no_error_and_nothing_has_no_plan() -> None:
         estimate(np.array([]), 10)
 
 
-def test_an_unknown_machine_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no machine is called '9xh900'; choose one of .*8xh200"):
-        machine_named("9xh900")
+def test_a_machine_is_nodes_of_gpus() -> None:
+    node, nodes = machine_named("8xh200"), machine_named("4x8xh200")
+    assert (node.nodes, node.gpus_per_node, node.gpus) == (1, 8, 8)
+    assert (nodes.nodes, nodes.gpus_per_node, nodes.gpus) == (4, 8, 32)
+    assert (nodes.memory_bytes, nodes.flops) == (node.memory_bytes, node.flops) == (141 * 10**9, 989.4e12)
+    # Eight adapters of 400 Gb/s.
+    assert nodes.node_link_bytes_per_s == pytest.approx(0.78 * 8 * 400e9 / 8)
+
+
+@pytest.mark.parametrize("name", ["9xh900", "16xh200", "0xh200", "h200", "8xh200x2", "2x9xh100", "0x8xh200"])
+def test_an_unknown_machine_is_answered_with_how_one_is_written(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"no machine is called '{name}'; write GPUSxKIND, such as 8xh200, .*4x8xh200"
+    ):
+        machine_named(name)

@@ -75,6 +75,14 @@ def client(raiser: Raiser) -> Iterator[TestClient]:
     def raise_error() -> None:
         raise raiser.error
 
+    @app.get("/raise/{name}")
+    def get_named(name: str) -> str:
+        return name
+
+    @app.delete("/raise/{name}")
+    def delete_named(name: str) -> str:
+        return name
+
     @app.post("/things/{name}")
     def post_thing(name: str, body: Body, limit: Annotated[int, Query(ge=1)] = 1) -> dict[str, int]:
         return {"length": len(body.prompt)}
@@ -125,6 +133,7 @@ def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
     wrong = client.get("/things/a")
     assert wrong.status_code == 405
     assert wrong.headers["Allow"] == "POST"
+    assert client.put("/raise/a").headers["Allow"] == "DELETE, GET"
     problem_in(wrong)
     assert client.post("/things/a/", json={"prompt": "x"}).status_code == 404
     assert client.get("/docs").status_code == 404

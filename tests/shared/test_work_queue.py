@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,15 +189,15 @@ def test_an_item_whose_workers_vanish_is_set_aside(opened: Open) -> None:
 
 
 def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
-    for round_ in range(20):
-        start = threading.Barrier(8)
+    start = threading.Barrier(8)
 
-        def open_when_all_are_ready(place: str = str(tmp_path / f"{round_}.sqlite")) -> None:
-            start.wait(60)
-            open_queue(place).close()
+    def open_when_all_are_ready(place: str) -> None:
+        start.wait(60)
+        open_queue(place).close()
 
-        with ThreadPoolExecutor(8) as pool:
-            for opening in [pool.submit(open_when_all_are_ready) for _ in range(8)]:
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(20):
+            for opening in [pool.submit(open_when_all_are_ready, str(tmp_path / f"{round_}.sqlite")) for _ in range(8)]:
                 opening.result()
 
 
@@ -269,9 +271,9 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "work.sqlite"
-    queue = SqliteQueue(path, name="n", max_tries=1, lease_s=1)
-    queue._connection.execute("PRAGMA user_version = 77")
-    queue.close()
+    open_queue(str(path)).close()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 77")
     with pytest.raises(ConfigError, match="version 77"):
         open_queue(str(path))
 

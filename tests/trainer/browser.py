@@ -83,8 +83,14 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, expression: str) -> None:
-        deadline = time.monotonic() + 30
+    def resize(self, width: int, height: int, *, is_dark: bool = False) -> None:
+        """Show the page in a window of so many CSS pixels, in the light or the dark scheme."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def wait_for(self, expression: str, *, timeout_s: float = 30) -> None:
+        deadline = time.monotonic() + timeout_s
         while not self.evaluate(expression):
             assert time.monotonic() < deadline, f"waited in vain for {expression}; {self.complaints}"
             time.sleep(0.05)

@@ -69,14 +69,23 @@ def test_a_run_is_started_watched_stopped_and_resumed(client: TestClient) -> Non
     assert [listed["id"] for listed in client.get("/v1/runs").json()["runs"]] == [run["id"]]
 
     first = client.get(run["links"]["metrics"]).json()
-    assert [line["step"] for line in first["metrics"]] == list(range(1, first["next"] + 1))
-    assert client.get(run["links"]["metrics"], params={"since": first["next"]}).json() == {**first, "metrics": []}
+    num_lines = len(first["metrics"])
+    assert [line["step"] for line in first["metrics"]] == list(range(1, num_lines + 1))
+    assert first["reset"] is False
+    for since in (first["next"], num_lines):
+        assert client.get(run["links"]["metrics"], params={"since": since}).json() == {**first, "metrics": []}
+    # Beyond the end, or after lines that are not these.
+    for since in (num_lines + 1, f"{num_lines}-{'0' * 16}"):
+        assert client.get(run["links"]["metrics"], params={"since": since}).json() == {**first, "reset": True}
 
     assert client.post(run["links"]["resume"]).status_code == 202
     wait_for_state(client, run, "running")
-    conflict = client.post("/v1/runs", json={"recipe": "finishes"})
+    waiting = start(client, "finishes")
+    assert (waiting["state"], set(waiting["links"])) == ("queued", {"self", "metrics", "events", "stop"})
+    conflict = client.post(f"{waiting['links']['self']}/pause")
     assert conflict.status_code == 409
-    assert run["id"] in conflict.json()["detail"]
+    assert waiting["id"] in conflict.json()["detail"]
+    assert client.post(waiting["links"]["stop"]).json()["state"] == "stopped"
 
 
 def test_the_same_idempotency_key_answers_with_the_same_run(client: TestClient) -> None:
@@ -95,6 +104,8 @@ def test_the_same_idempotency_key_answers_with_the_same_run(client: TestClient) 
         {"recipe": "finishes", "overrides": {"num_steps": 0}},
         {"recipe": "finishes", "overrides": {"batch_size": 100_000}},
         {"recipe": "finishes", "overrides": {"student": "/etc"}},
+        {"recipe": "finishes", "overrides": {"seed": False}},
+        {"recipe": "finishes", "overrides": {"num_steps": "7"}},
         {"recipe": "../recipes/finishes"},
         {"recipe": "finishes", "command": ["sh"]},
         {},
@@ -128,9 +139,10 @@ def test_recipes_are_listed(client: TestClient) -> None:
     assert client.get("/v1/recipes").json() == {"recipes": ["finishes", "trains"]}
 
 
-def test_metrics_take_no_negative_line(client: TestClient) -> None:
+@pytest.mark.parametrize("since", ["-1", "", "1-", "1-xyz", "9" * 11, "\u0661", "1\n"])
+def test_metrics_take_no_place_that_is_none(client: TestClient, since: str) -> None:
     run = start(client, "finishes")
-    assert client.get(run["links"]["metrics"], params={"since": -1}).status_code in (400, 422)
+    assert client.get(run["links"]["metrics"], params={"since": since}).status_code in (400, 422)
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/runs"), ("POST", "/v1/runs"), ("GET", "/v1/recipes")])

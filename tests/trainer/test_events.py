@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from hyperagent.files import write_atomically
 from hyperagent_trainer import events
 from hyperagent_trainer.config import ControlSettings, TrainRecipe
 from hyperagent_trainer.control import create_control_app
 from hyperagent_trainer.events import run_events
+from hyperagent_trainer.metric_lines import START, Place
 from hyperagent_trainer.run_folder import RunState, RunStatus
-from hyperagent_trainer.runs import Run, RunRequest, Runs
+from hyperagent_trainer.runs import Run, RunRequest, Runs, new_run_id
 from hyperagent_trainer.supervisor import Supervisor
 
-Event = tuple[str, int | None, dict[str, Any]]
+Event = tuple[str, str | None, dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def runs(tmp_path: Path) -> Runs:
 @pytest.fixture
 def run(runs: Runs) -> Run:
     recipe = TrainRecipe(student=Path("s"), tokens=Path("t"), cache=Path("c"))
-    return runs.create(RunRequest(recipe="r"), recipe, idempotency_key=None)
+    return runs.create(new_run_id(), RunRequest(recipe="r"), recipe, idempotency_key=None)
 
 
 def say(run: Run, state: RunState, step: int = 0) -> None:
@@ -50,6 +52,10 @@ def add_lines(run: Run, first: int, last: int) -> None:
         file.writelines(json.dumps({"step": step}) + "\n" for step in range(first, last + 1))
 
 
+def number(place: str | None) -> int | None:
+    return None if place is None else Place.parse(place).num_lines
+
+
 def parse(text: str) -> list[Event]:
     """Events as the standard has them read: blocks of `field: value` lines, each closed by an empty one."""
     assert text.endswith("\n\n")
@@ -57,8 +63,7 @@ def parse(text: str) -> list[Event]:
     for block in text.removesuffix("\n\n").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
         if fields:
-            number = int(fields["id"]) if "id" in fields else None
-            found.append((fields["event"], number, json.loads(fields["data"])))
+            found.append((fields["event"], fields.get("id"), json.loads(fields["data"])))
     return found
 
 
@@ -69,18 +74,48 @@ async def everything(stream: AsyncIterator[str]) -> list[Event]:
 def test_an_ended_run_is_told_whole_and_from_any_line(runs: Runs, run: Run) -> None:
     add_lines(run, 1, 25)
     say(run, "done", 25)
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=0)))
-    assert [(name, number, data["step"]) for name, number, data in told] == [
+    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert [(name, number(place), data["step"]) for name, place, data in told] == [
         *(("metrics", step, step) for step in range(1, 26)),
         ("status", None, 25),
     ]
-    for since in (1, 10, 24, 25, 99):
-        assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == told[min(since, 25) :]
+    for count in (1, 10, 24, 25):
+        for since in (Place(count), Place.parse(told[count - 1][1] or "")):
+            assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == told[count:]
+
+
+def test_a_place_that_is_no_more_begins_anew_and_says_so(runs: Runs, run: Run) -> None:
+    add_lines(run, 1, 25)
+    say(run, "done", 25)
+    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    for since in (Place(26), Place.parse(f"20-{'0' * 16}"), Place.parse((told[19][1] or "").replace("20-", "19-"))):
+        assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == [("reset", None, {}), *told]
+
+
+def test_lines_that_are_cut_while_somebody_listens_are_taken_back(runs: Runs, run: Run) -> None:
+    async def watch() -> list[Event]:
+        stream = run_events(runs, run.run_id, since=START)
+        told = parse(await anext(stream))
+        # What the next process does: it cuts the lines after its checkpoint, and writes as many others.
+        kept = "".join(run.folder.metrics.read_text().splitlines(keepends=True)[:3])
+        others = "".join(json.dumps({"step": step, "again": True}) + "\n" for step in range(4, 7))
+        write_atomically(run.folder.metrics, (kept + others).encode())
+        say(run, "stopped", 6)
+        return told + await everything(stream)
+
+    add_lines(run, 1, 6)
+    say(run, "running", 6)
+    told = asyncio.run(watch())
+    assert [name for name, _, _ in told] == [*["metrics"] * 6, "status", "reset", *["metrics"] * 6, "status"]
+    assert [data for name, _, data in told if name == "metrics"][6:] == [
+        *({"step": step} for step in range(1, 4)),
+        *({"step": step, "again": True} for step in range(4, 7)),
+    ]
 
 
 def test_what_happens_is_told_as_it_happens_and_once(runs: Runs, run: Run) -> None:
     async def watch() -> list[Event]:
-        stream = run_events(runs, run.run_id, since=0)
+        stream = run_events(runs, run.run_id, since=START)
         told = parse(await anext(stream))
         say(run, "running")
         told += parse(await anext(stream))
@@ -92,7 +127,7 @@ def test_what_happens_is_told_as_it_happens_and_once(runs: Runs, run: Run) -> No
 
     told = asyncio.run(watch())
     assert [data["state"] for name, _, data in told if name == "status"] == ["queued", "running", "stopped"]
-    assert [number for name, number, _ in told if name == "metrics"] == list(range(1, 13))
+    assert [number(place) for name, place, _ in told if name == "metrics"] == list(range(1, 13))
     assert told[-1][0] == "status", "the last word comes after every line"
 
 
@@ -100,7 +135,7 @@ def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch
     monkeypatch.setattr(events, "_HEARTBEAT_S", 0.05)
 
     async def watch() -> list[str]:
-        stream = run_events(runs, run.run_id, since=0)
+        stream = run_events(runs, run.run_id, since=START)
         return [await anext(stream) for _ in range(3)]
 
     first, *beats = asyncio.run(watch())
@@ -108,9 +143,16 @@ def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch
     assert all(beat.startswith(":") and parse(beat) == [] for beat in beats)
 
 
+def test_what_is_not_finite_is_sent_as_null(runs: Runs, run: Run) -> None:
+    run.folder.metrics.write_text('{"step": 1, "loss": NaN, "norms": {"a": -Infinity, "b": 1e999, "c": 0.5}}\n')
+    say(run, "done", 1)
+    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert told[0][2] == {"step": 1, "loss": None, "norms": {"a": None, "b": None, "c": 0.5}}
+
+
 def test_what_cannot_be_read_ends_the_stream_with_a_problem(runs: Runs, run: Run) -> None:
     run.folder.metrics.write_text("not json\n")
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=0)))
+    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
     assert [name for name, _, _ in told] == ["problem"]
     assert "line 1 is not JSON" in told[0][2]["detail"]
 
@@ -120,7 +162,7 @@ def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_
     recipes.mkdir()
     supervisor = Supervisor(ControlSettings(recipes=recipes, runs=runs.root))
     recipe = TrainRecipe(student=Path("s"), tokens=Path("t"), cache=Path("c"))
-    run = runs.create(RunRequest(recipe="r"), recipe, idempotency_key=None)
+    run = runs.create(new_run_id(), RunRequest(recipe="r"), recipe, idempotency_key=None)
     add_lines(run, 1, 12)
     app = create_control_app(supervisor, token="secret")
     with TestClient(app, headers={"Authorization": "Bearer secret"}) as client:
@@ -128,8 +170,11 @@ def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_
         path = f"/v1/runs/{run.run_id}/events"
         answer = client.get(path, headers={"Last-Event-ID": "10"})
         assert answer.headers["Content-Type"].startswith("text/event-stream")
-        assert [number for _, number, _ in parse(answer.text)] == [11, 12, None]
-        assert client.get(path, headers={"Last-Event-ID": "-1"}).status_code == 422
+        told = parse(answer.text)
+        assert [number(place) for _, place, _ in told] == [11, 12, None]
+        assert parse(client.get(path, headers={"Last-Event-ID": told[0][1] or ""}).text) == told[1:]
+        for wrong in ("-1", "x", "1-", "1-xyz", "9" * 11, "1\u0660"):
+            assert client.get(path, headers={"Last-Event-ID": wrong.encode()}).status_code == 422, wrong
         assert client.get(path, headers={"Authorization": ""}).status_code == 401
 
         say(run, "running", 12)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import StopAfter, metrics, run, start_worker
+from tiny_runs import StopAfter, last_checkpoint, metrics, run, start_worker
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -35,10 +36,12 @@ from hyperagent.errors import (
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.manifest import NetworkManifest
-from hyperagent_trainer.checkpoint import read_network, save_checkpoint
+from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import Evaluation, HeldOut
-from hyperagent_trainer.export_command import export_run
+from hyperagent_trainer.export_command import export_run, read_chosen
+from hyperagent_trainer.ranks import Ranks
 from hyperagent_trainer.run_folder import RunFolder
 
 
@@ -113,7 +116,7 @@ def test_a_stopped_run_is_exported_as_it_stands(
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
 
     saved, exported = (
-        load_file(p) for p in (folder.checkpoint / "network.safetensors", out / "hypernetwork.safetensors")
+        load_file(p) for p in (last_checkpoint(folder) / "network.safetensors", out / "hypernetwork.safetensors")
     )
     assert saved.keys() == exported.keys()
     assert all(torch.equal(saved[name], exported[name]) for name in saved)
@@ -173,7 +176,7 @@ def test_a_run_is_exported_while_it_trains(recipe: TrainRecipe, tmp_path: Path) 
     steps: list[int] = []
     try:
         while process.poll() is None:
-            if folder.checkpoint.exists():
+            if folder.saved_steps():
                 out = tmp_path / f"out-{len(steps)}"
                 found = export_run(folder, out, None)
                 assert load_bundle(out).manifest.step == found["step"]
@@ -221,15 +224,15 @@ def _other_network(folder: RunFolder) -> None:
     [
         (lambda f: (f.root.parent / "out").mkdir(), Conflict, "out is there already; name a folder that is not"),
         (lambda f: f.recipe.unlink(), NotFound, "holds no run"),
-        (lambda f: shutil.rmtree(f.checkpoint), NotFound, "no checkpoint in .* the run has not saved one yet"),
+        (lambda f: shutil.rmtree(f.checkpoints), NotFound, "no checkpoint in .* the run has not saved one yet"),
         (
-            lambda f: (f.checkpoint / "network.safetensors").unlink(),
+            lambda f: (last_checkpoint(f) / "network.safetensors").unlink(),
             CorruptRecord,
             "network.safetensors cannot be read",
         ),
-        (lambda f: _flip(f.checkpoint / "network.safetensors"), CorruptRecord, "not the file that was written"),
-        (lambda f: _flip(f.checkpoint / "optimizer.safetensors"), CorruptRecord, "not the file that was written"),
-        (lambda f: _flip(f.checkpoint / "checkpoint.json"), CorruptRecord, "checkpoint.json cannot be read"),
+        (lambda f: _flip(last_checkpoint(f) / "network.safetensors"), CorruptRecord, "not the file that was written"),
+        (lambda f: _flip(last_checkpoint(f) / "optimizer.safetensors"), CorruptRecord, "not the file that was written"),
+        (lambda f: _flip(last_checkpoint(f) / "checkpoint.json"), CorruptRecord, "checkpoint.json cannot be read"),
         (lambda f: f.metrics.unlink(), CorruptRecord, "metrics.jsonl cannot be read"),
         (lambda f: f.metrics.write_text('{"step": 1, "loss": 1.0}\n'), CorruptRecord, "no evaluation at step 5 or"),
         (_other_network, ConfigError, "of another recipe than its recipe.json"),
@@ -254,7 +257,7 @@ def test_a_best_checkpoint_needs_patience(folder: RunFolder, tmp_path: Path) -> 
 
 
 def test_weights_that_do_not_fit_their_manifest_are_refused(folder: RunFolder, tmp_path: Path) -> None:
-    manifest = folder.checkpoint / "checkpoint.json"
+    manifest = last_checkpoint(folder) / "checkpoint.json"
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**told, "layers": told["layers"][1:]}))
     with pytest.raises(CorruptRecord, match="weights do not fit its manifest"):
@@ -283,31 +286,29 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
         student_weights="0" * 64, data=read_data_identity(recipe.tokens), hypernetwork=recipe.hypernetwork, layers=()
     )
     optimizer = torch.optim.AdamW(network.parameters())
+    folder = RunFolder(tmp_path)
     ended = threading.Event()
 
     def keep_saving() -> None:
-        step = 0
-        while not ended.is_set():
-            step += 1
-            with torch.no_grad():
-                network.weight.fill_(step)
-            save_checkpoint(
-                tmp_path / "checkpoint",
-                network=network,
-                optimizer=optimizer,
-                step=step,
-                recipe=recipe,
-                belongs_to=belongs_to,
-            )
+        ranks = Ranks(0, 1, torch.device("cpu"), None)
+        with CheckpointStore(
+            folder, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to, ranks=ranks
+        ) as store:
+            for step in count(1):
+                if ended.is_set():
+                    return
+                with torch.no_grad():
+                    network.weight.fill_(step)
+                store.save(step, BestEvaluation())
 
     writer = threading.Thread(target=keep_saving)
     writer.start()
     try:
-        while not (tmp_path / "checkpoint").exists():
+        while not folder.saved_steps():
             pass
         steps: list[int] = []
-        while len(set(steps)) < 200:
-            manifest, weights = read_network(tmp_path / "checkpoint")
+        while len(set(steps)) < 100:
+            manifest, weights = read_chosen(folder, recipe, "last")
             assert (weights["weight"] == manifest.step).all()
             steps.append(manifest.step)
     finally:

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tiny_runs import losses, metrics, run
+from tiny_runs import last_checkpoint, losses, metrics, run
 
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.run_folder import RunFolder
@@ -67,5 +67,5 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(recipe: 
     assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, NUM_STEPS + 1))
     assert metrics(folder)[-1]["held_out_kl"] == metrics(undisturbed)[-1]["held_out_kl"]
     for name in ("network.safetensors", "optimizer.safetensors"):
-        assert (folder.checkpoint / name).read_bytes() == (undisturbed.checkpoint / name).read_bytes()
+        assert (last_checkpoint(folder) / name).read_bytes() == (last_checkpoint(undisturbed) / name).read_bytes()
     assert folder.read_status().state == "done"

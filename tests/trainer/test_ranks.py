@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ranks_child
 from safetensors.torch import load_file
-from tiny_runs import losses, metrics, run
+from tiny_runs import last_checkpoint, losses, metrics, run
 from torch import Tensor
 
 from hyperagent_trainer.config import TrainRecipe
@@ -109,7 +109,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     folder.recipe.write_text(recipe.model_dump_json())
 
     process = train_on(2, folder)
-    while process.poll() is None and not folder.checkpoint.exists():
+    while process.poll() is None and not folder.saved_steps():
         time.sleep(0.05)
     # torchrun gives every rank a session of its own, and ends the others when one dies.
     ranks = psutil.Process(process.pid).children(recursive=True)
@@ -138,14 +138,14 @@ def test_a_rank_that_dies_ends_the_run_and_the_checkpoint_stands(recipe_of_three
     folder.root.mkdir()
     folder.recipe.write_text(recipe.model_dump_json())
     process = train_on(2, folder)
-    while process.poll() is None and not folder.checkpoint.exists():
+    while process.poll() is None and not folder.saved_steps():
         time.sleep(0.05)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "worker" in " ".join(p.cmdline())]
     workers[-1].kill()
 
     assert process.wait(60) != 0
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
-    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] >= 1
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] >= 1
 
 
 def test_sigterm_to_torchrun_saves_and_ends_as_stopped(recipe_of_three: TrainRecipe, tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_sigterm_to_torchrun_saves_and_ends_as_stopped(recipe_of_three: TrainRec
 
     status = folder.read_status()
     assert status.state == "stopped"
-    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == status.step >= 2
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == status.step >= 2

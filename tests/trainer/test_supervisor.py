@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, ServiceError, StorageError
+from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, ServiceError
 from hyperagent_trainer.config import ControlSettings, RunOverrides
 from hyperagent_trainer.run_folder import FINAL_STATES, RunFolder
 from hyperagent_trainer.runs import Run, RunRequest
@@ -27,6 +29,7 @@ BEHAVIOURS = (
     "finishes",
     "ignores-sigterm",
     "lingers",
+    "stops-and-lingers",
     "answers-no-signals-yet",
     "crashes",
     "killed",
@@ -131,7 +134,7 @@ def test_a_stopped_run_has_saved_and_resumes_where_it_was(supervisor: Supervisor
     resumed = supervisor.resume(run.run_id)
     assert resumed.status.state in ("queued", "running")
     wait_until(lambda: supervisor.runs.get(run.run_id).status.step > stopped.status.step)
-    steps = [line["step"] for line in supervisor.runs.metrics(run.run_id, since=0)]
+    steps = [line["step"] for line in supervisor.runs.metrics(run.run_id).values]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -176,29 +179,108 @@ def test_what_a_dead_process_had_started_is_ended(supervisor: Supervisor) -> Non
     wait_until(lambda: not psutil.pid_exists(pid) or not is_running(psutil.Process(pid)))
 
 
-def test_one_run_trains_at_a_time(supervisor: Supervisor) -> None:
-    first = start(supervisor, "trains")
-    with pytest.raises(Conflict, match=first.run_id):
-        start(supervisor, "finishes")
-    assert [run.run_id for run in supervisor.runs.all()] == [first.run_id]
-    wait_for_state(supervisor, first, "running")
+def ids_of(supervisor: Supervisor) -> list[str]:
+    return [run.run_id for run in supervisor.runs.all()]
+
+
+def test_one_run_trains_at_a_time_and_the_others_wait_their_turn(supervisor: Supervisor) -> None:
+    first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
+    second, third, fourth = (start(supervisor, behaviour) for behaviour in ("trains", "crashes", "finishes"))
+    assert {run.status.state for run in (second, third, fourth)} == {"queued"}
+    assert ids_of(supervisor) == [fourth.run_id, third.run_id, second.run_id, first.run_id]
+    for wish in (supervisor.pause, supervisor.checkpoint):
+        with pytest.raises(Conflict, match="queued"):
+            wish(second.run_id)
+
     supervisor.stop(first.run_id)
     wait_for_state(supervisor, first, "stopped")
-    second = start(supervisor, "trains")
-    with pytest.raises(Conflict, match=second.run_id):
+    wait_for_state(supervisor, second, "running")
+    assert supervisor.resume(first.run_id).status.state == "queued"
+    with pytest.raises(Conflict, match="is queued and cannot be resumed"):
         supervisor.resume(first.run_id)
+    assert not third.folder.log.exists()
+
+    supervisor.stop(second.run_id)
+    assert wait_for_state(supervisor, third, *FINAL_STATES).status.state == "failed"
+    assert wait_for_state(supervisor, fourth, *FINAL_STATES).status.state == "done"
+    wait_for_state(supervisor, first, "running")
+
+
+def test_a_run_that_waits_is_stopped_and_never_starts(supervisor: Supervisor) -> None:
+    first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
+    second, third = start(supervisor, "finishes"), start(supervisor, "finishes")
+    stopped = supervisor.stop(second.run_id).status
+    assert (stopped.state, stopped.reason) == ("stopped", "stopped on request while it waited for its turn")
     with pytest.raises(Conflict, match="nothing to stop"):
-        supervisor.stop(first.run_id)
-    assert [run.run_id for run in supervisor.runs.all()] == [second.run_id, first.run_id]
+        supervisor.stop(second.run_id)
+    shutil.rmtree(third.folder.root)
+    fourth = start(supervisor, "finishes")
+    supervisor.stop(first.run_id)
+    wait_for_state(supervisor, fourth, "done")
+    assert supervisor.runs.get(second.run_id).status == stopped
+    assert not second.folder.log.exists()
+
+
+def test_the_queue_has_an_end(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperagent_trainer.supervisor.MAX_WAITING", 2)
+    first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
+    waiting = [start(supervisor, "finishes") for _ in range(2)]
+    with pytest.raises(Conflict, match="2 runs wait already"):
+        start(supervisor, "finishes")
+    assert ids_of(supervisor) == [*(run.run_id for run in reversed(waiting)), first.run_id]
+
+
+def test_the_queue_outlives_its_supervisor(open_supervisor: Open) -> None:
+    supervisor = open_supervisor()
+    first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
+    second, third = start(supervisor, "trains"), start(supervisor, "finishes")
+    supervisor = open_supervisor()
+    assert supervisor.runs.get(first.run_id).status.state == "stopped"
+    wait_for_state(supervisor, second, "running")
+    assert supervisor.runs.get(third.run_id).status.state == "queued"
+    supervisor.stop(second.run_id)
+    wait_for_state(supervisor, third, "done")
+
+
+def test_a_ledger_that_is_lost_is_made_anew(settings: ControlSettings, open_supervisor: Open) -> None:
+    supervisor = open_supervisor()
+    first = wait_for_state(supervisor, start(supervisor, "trains", key="k1"), "running")
+    second = start(supervisor, "trains", key="k2")
+    for path in settings.runs.glob("runs.sqlite*"):
+        path.unlink()
+    supervisor = open_supervisor()
+    wait_for_state(supervisor, second, "running")
+    assert [start(supervisor, "trains", key=key).run_id for key in ("k1", "k2")] == [first.run_id, second.run_id]
 
 
 def test_a_process_that_lingers_after_its_last_word_does_not_bar_the_next_run(supervisor: Supervisor) -> None:
     first = wait_for_state(supervisor, start(supervisor, "lingers"), "done")
     process = process_of(first)
     second = start(supervisor, "finishes")
-    assert not is_running(process)
     wait_for_state(supervisor, second, "done")
+    assert not is_running(process)
     assert supervisor.runs.get(first.run_id).status.state == "done"
+
+
+def test_a_run_is_resumed_only_when_its_old_process_has_ended(supervisor: Supervisor) -> None:
+    run = wait_for_state(supervisor, start(supervisor, "stops-and-lingers"), "stopped")
+    process = process_of(run)
+    assert is_running(process)
+    assert supervisor.resume(run.run_id).status.state in ("queued", "stopped")
+    assert not is_running(process)
+    assert process_of(run) != process
+
+
+def test_many_requests_with_one_key_start_one_run(supervisor: Supervisor) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: start(supervisor, "finishes", key="k"), range(40)))
+    assert len({run.run_id for run in runs}) == len(ids_of(supervisor)) == 1
+
+
+def test_a_key_whose_run_was_removed_is_free_again(supervisor: Supervisor) -> None:
+    first = wait_for_state(supervisor, start(supervisor, "finishes", key="k"), "done")
+    shutil.rmtree(first.folder.root)
+    assert start(supervisor, "finishes", key="k").run_id != first.run_id
 
 
 def test_an_idempotency_key_starts_one_run_across_restarts(open_supervisor: Open) -> None:
@@ -220,7 +302,7 @@ def test_unknown_names_are_not_found(supervisor: Supervisor, settings: ControlSe
     for run_id in ("20260101-000000-000000", "..", "../recipes", ""):
         with pytest.raises(NotFound):
             supervisor.runs.get(run_id)
-    assert list(settings.runs.iterdir()) == []
+    assert not [path for path in settings.runs.iterdir() if path.is_dir()]
 
 
 def test_a_wrong_recipe_starts_nothing(supervisor: Supervisor, settings: ControlSettings) -> None:
@@ -228,20 +310,6 @@ def test_a_wrong_recipe_starts_nothing(supervisor: Supervisor, settings: Control
     with pytest.raises(ConfigError, match="num_stepz"):
         start(supervisor, "wrong")
     assert supervisor.runs.all() == []
-
-
-def test_metrics_are_read_from_a_line_on_and_never_torn(supervisor: Supervisor) -> None:
-    run = wait_for_state(supervisor, start(supervisor, "finishes"), "done")
-    assert supervisor.runs.metrics(run.run_id, since=0) == []
-    path = run.folder.metrics
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
-    assert supervisor.runs.metrics(run.run_id, since=1) == [{"step": 2}, {"step": 3}]
-    assert supervisor.runs.metrics(run.run_id, since=3) == []
-    assert supervisor.runs.metrics(run.run_id, since=99) == []
-    with path.open("a") as file:
-        file.write(": 4}\nnot json\n")
-    with pytest.raises(CorruptRecord, match="line 5"):
-        supervisor.runs.metrics(run.run_id, since=3)
 
 
 def test_a_supervisor_that_is_closed_leaves_no_process(open_supervisor: Open) -> None:
@@ -263,12 +331,12 @@ def test_a_run_whose_control_process_was_killed_is_adopted(settings: ControlSett
     run = supervisor.runs.get(run_id)
     process = process_of(run)
     wait_for_state(supervisor, run, "running")
-    with pytest.raises(Conflict, match=run_id):
-        start(supervisor, "finishes")
+    waiting = start(supervisor, "finishes")
+    assert waiting.status.state == "queued"
     supervisor.stop(run_id)
     assert wait_for_state(supervisor, run, *FINAL_STATES).status.state == "stopped"
-    wait_until(lambda: not is_running(process))
-    wait_for_state(supervisor, start(supervisor, "finishes"), "done")
+    wait_for_state(supervisor, waiting, "done")
+    assert not is_running(process)
 
 
 def test_an_adopted_process_that_dies_fails_its_run(settings: ControlSettings, open_supervisor: Open) -> None:
@@ -309,9 +377,9 @@ def test_a_process_record_that_cannot_be_written_starts_no_process(supervisor: S
     run = wait_for_state(supervisor, start(supervisor, "killed"), "failed")
     run.folder.process.unlink()
     run.folder.process.mkdir()
-    with pytest.raises(StorageError):
-        supervisor.resume(run.run_id)
-    assert supervisor.runs.get(run.run_id).status.state == "failed"
+    status = supervisor.resume(run.run_id).status
+    assert status.state == "failed"
+    assert str(run.folder.process) in status.reason
     # What has just ended has no command line any more.
     started = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in started if str(run.folder.root) in line]

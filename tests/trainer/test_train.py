@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -17,8 +17,9 @@ import torch
 import yaml
 from blake3 import blake3
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
-from tiny_runs import StopAfter, losses, metrics, run, start_worker
+from tiny_runs import StopAfter, last_checkpoint, losses, metrics, run, start_worker
 from torch import Tensor
 
 from hyperagent.data.tokens import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
@@ -27,6 +28,7 @@ from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
+from hyperagent_trainer import checkpoint
 from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.batches import DistillationData
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
@@ -113,7 +115,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     folder = run(recipe, tmp_path / "run", StopAfter(2))
     with pytest.raises(ConfigError, match="another recipe"):
         run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
-    manifest = folder.checkpoint / "checkpoint.json"
+    manifest = last_checkpoint(folder) / "checkpoint.json"
     whole = manifest.read_text()
     for field, changed in (
         ("data", {**json.loads(whole)["data"], "source": "1" * 64}),
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     with pytest.raises(CorruptRecord, match=r"checkpoint\.json cannot be read"):
         run(recipe, tmp_path / "run")
     manifest.write_text(whole)
-    path = folder.checkpoint / "network.safetensors"
+    path = last_checkpoint(folder) / "network.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -163,7 +165,7 @@ def test_a_static_adapter_is_trained_by_the_same_code(recipe: TrainRecipe, tmp_p
 def test_a_stopped_static_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
     static = recipe.model_copy(update={"arm": "static"})
     straight, stopped = run(static, tmp_path / "straight"), run(static, tmp_path / "stopped", StopAfter(3))
-    assert json.loads((stopped.checkpoint / "checkpoint.json").read_text())["mode"] == "static"
+    assert json.loads((last_checkpoint(stopped) / "checkpoint.json").read_text())["mode"] == "static"
     assert not stopped.adapter.exists()
     run(static, tmp_path / "stopped")
     assert losses(stopped) == losses(straight)
@@ -196,8 +198,8 @@ def test_a_warm_start_begins_where_the_static_adapter_ended(recipe: TrainRecipe,
 
 def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(recipe, tmp_path / "run", StopAfter(2))
-    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == 2
-    moments = load((folder.checkpoint / "optimizer.safetensors").read_bytes())
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == 2
+    moments = load((last_checkpoint(folder) / "optimizer.safetensors").read_bytes())
     assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
     assert all(float(value) == 2 for name, value in moments.items() if name.endswith(".step"))
     assert save(moments)
@@ -228,7 +230,7 @@ def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) 
         process.kill()
     status = folder.read_status()
     assert status.state == "stopped"
-    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == status.step > 0
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == status.step > 0
 
 
 def test_a_worker_that_cannot_start_says_why_in_one_line(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -291,11 +293,12 @@ def test_a_run_whose_held_out_kl_stops_falling_ends_with_the_best_network(
     # Evaluations after steps 0, 2, 4, 6 and 8; the best after step 4.
     assert (status.state, status.step) == ("done", 8)
     assert status.reason == "held-out KL was lowest after step 4"
-    best = load_file(folder.best / "network.safetensors")
+    assert folder.saved_steps() == [4, 6, 8]
+    best = load_file(folder.checkpoint(4) / "network.safetensors")
     exported = load_file(folder.bundle / "hypernetwork.safetensors")
     assert best.keys() == exported.keys()
     assert all(torch.equal(best[name], exported[name]) for name in best)
-    assert not all(map(torch.equal, best.values(), load_file(folder.checkpoint / "network.safetensors").values()))
+    assert not all(map(torch.equal, best.values(), load_file(last_checkpoint(folder) / "network.safetensors").values()))
 
 
 def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
@@ -317,21 +320,42 @@ def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
 def test_a_full_disk_while_saving_ends_the_run_and_the_checkpoint_before_stands(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Path.write_bytes
+    original = checkpoint.save_file
     folder = RunFolder(tmp_path / "run")
 
-    def no_space_later(self: Path, data: bytes) -> int:
-        if self.name == "optimizer.safetensors" and folder.checkpoint.exists():
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return original(self, data)
+    def no_space_later(tensors: dict[str, Tensor], path: Path) -> None:
+        if path.name == "optimizer.safetensors" and folder.saved_steps():
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(tensors, path)
 
-    monkeypatch.setattr(Path, "write_bytes", no_space_later)
-    with pytest.raises(StorageError, match="No space left"):
+    monkeypatch.setattr(checkpoint, "save_file", no_space_later)
+    with pytest.raises(StorageError, match="the disk is full; free some space"):
         run(recipe, folder.root)
     monkeypatch.undo()
-    assert json.loads((folder.checkpoint / "checkpoint.json").read_text())["step"] == 2
-    assert sorted(p.name for p in folder.root.iterdir() if "checkpoint" in p.name) == ["checkpoint"]
+    assert folder.saved_steps() == [2]
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
     assert losses(run(recipe, folder.root)) == losses(run(recipe, tmp_path / "undisturbed"))
+
+
+def test_the_last_checkpoints_are_kept_and_one_that_is_damaged_can_be_left_out(
+    recipe: TrainRecipe, tmp_path: Path
+) -> None:
+    recipe = recipe.model_copy(update={"num_steps": 6, "checkpoint_every": 1, "keep_checkpoints": 3})
+    folder = run(recipe, tmp_path / "run", StopAfter(5))
+    assert folder.saved_steps() == [3, 4, 5]
+    path = folder.checkpoint(5) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder.checkpoints / ".aside-0-step-00000006").mkdir()
+    with pytest.raises(CorruptRecord, match="delete its folder to go on from the checkpoint before"):
+        run(recipe, folder.root)
+    shutil.rmtree(folder.checkpoint(5))
+    run(recipe, folder.root)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000005",
+        "step-00000006",
+    ]
+    assert losses(folder) == losses(run(recipe, tmp_path / "undisturbed"))
 
 
 def test_epochs_are_counted_in_steps_of_the_training_split(recipe: TrainRecipe, tmp_path: Path) -> None:

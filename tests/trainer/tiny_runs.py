@@ -42,6 +42,10 @@ def losses(folder: RunFolder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
 
 
+def last_checkpoint(folder: RunFolder) -> Path:
+    return folder.checkpoint(folder.saved_steps()[-1])
+
+
 def start_worker(recipe: TrainRecipe, root: Path, **variables: str) -> subprocess.Popen[bytes]:
     """The training process itself, or torchrun over several, with these variables in its environment."""
     root.mkdir()

@@ -24,23 +24,22 @@ def say(state: str, step: int = 0) -> None:
 
 
 def save(step: int) -> None:
-    (run / "checkpoint").mkdir(exist_ok=True)
-    (run / "checkpoint" / "step").write_text(str(step))
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def train_until_told() -> None:
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    saved = run / "checkpoint" / "step"
-    step = int(saved.read_text()) if saved.exists() else 0
+    step = max((int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("*")), default=0)
     with (run / "metrics.jsonl").open("a", buffering=1) as metrics:
-        while not told:
+        while not told and step < recipe["num_steps"]:
             step += 1
             metrics.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
             say("running", step)
             time.sleep(0.02)
     save(step)
-    say("stopped", step)
+    say("stopped" if told else "done", step)
 
 
 def ignore_sigterm(state: str) -> None:
@@ -59,6 +58,9 @@ match behaviour:
         ignore_sigterm("running")
     case "lingers":
         ignore_sigterm("done")
+    case "stops-and-lingers":
+        save(7)
+        ignore_sigterm("stopped")
     case "answers-no-signals-yet":
         say("loading")
         time.sleep(600)

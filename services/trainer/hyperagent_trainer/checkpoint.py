@@ -7,19 +7,23 @@ optimizer.safetensors   AdamW's moments and step counts, as <parameter>.<name>
 
 from __future__ import annotations
 
+import errno
 import json
-import time
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 from pydantic import Field
 from pydantic_core import to_jsonable_python
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hyperagent.config import parse
-from hyperagent.errors import ConfigError, CorruptRecord, NotFound
+from hyperagent.errors import ConfigError, CorruptRecord
 from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
@@ -28,8 +32,8 @@ from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.ranks import placed_like, whole
 
 FORMAT_VERSION = 3
-# More than two renames take.
-_REPLACED_S = 0.1
+
+_GO_ON_BEFORE = "delete its folder to go on from the checkpoint before, if there is one, or start a new run"
 
 
 class CheckpointManifest(NetworkManifest):
@@ -45,45 +49,58 @@ class CheckpointManifest(NetworkManifest):
     """BLAKE3 (hex) of every other file."""
 
 
-def save_checkpoint(
+@dataclass(frozen=True)
+class Snapshot:
+    """What is trained, as it was after some step, on the host; what is trained goes on changing."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, *, is_first: bool = True) -> Snapshot | None:
+    """Copy what is trained, as whole tensors, so that it can be resumed on any number of ranks.
+
+    Args:
+        is_first: whether this is the rank that keeps the copy. Every rank has to call, to hand in its parts.
+    """
+    weights, moments = {}, {}
+    for name, tensor in network.state_dict().items():
+        gathered = whole(tensor.detach())
+        if is_first:
+            weights[name] = _copy_on_host(gathered)
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            gathered = whole(value)
+            if is_first:
+                moments[f"{name}.{key}"] = _copy_on_host(gathered)
+    return Snapshot(weights, moments) if is_first else None
+
+
+def write_checkpoint(
     folder: Path,
+    found: Snapshot,
     *,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
     step: int,
     recipe: TrainRecipe,
     belongs_to: NetworkManifest,
     best: BestEvaluation = BestEvaluation(),
-    is_first: bool = True,
 ) -> None:
-    """Write a checkpoint after `step` optimiser steps, replacing the one before.
-
-    It holds whole tensors, so that it can be resumed on any number of ranks.
-
-    Args:
-        is_first: whether this is the rank that writes. Every rank has to call, to hand in its parts.
+    """Write what was found after `step` optimiser steps.
 
     Raises:
-        StorageError: the file system refused; the one before still stands.
+        StorageError: the file system refused; there is no trace of the folder.
     """
-    weights = {name: _on_host(tensor) for name, tensor in network.state_dict().items()}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}.{key}"] = _on_host(value)
-    if not is_first:
-        return
-    contents = {"network.safetensors": save(weights), "optimizer.safetensors": save(moments)}
-    manifest = CheckpointManifest(
-        **dict(belongs_to),
-        recipe=_digest(recipe),
-        step=step,
-        best=best,
-        files={name: blake3(content).hexdigest() for name, content in contents.items()},
-    )
     with new_directory(folder) as aside:
-        for name, content in contents.items():
-            (aside / name).write_bytes(content)
+        files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
+        for name, tensors in files.items():
+            _save(tensors, aside / name)
+        manifest = CheckpointManifest(
+            **dict(belongs_to),
+            recipe=_digest(recipe),
+            step=step,
+            best=best,
+            files={name: _digest_of(aside / name) for name in files},
+        )
         (aside / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -102,7 +119,7 @@ def load_checkpoint(
         IdentityMismatch: it is of another student, other data, other targets, or another static adapter.
         CorruptRecord: a file is not the one that was written.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.recipe != _digest(recipe):
         raise ConfigError(f"the checkpoint in {folder} is of another recipe; start a new run")
     for name in type(belongs_to).model_fields:
@@ -112,12 +129,12 @@ def load_checkpoint(
             found=_brief(getattr(belongs_to, name)),
             remedy="restore what the run was started with, or start a new run",
         )
-    contents = _read_contents(folder, manifest)
-    weights, state_dict = load(contents["network.safetensors"]), network.state_dict()
+    _check_files(folder, manifest)
+    weights, state_dict = load_file(folder / "network.safetensors"), network.state_dict()
     network.load_state_dict(
         {name: placed_like(tensor, state_dict.get(name, tensor)) for name, tensor in weights.items()}, strict=True
     )
-    moments = load(contents["optimizer.safetensors"])
+    moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
         state = {
             key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments
@@ -129,54 +146,56 @@ def load_checkpoint(
 
 
 def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
-    """A checkpoint's manifest and the network's weights, also while the run replaces it by newer ones.
+    """A checkpoint's manifest and the network's weights.
 
     Raises:
-        NotFound: there is none.
         ConfigError: it is of another release's format.
         CorruptRecord: a file is missing, or is not the one that was written.
     """
-    before: bytes | None = b""
-    while True:
-        try:
-            found: bytes | None = (folder / "checkpoint.json").read_bytes()
-        except FileNotFoundError:
-            found = None
-        try:
-            manifest = _read_manifest(folder)
-            return manifest, load(_read_contents(folder, manifest)["network.safetensors"])
-        except CorruptRecord:
-            # Not one checkpoint's files, unless the same one stands there still; or the moment between two renames.
-            if found == before:
-                if found is None:
-                    raise NotFound(f"there is no checkpoint in {folder}") from None
-                raise
-        before = found
-        time.sleep(_REPLACED_S)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    return manifest, load_file(folder / "network.safetensors")
 
 
-def _read_contents(folder: Path, manifest: CheckpointManifest) -> dict[str, bytes]:
-    contents = {}
+def _check_files(folder: Path, manifest: CheckpointManifest) -> None:
     for name, digest in manifest.files.items():
-        try:
-            contents[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise CorruptRecord(f"{folder / name} cannot be read: {error.strerror}; start a new run") from error
-        if blake3(contents[name]).hexdigest() != digest:
-            raise CorruptRecord(f"{folder / name} is not the file that was written; start a new run")
-    return contents
+        if _digest_of(folder / name) != digest:
+            raise CorruptRecord(f"{folder / name} is not the file that was written; {_GO_ON_BEFORE}")
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _read_manifest(folder: Path) -> CheckpointManifest:
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # What the system has said, such as that the disk is full, is in its text alone.
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(said[1]) if said else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    except OSError as error:
+        raise CorruptRecord(f"{path} cannot be read: {error}; {_GO_ON_BEFORE}") from error
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """A checkpoint's manifest.
+
+    Raises:
+        ConfigError: it is of another release's format.
+        CorruptRecord: it cannot be read.
+    """
     path = folder / "checkpoint.json"
     try:
         raw = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CorruptRecord(f"{path} cannot be read: {error}; start a new run") from error
+        raise CorruptRecord(f"{path} cannot be read: {error}; {_GO_ON_BEFORE}") from error
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise ConfigError(f"the checkpoint in {folder} is of another release's format; start a new run")
     return parse(raw, CheckpointManifest, source=str(path))

@@ -87,11 +87,11 @@ def preflight(
 
 def plan(
     recipe: Annotated[Path, typer.Option(help="The recipe; its cache is not read, of its student config.json alone.")],
-    machine: Annotated[str, typer.Option(help="Such as 8xh200.")],
+    machine: Annotated[str, typer.Option(help="Such as 8xh200, 4x8xh200 (nodes) or 1xcpu.")],
     data: Annotated[Path | None, typer.Option(help="A tokens file, instead of the recipe's.")] = None,
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the peak that the frozen student's operations reach.")
-    ] = 0.3,
+        float, typer.Option(min=0.01, max=1, help="Share of the peak that work reaches; recomputation is no work.")
+    ] = 0.23,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="To compute a cost.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -100,13 +100,12 @@ def plan(
     from hyperagent_trainer.config import load_recipe
     from hyperagent_trainer.plan_command import plan as make
     from hyperagent_trainer.plan_command import show, why_it_does_not_fit
-    from hyperagent_trainer.plan_machines import machine_named
 
     chosen = load_recipe(recipe)
     if data is not None:
         chosen = chosen.model_copy(update={"tokens": data})
     found = make(chosen, machine, mfu=mfu)
-    show(found, num_gpus=machine_named(machine).gpus, price=price_per_gpu_hour, as_json=as_json)
+    show(found, price=price_per_gpu_hour, as_json=as_json)
     if not found.fits:
         raise ConfigError(why_it_does_not_fit(found))
 

@@ -24,6 +24,15 @@ class RunOverrides(StrictModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
     """Seeds the network's start and the order of the data."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: object) -> object:
+        # Pydantic would read `true` and "1" as numbers, against the schema; its strict mode would refuse 1.0, which is an
+        # integer in JSON.
+        if isinstance(value, (bool, str)):
+            raise ValueError("Input should be a number")
+        return value
+
 
 class TrainRecipe(StrictModel):
     """One training run. Relative paths are relative to the recipe's own folder."""
@@ -94,6 +103,8 @@ class TrainRecipe(StrictModel):
     """Steps between evaluations on the held-out split; there is always one at the end."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The last so many checkpoints are kept, and with `patience` that of the best evaluation."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the metrics go besides `metrics.jsonl`, which is always written; each needs the extra of its name. Weights &
     Biases stays offline unless the environment's WANDB_MODE says otherwise."""

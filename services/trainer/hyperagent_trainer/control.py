@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from hyperagent import __version__
 from hyperagent.http.app import create_app
 from hyperagent_trainer import events
+from hyperagent_trainer.metric_lines import PLACE_PATTERN, START, Place
 from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs import MAX_METRIC_LINES, Run, RunRequest
 from hyperagent_trainer.status_page import PUBLIC_PATHS, page_router
@@ -48,7 +49,11 @@ class RecipesBody(BaseModel):
 
 class MetricsBody(BaseModel):
     metrics: list[dict[str, Any]]
-    next: int = Field(description="`since` of the next call")
+    next: str = Field(description="`since` of the next call")
+    reset: bool = Field(
+        description="Whether the lines before `since` are no longer there, as after a resume; then `metrics` begins with "
+        "the first line of all, and what was read before is to be forgotten"
+    )
 
 
 def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
@@ -89,7 +94,7 @@ def start_run(
     supervisor: Supervised,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> RunBody:
-    """Start a run; with an Idempotency-Key, the same request again returns the same run."""
+    """Start a run, or let it wait for the one that trains; with an Idempotency-Key, the same request again returns the same run."""
     run = supervisor.start(body, idempotency_key=idempotency_key)
     response.headers["Location"] = _path(run.run_id)
     return _body(run)
@@ -109,7 +114,7 @@ def get_run(run_id: str, supervisor: Supervised) -> RunBody:
 
 @router.post("/runs/{run_id}/stop", status_code=status.HTTP_202_ACCEPTED)
 def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Save a checkpoint and end; the run is stopped once its state says so."""
+    """Save a checkpoint and end, or leave the queue; the run is stopped once its state says so."""
     return _body(supervisor.stop(run_id))
 
 
@@ -132,11 +137,15 @@ def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
 
 
 @router.get(
-    "/runs/{run_id}/metrics", description=f"The run's metrics from line `since`, at most {MAX_METRIC_LINES} at once."
+    "/runs/{run_id}/metrics",
+    description=f"The run's metrics from `since` on, at most {MAX_METRIC_LINES} lines at once: the `next` of an earlier "
+    "answer, or a number of lines to leave out. What is not a finite number is null.",
 )
-def get_metrics(run_id: str, supervisor: Supervised, since: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> MetricsBody:
-    metrics = supervisor.runs.metrics(run_id, since=since)
-    return MetricsBody(metrics=metrics, next=since + len(metrics))
+def get_metrics(
+    run_id: str, supervisor: Supervised, since: Annotated[str, Query(pattern=PLACE_PATTERN)] = str(START)
+) -> MetricsBody:
+    found = supervisor.runs.metrics(run_id, since=Place.parse(since))
+    return MetricsBody(metrics=list(found.values), next=str(found.next), reset=found.is_reset)
 
 
 @router.get(
@@ -147,11 +156,11 @@ def get_metrics(run_id: str, supervisor: Supervised, since: Annotated[int, Query
 def get_events(
     run_id: str,
     supervisor: Supervised,
-    last_event_id: Annotated[int, Header(ge=0, lt=2**31)] = 0,
+    last_event_id: Annotated[str, Header(pattern=PLACE_PATTERN)] = str(START),
 ) -> StreamingResponse:
-    """`status` and `metrics` as they come, until the run has ended; a metrics event's id is its line's number from 1."""
+    """`status` and `metrics` as they come, until the run has ended; `reset` where the metrics begin anew after a resume."""
     supervisor.runs.get(run_id)  # what is not there is 404, and no stream
-    stream = events.run_events(supervisor.runs, run_id, since=last_event_id)
+    stream = events.run_events(supervisor.runs, run_id, since=Place.parse(last_event_id))
     return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers={"Cache-Control": "no-cache"})
 
 
@@ -163,7 +172,8 @@ def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
     links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
-        links |= {wish: f"{path}/{wish}" for wish in ("stop", "pause", "checkpoint")}
+        wishes = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
+        links |= {wish: f"{path}/{wish}" for wish in wishes}
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(

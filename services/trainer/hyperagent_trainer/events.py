@@ -1,7 +1,8 @@
 """A run as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
 `status`   the whole status, whenever it has changed
-`metrics`  one line of the metrics; its id is the line's number, counted from 1, to go on from with Last-Event-ID
+`metrics`  one line of the metrics; its id is the place after it, to go on from with Last-Event-ID
+`reset`    the lines sent until now no longer hold, because a resumed run does their steps again; all are sent anew
 `problem`  why nothing more can be read
 
 Only a line that was sent moves the id. The stream ends after a final state; while nothing happens, a comment keeps
@@ -20,6 +21,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from hyperagent.errors import HyperagentError
 from hyperagent.http.problems import one_line
+from hyperagent_trainer.metric_lines import Place
 from hyperagent_trainer.run_folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs import Runs
 
@@ -30,8 +32,8 @@ _HEARTBEAT_S = 15.0
 _LINES_AT_ONCE = 500
 
 
-async def run_events(runs: Runs, run_id: str, *, since: int) -> AsyncIterator[str]:
-    """The run's status and its metrics from line `since` (the first is 0), until it has ended.
+async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[str]:
+    """The run's status and its metrics from `since` on, until it has ended.
 
     Holds no more than a batch of lines and no file between two reads, so a caller that goes away leaves nothing behind.
     """
@@ -41,13 +43,14 @@ async def run_events(runs: Runs, run_id: str, *, since: int) -> AsyncIterator[st
         try:
             # The status first: when it is final, the lines read after it are all there are.
             status = (await run_in_threadpool(runs.get, run_id)).status
-            lines = await run_in_threadpool(runs.metrics, run_id, since=since, limit=_LINES_AT_ONCE)
+            found = await run_in_threadpool(runs.metrics, run_id, since=since, limit=_LINES_AT_ONCE)
         except HyperagentError as error:
             yield _event("problem", {"detail": one_line(str(error))})
             return
-        events = [_event("metrics", line, number) for number, line in enumerate(lines, start=since + 1)]
-        since += len(lines)
-        may_be_more = len(lines) == _LINES_AT_ONCE
+        events = [_event("reset", {})] if found.is_reset else []
+        events += [_event("metrics", line, place) for line, place in zip(found.values, found.places, strict=True)]
+        since = found.next
+        may_be_more = len(found.values) == _LINES_AT_ONCE
         if status != told and not may_be_more:
             events.append(_event("status", status.model_dump()))
             told = status
@@ -63,6 +66,6 @@ async def run_events(runs: Runs, run_id: str, *, since: int) -> AsyncIterator[st
         await asyncio.sleep(_POLL_S)
 
 
-def _event(name: str, data: dict[str, Any], number: int | None = None) -> str:
-    identifier = "" if number is None else f"id: {number}\n"
-    return f"{identifier}event: {name}\ndata: {json.dumps(data)}\n\n"
+def _event(name: str, data: dict[str, Any], place: Place | None = None) -> str:
+    identifier = "" if place is None else f"id: {place}\n"
+    return f"{identifier}event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hyperagent.cache.published import read_identity
 from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, Conflict, NotFound
+from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound
 from hyperagent.identity import require_same, weights_fingerprint
 from hyperagent.model.manifest import NetworkManifest
-from hyperagent_trainer.checkpoint import read_network
+from hyperagent_trainer.checkpoint import CheckpointManifest, read_manifest, read_network
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.export import export
 from hyperagent_trainer.metrics import last_held_out_kl
@@ -45,11 +46,7 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
     if out.exists():
         raise Conflict(f"{out} is there already; name a folder that is not")
     recipe = folder.read_recipe()
-    checkpoint = _chosen(folder, recipe, which)
-    try:
-        manifest, weights = read_network(checkpoint)
-    except NotFound as error:
-        raise NotFound(f"{error}: the run has not saved one yet; ask it to, or wait until it does") from None
+    manifest, weights = read_chosen(folder, recipe, which)
     belongs_to = NetworkManifest(**{name: getattr(manifest, name) for name in NetworkManifest.model_fields})
     _require_same_parts(recipe, belongs_to)
     held_out = last_held_out_kl(folder.metrics, manifest.step)
@@ -71,10 +68,26 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
     }
 
 
-def _chosen(folder: RunFolder, recipe: TrainRecipe, which: Literal["last", "best"] | None) -> Path:
+def read_chosen(
+    folder: RunFolder, recipe: TrainRecipe, which: Literal["last", "best"] | None
+) -> tuple[CheckpointManifest, dict[str, Tensor]]:
+    """A checkpoint's manifest and network, also while the run replaces it by newer ones; raises as `export_run` does."""
     if which == "best" and recipe.patience is None:
         raise ConfigError("a run keeps its best checkpoint only with `patience` in its recipe; export the last one")
-    return folder.checkpoint if (which or ("last" if recipe.patience is None else "best")) == "last" else folder.best
+    is_best = recipe.patience is not None and which != "last"
+    while True:
+        steps = folder.saved_steps()
+        if not steps:
+            raise NotFound(
+                f"there is no checkpoint in {folder.root}: the run has not saved one yet; ask it to, or wait until it does"
+            )
+        last = folder.checkpoint(steps[-1])
+        try:
+            return read_network(folder.checkpoint(read_manifest(last).best.step) if is_best else last)
+        except CorruptRecord:
+            # The run may have removed it meanwhile, for a newer one.
+            if folder.saved_steps() == steps:
+                raise
 
 
 def _require_same_parts(recipe: TrainRecipe, belongs_to: NetworkManifest) -> None:

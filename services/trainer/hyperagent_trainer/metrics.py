@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,8 +45,7 @@ class RunReporter:
         self._written_at = 0.0
         self._skipped = 0
         if is_first:
-            # From step 0 on, a run begins with an evaluation at step 0.
-            _keep_until(folder.metrics, first_step or -1)
+            _keep_until(folder.metrics, first_step)
         self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
         self._restart_clock()
 
@@ -101,7 +101,7 @@ class RunReporter:
         self._recent.append((time.monotonic(), 0))
 
     def _line(self, **values: Any) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         self._metrics.flush()
         self._loggers.log(values)
 
@@ -112,11 +112,20 @@ class RunReporter:
             self._written_at = time.monotonic()
 
 
+def _finite(value: Any) -> Any:
+    """The same value with None for every number in it that is not finite; JSON has no word for those."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep_until(metrics: Path, last_step: int) -> None:
-    """Cut lines of later steps, and what a killed process left of a line."""
+    """Cut lines of later steps, and what a killed process left of a line; from step 0 on, everything is done again."""
     if not metrics.exists():
         return
-    kept = [line for line in _whole_lines(metrics) if json.loads(line)["step"] <= last_step]
+    kept = [line for line in _whole_lines(metrics) if last_step > 0 and json.loads(line)["step"] <= last_step]
     write_atomically(metrics, "".join(kept).encode())
 
 
@@ -142,7 +151,8 @@ def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
         raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
     for line in reversed(lines):
         if line["step"] <= step and "held_out_kl" in line:
-            return HeldOutKL(line["step"], line["held_out_kl"])
+            found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
+            return HeldOutKL(line["step"], found)
     raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
 
 

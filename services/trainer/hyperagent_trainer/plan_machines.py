@@ -1,55 +1,44 @@
-"""Machines that `hyperagent plan` knows."""
+"""Machines that `hyperagent plan` knows: those with GPUs, and the one it runs on, without."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import psutil
+import torch
 
+from hyperagent import machines
 from hyperagent.errors import ConfigError
+from hyperagent.machines import Machine
+from hyperagent_trainer.memory_estimate import machine_bytes
 
+CPU = "1xcpu"
+"""The machine that the plan is made on, as one process uses it."""
 
-@dataclass(frozen=True)
-class Machine:
-    """Identical GPUs, in nodes of identical size."""
-
-    name: str
-    gpus_per_node: int
-    nodes: int
-    memory_bytes: int
-    """Of one GPU."""
-    flops: float
-    """Dense bfloat16 operations per second of one GPU."""
-    link_bytes_per_s: float
-    """That a GPU receives from others of its node in an all-gather; an assumption, below the link's nominal rate."""
-
-    @property
-    def gpus(self) -> int:
-        return self.gpus_per_node * self.nodes
-
-
-# NVIDIA's data sheets: H100 SXM 80 GB, H200 SXM 141 GB, both 989.4 TFLOP/s dense bfloat16 and 450 GB/s NVLink in each
-# direction, of which 350 are assumed to arrive.
-_H100 = (80 * 10**9, 989.4e12, 350e9)
-_H200 = (141 * 10**9, 989.4e12, 350e9)
-
-MACHINES = {
-    machine.name: machine
-    for machine in (
-        Machine("1xh100", 1, 1, *_H100),
-        Machine("8xh100", 8, 1, *_H100),
-        Machine("1xh200", 1, 1, *_H200),
-        Machine("8xh200", 8, 1, *_H200),
-        Machine("16xh200", 8, 2, *_H200),
-        Machine("64xh200", 8, 8, *_H200),
-    )
-}
+CORE_FLOPS = 175e9
+"""Float32, of one core: measured (docs/plan.md)."""
 
 
 def machine_named(name: str) -> Machine:
-    """The machine of that name.
+    """The machine of that name: "1xcpu", or one of `hyperagent.machines`.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in MACHINES:
-        raise ConfigError(f"there is no machine {name!r}; choose from {', '.join(MACHINES)}")
-    return MACHINES[name]
+    if name != CPU:
+        try:
+            return machines.machine_named(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or {CPU}, the machine at hand") from error
+    flops = CORE_FLOPS * num_cores()
+    memory = machine_bytes(torch.device("cpu"))
+    # One process exchanges nothing.
+    return Machine(name, 1, 1, memory, flops, flops, link_bytes_per_s=float("inf"), node_link_bytes_per_s=float("inf"))
+
+
+def is_cpu(machine: Machine) -> bool:
+    """Whether it has no GPU."""
+    return machine.name == CPU
+
+
+def num_cores() -> int:
+    """Of this machine, two threads of one core counted once."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1

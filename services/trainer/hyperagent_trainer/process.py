@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -131,14 +131,20 @@ class TrainingProcess:
         except psutil.NoSuchProcess:
             return False
 
-    def wait(self) -> int | None:
+    def wait(self, is_over: Callable[[], bool], *, grace_s: float) -> int | None:
         """Block until the process ends; end what it left running.
+
+        Args:
+            is_over: whether the process has done all it had to; then it is waited for no longer than `grace_s` seconds.
 
         Returns:
             The exit code, or minus the number of the signal that ended it; None for an adopted process.
         """
-        while self.is_alive():
+        over_at: float | None = None
+        while self.is_alive() and (over_at is None or time.monotonic() - over_at < grace_s):
             time.sleep(_POLL_S)
+            if over_at is None and is_over():
+                over_at = time.monotonic()
         self._kill_all()
         return self._child.wait() if self._child else None
 

@@ -7,12 +7,11 @@ control.json      what the supervisor asks of the training process that lives: s
 status.json       the training process's last word about itself, replaced as a whole; while no process
                   lives, the supervisor's
 preflight.json    what the pre-flight measured before training started
-metrics.jsonl     one line per step, one per evaluation; only ever appended
+metrics.jsonl     one line per step, one per evaluation; a resumed run first cuts those of steps it does again
 tensorboard/      with the logger of that name: event files
 wandb/            with the logger of that name: a folder per start, for `wandb sync` where it was offline
 log.txt           the training process's stdout and stderr
-checkpoint/       the last checkpoint: network, optimiser, step
-best/             with `patience`: the checkpoint of the best evaluation
+checkpoints/      step-00000200/ and so on: network, optimiser and step; the last few, with `patience` also the best
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
@@ -20,6 +19,7 @@ probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle b
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,8 @@ RunState = Literal["queued", "loading", "running", "saving", "paused", "stopped"
 
 FINAL_STATES: frozenset[RunState] = frozenset({"stopped", "failed", "done"})
 """No process belongs to a run in one of these."""
+
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 class RunStatus(StrictModel):
@@ -54,8 +56,8 @@ class RunStatus(StrictModel):
     """Tokens, context included, over the last steps."""
     eta_s: float | None = None
     """Seconds until the last step, at the present speed; None unless it is running."""
-    held_out_kl: dict[str, float] = Field(default_factory=dict)
-    """The last evaluation: nats per supervised token, by arm."""
+    held_out_kl: dict[str, float | None] = Field(default_factory=dict)
+    """The last evaluation: nats per supervised token, by arm; None for what was not finite."""
     conditioning: dict[str, str] = Field(default_factory=dict)
     """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.conditioning`)."""
     adapters_collapsed: bool = False
@@ -78,11 +80,21 @@ class RunFolder:
         self.preflight = root / "preflight.json"
         self.tensorboard = root / "tensorboard"
         self.log = root / "log.txt"
-        self.checkpoint = root / "checkpoint"
-        self.best = root / "best"
+        self.checkpoints = root / "checkpoints"
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` optimiser steps lies, if there is one."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def saved_steps(self) -> list[int]:
+        """The steps there are checkpoints of, the last at the end."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(name[1]) for name in found if name)
 
     def read_recipe(self) -> TrainRecipe:
         """The resolved recipe.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -16,6 +13,7 @@ from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.files import new_directory
 from hyperagent_trainer.config import RunOverrides, TrainRecipe
+from hyperagent_trainer.metric_lines import START, MetricLines, Place, read_lines
 from hyperagent_trainer.run_folder import RunFolder, RunStatus
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -56,7 +54,12 @@ class Run:
     @property
     def is_resumable(self) -> bool:
         """Whether there is something to go on from and no process that does."""
-        return self.status.state in ("stopped", "failed") and self.folder.checkpoint.is_dir()
+        return self.status.state in ("stopped", "failed") and bool(self.folder.saved_steps())
+
+
+def new_run_id() -> str:
+    """The id of a run that begins now."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
 class Runs:
@@ -65,13 +68,12 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def create(self, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> Run:
+    def create(self, run_id: str, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> Run:
         """Make the folder of a new run, whole or not at all.
 
         Raises:
             StorageError: the file system refused.
         """
-        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         record = _RunRecord(request=request, idempotency_key=idempotency_key)
         with new_directory(self.root / run_id) as root:
             folder = RunFolder(root)
@@ -96,7 +98,7 @@ class Runs:
             NotFound: there is no such run.
             CorruptRecord: its files cannot be read.
         """
-        folder = self._folder(run_id)
+        folder = self.folder(run_id)
         try:
             record = _RunRecord.model_validate_json(folder.request.read_bytes())
         except (OSError, ValueError) as error:
@@ -105,30 +107,21 @@ class Runs:
             ) from error
         return Run(run_id, record.request, record.idempotency_key, folder.read_status(), folder)
 
-    def metrics(self, run_id: str, *, since: int, limit: int = MAX_METRIC_LINES) -> list[dict[str, Any]]:
-        """The run's metrics from line `since` (the first is 0), at most `limit` lines.
-
-        A last line that is still being written is left for the next call.
+    def metrics(self, run_id: str, *, since: Place = START, limit: int = MAX_METRIC_LINES) -> MetricLines:
+        """The run's metrics from `since` on, at most `limit` lines.
 
         Raises:
             NotFound: there is no such run.
             CorruptRecord: a line is not JSON.
         """
-        path = self._folder(run_id).metrics
-        values: list[dict[str, Any]] = []
-        if not path.exists():
-            return values
-        with path.open("rb") as lines:
-            for number, line in enumerate(islice(lines, since, since + limit), start=since):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    values.append(json.loads(line))
-                except ValueError as error:
-                    raise CorruptRecord(f"{path}: line {number + 1} is not JSON; delete it to read on") from error
-        return values
+        return read_lines(self.folder(run_id).metrics, since, limit=limit)
 
-    def _folder(self, run_id: str) -> RunFolder:
+    def folder(self, run_id: str) -> RunFolder:
+        """One run's files.
+
+        Raises:
+            NotFound: there is no such run.
+        """
         # The pattern keeps a caller's "../.." out of the path.
         folder = RunFolder(self.root / run_id)
         if not _RUN_ID.fullmatch(run_id) or not folder.root.is_dir():

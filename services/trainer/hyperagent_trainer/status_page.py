@@ -16,6 +16,7 @@ _MEDIA_TYPES = {
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "client.js": "text/javascript; charset=utf-8",
+    "curves.js": "text/javascript; charset=utf-8",
     "chart.js": "text/javascript; charset=utf-8",
     "numbers.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",

@@ -1,8 +1,9 @@
-"""The one training process that may run in a runs folder: started, stopped, resumed, adopted.
+"""The one training process that may run in a runs folder: queued, started, stopped, resumed, adopted.
 
-Everything a run is lies in its folder, so the supervisor itself can be killed at any moment: the next one
-on the same folder adopts a training process that lives and marks the run of a dead one as failed. Of a
-run's status there is one writer at a time: its process while it lives, the supervisor otherwise.
+What a run is lies in its folder and which runs wait in the ledger, so the supervisor itself can be killed at any
+moment: the next one on the same folder adopts a training process that lives, marks the run of a dead one as failed
+and goes on with the queue. Of a run's status there is one writer at a time: its process while it lives, the
+supervisor otherwise.
 
 A supervisor that is closed leaves no training process behind; one that is killed by SIGKILL does, and that
 process goes on training until it is done or another supervisor adopts it.
@@ -18,7 +19,9 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -27,10 +30,14 @@ from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, 
 from hyperagent.files import is_aside
 from hyperagent_trainer.command import training_command
 from hyperagent_trainer.config import ControlSettings, load_recipe
+from hyperagent_trainer.ledger import Ledger
 from hyperagent_trainer.process import TrainingProcess, describe_exit, end_leftovers
 from hyperagent_trainer.run_folder import FINAL_STATES, RunFolder, RunState
-from hyperagent_trainer.runs import NAME_PATTERN, Run, RunRequest, Runs
+from hyperagent_trainer.runs import NAME_PATTERN, Run, RunRequest, Runs, new_run_id
 from hyperagent_trainer.wishes import Wishes, read_wishes, write_wishes
+
+MAX_WAITING = 100
+"""Most runs that may wait for their turn."""
 
 _LOG_TAIL_BYTES = 4096
 _LOG_LINE_CHARACTERS = 300
@@ -77,18 +84,27 @@ class Supervisor:
         self._command = command
         self._changing = threading.Lock()
         self._training: _Training | None = None
+        self._is_closed = False
         self._hold = _hold(self.runs.root)
         try:
-            self._take_over()
+            self._ledger = Ledger(self.runs.root)
+            try:
+                self._take_over()
+            except BaseException:
+                self._is_closed = True
+                self._ledger.close()
+                raise
         except BaseException:
             os.close(self._hold)
             raise
 
     def close(self) -> None:
-        """Stop the training process as `stop` does, wait for it, and let go of the runs folder."""
+        """Stop the training process as `stop` does, wait for it, and let go of the runs folder; what waits goes on waiting."""
         with self._changing:
+            self._is_closed = True
             if self._training is not None:
                 self._end(self._training)
+            self._ledger.close()
             os.close(self._hold)
 
     def recipes(self) -> list[str]:
@@ -96,33 +112,42 @@ class Supervisor:
         return sorted(path.stem for path in self._recipes.glob("*.yaml") if re.fullmatch(NAME_PATTERN, path.stem))
 
     def start(self, request: RunRequest, *, idempotency_key: str | None = None) -> Run:
-        """Start a run; the same key with the same request again returns the run it started.
+        """Start a run, or let it wait until the one that trains has ended.
+
+        The same key with the same request again returns the run it started.
+
+        Returns:
+            The run as it stands now: one that cannot be started is failed already.
 
         Raises:
             NotFound: there is no such recipe.
             ConfigError: the recipe is wrong.
-            Conflict: a run is training, or the key came with another request before.
-            ServiceError, StorageError: the system refused to start it.
+            Conflict: too many runs wait, or the key came with another request before.
+            StorageError: the file system refused.
         """
         with self._changing:
-            if idempotency_key is not None:
-                for run in self.runs.all():
-                    if run.idempotency_key == idempotency_key:
-                        return _same(run, request)
-            known = self.recipes()
-            if request.recipe not in known:
-                raise NotFound(f"there is no recipe {request.recipe!r}; there are: {', '.join(known) or 'none'}")
+            if idempotency_key is not None and (known := self._started_with(idempotency_key)) is not None:
+                return _same(known, request)
+            recipes = self.recipes()
+            if request.recipe not in recipes:
+                raise NotFound(f"there is no recipe {request.recipe!r}; there are: {', '.join(recipes) or 'none'}")
             recipe = load_recipe(self._recipes / f"{request.recipe}.yaml", request.overrides)
-            self._make_room()
-            return self._launch(self.runs.create(request, recipe, idempotency_key=idempotency_key))
+            self._require_room()
+            run_id = new_run_id()
+            create = partial(self.runs.create, run_id, request, recipe, idempotency_key=idempotency_key)
+            self._ledger.add(run_id, idempotency_key, make_folder=create)
+            self._start_next()
+            return self.runs.get(run_id)
 
     def resume(self, run_id: str) -> Run:
         """End a run's pause, also one it has not come to yet, or go on with a stopped or failed run from its last checkpoint.
 
+        The latter waits until the run that trains has ended.
+
         Raises:
             NotFound: there is no such run.
-            Conflict: there is nothing to go on with, or another run is training.
-            ServiceError, StorageError: the system refused to start it.
+            Conflict: there is nothing to go on with, or too many runs wait.
+            StorageError: the file system refused.
         """
         with self._changing:
             run = self.runs.get(run_id)
@@ -136,10 +161,14 @@ class Supervisor:
                     f"run {run_id} is {run.status.state} and cannot be resumed: "
                     "only a paused run, or a stopped or failed one with a checkpoint, can; otherwise start a new run"
                 )
-            self._make_room()
-            changes = {"state": "queued", "reason": "", "eta_s": None, "updated_at": time.time()}
-            run.folder.write_status(run.status.model_copy(update=changes))
-            return self._launch(run)
+            self._require_room()
+            if self._training is not None and self._training.run_id == run_id:
+                # It has said its last word, and must not say another about what follows.
+                self._end(self._training)
+            self._ledger.enqueue(run_id)
+            _write_state(run.folder, "queued", "")
+            self._start_next()
+            return self.runs.get(run_id)
 
     def pause(self, run_id: str) -> Run:
         """Ask a run's process to save and wait before its next step; asking again changes nothing.
@@ -170,17 +199,24 @@ class Supervisor:
             return run
 
     def stop(self, run_id: str) -> Run:
-        """Ask a run's process to save and end; it is killed when it has not after the grace period.
+        """Take a run out of the queue, or ask its process to save and end; it is killed when it has not after the grace period.
 
         Returns at once; the run's state tells when it has ended. Asking again changes nothing.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: it is not training.
+            Conflict: it neither trains nor waits.
+            StorageError: the file system refused.
         """
-        run, training = self._in_training(run_id)
-        threading.Thread(target=self._end, args=(training,), name=f"stop {run_id}", daemon=True).start()
-        return run
+        with self._changing:
+            if run_id in self._ledger.waiting():
+                run = self.runs.get(run_id)
+                _write_state(run.folder, "stopped", "stopped on request while it waited for its turn")
+                self._ledger.dequeue(run_id)
+                return self.runs.get(run_id)
+            run, training = self._in_training(run_id)
+            threading.Thread(target=self._end, args=(training,), name=f"stop {run_id}", daemon=True).start()
+            return run
 
     def _in_training(self, run_id: str) -> tuple[Run, _Training]:
         """The run and the process that trains it."""
@@ -193,28 +229,49 @@ class Supervisor:
         training = self._training
         return training is not None and training.run_id == run.run_id and run.status.state not in FINAL_STATES
 
-    def _make_room(self) -> None:
-        """Refuse while a run is training; a process that has said its last word is ended and waited for."""
-        if self._training is None or self._training.settled.is_set():
-            return
-        state = self._training.folder.read_status().state
-        if state not in FINAL_STATES:
-            raise Conflict(f"run {self._training.run_id} is {state}, and one run trains at a time; stop it or wait")
-        self._end(self._training)
-
-    def _launch(self, run: Run) -> Run:
+    def _started_with(self, idempotency_key: str) -> Run | None:
+        run_id = self._ledger.started_with(idempotency_key)
+        if run_id is None:
+            return None
         try:
-            # What was asked of an earlier process is not asked of this one.
-            write_wishes(run.folder.control, Wishes())
-            processes = run.folder.read_recipe().processes
-            command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
-            process = TrainingProcess.start(run.folder, command)
-        except HyperagentError as error:
-            _settle(run.folder, state="failed", reason=str(error))
-            raise
-        log.info("run started", run=run.run_id, pid=process.pid)
-        self._watch(_Training(run.run_id, run.folder, process))
-        return self.runs.get(run.run_id)
+            return self.runs.get(run_id)
+        except NotFound:
+            self._forget(run_id)
+            return None
+
+    def _forget(self, run_id: str) -> None:
+        log.warning("run forgotten, its folder is gone", run=run_id)
+        self._ledger.forget(run_id)
+
+    def _require_room(self) -> None:
+        if len(self._ledger.waiting()) >= MAX_WAITING:
+            raise Conflict(f"{MAX_WAITING} runs wait already; stop some of them, or wait")
+
+    def _start_next(self) -> None:
+        """Start the run whose turn it is, unless one trains; runs that cannot be started are failed."""
+        if self._is_closed or (self._training is not None and not self._training.settled.is_set()):
+            return
+        for run_id in self._ledger.waiting():
+            try:
+                folder = self.runs.folder(run_id)
+            except NotFound:
+                self._forget(run_id)
+                continue
+            try:
+                # What was asked of an earlier process is not asked of this one.
+                write_wishes(folder.control, Wishes())
+                processes = folder.read_recipe().processes
+                command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
+                process = TrainingProcess.start(folder, command)
+            except HyperagentError as error:
+                log.error("run not started", run=run_id, error=str(error))
+                _settle(folder, state="failed", reason=str(error))
+                self._ledger.dequeue(run_id)
+                continue
+            self._ledger.dequeue(run_id)
+            log.info("run started", run=run_id, pid=process.pid)
+            self._watch(_Training(run_id, folder, process))
+            return
 
     def _watch(self, training: _Training) -> None:
         self._training = training
@@ -222,20 +279,28 @@ class Supervisor:
 
     def _await(self, training: _Training) -> None:
         try:
-            exit_code = training.process.wait()
+            exit_code = training.process.wait(lambda: _is_final(training.folder), grace_s=self._stop_grace_s)
             log.info("run ended", run=training.run_id, exit_code=exit_code)
-            if training.killed:
-                reason = f"the training process had not ended {self._stop_grace_s:g} s after SIGTERM and was killed"
-                _settle(training.folder, state="failed", reason=reason)
-            elif training.stop_requested and (
-                exit_code in (None, -signal.SIGTERM) or not _has_started(training.folder)
-            ):
-                reason = "stopped on request before the training process could answer signals"
-                _settle(training.folder, state="stopped", reason=reason)
-            else:
-                _settle(training.folder, state="failed", reason=describe_exit(exit_code))
+            self._settle_ended(training, exit_code)
+        except HyperagentError as error:
+            log.error("the end of a run not recorded", run=training.run_id, error=str(error))
         finally:
             training.settled.set()
+        try:
+            with self._changing:
+                self._start_next()
+        except HyperagentError as error:
+            log.error("the queue stands still until the next request", error=str(error))
+
+    def _settle_ended(self, training: _Training, exit_code: int | None) -> None:
+        if training.killed:
+            reason = f"the training process had not ended {self._stop_grace_s:g} s after SIGTERM and was killed"
+            _settle(training.folder, state="failed", reason=reason)
+        elif training.stop_requested and (exit_code in (None, -signal.SIGTERM) or not _has_started(training.folder)):
+            reason = "stopped on request before the training process could answer signals"
+            _settle(training.folder, state="stopped", reason=reason)
+        else:
+            _settle(training.folder, state="failed", reason=describe_exit(exit_code))
 
     def _end(self, training: _Training) -> None:
         training.stop_requested = True
@@ -249,15 +314,29 @@ class Supervisor:
         """Adopt the training process that an earlier supervisor left, and settle the runs whose process died."""
         for path in filter(is_aside, self.runs.root.iterdir()):
             shutil.rmtree(path)
-        for run in self.runs.all():
+        runs = self.runs.all()
+        for gone in self._ledger.ids() - {run.run_id for run in runs}:
+            self._forget(gone)
+        for run in reversed(runs):
+            self._ledger.restore(run.run_id, run.idempotency_key, waits=run.status.state == "queued")
             process = TrainingProcess.find(run.folder)
-            if process is None:
-                if run.status.state not in FINAL_STATES:
-                    end_leftovers(run.folder)
-                    _settle(run.folder, state="failed", reason=describe_exit(None))
-            else:
+            if process is not None:
                 log.info("run adopted", run=run.run_id, pid=process.pid)
                 self._watch(_Training(run.run_id, run.folder, process))
+            elif run.status.state == "queued" and run.run_id in self._ledger.waiting():
+                continue
+            elif run.status.state not in FINAL_STATES:
+                end_leftovers(run.folder)
+                _settle(run.folder, state="failed", reason=describe_exit(None))
+            self._ledger.dequeue(run.run_id)
+        with self._changing:
+            self._start_next()
+
+
+def _is_final(folder: RunFolder) -> bool:
+    with suppress(HyperagentError):  # what cannot be read is no last word
+        return folder.read_status().state in FINAL_STATES
+    return False
 
 
 def _has_started(folder: RunFolder) -> bool:
@@ -277,9 +356,13 @@ def _settle(folder: RunFolder, *, state: RunState, reason: str) -> None:
     """Give a run without a process a final state, unless its process left one."""
     status = folder.read_status()
     if status.state not in FINAL_STATES:
-        reason = f"{reason}; last line of {folder.log}: {_last_line(folder.log)}"
-        changes = {"state": state, "reason": reason, "eta_s": None, "updated_at": time.time()}
-        folder.write_status(status.model_copy(update=changes))
+        _write_state(folder, state, f"{reason}; last line of {folder.log}: {_last_line(folder.log)}")
+
+
+def _write_state(folder: RunFolder, state: RunState, reason: str) -> None:
+    """What the supervisor says of a run that has no process."""
+    changes = {"state": state, "reason": reason, "eta_s": None, "updated_at": time.time()}
+    folder.write_status(folder.read_status().model_copy(update=changes))
 
 
 def _last_line(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import tee
@@ -25,7 +25,7 @@ from hyperagent.files import write_atomically
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.batches import Batch, DistillationData, batches_from, load_split
-from hyperagent_trainer.checkpoint import load_checkpoint, save_checkpoint
+from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
@@ -100,55 +100,53 @@ def _train_from(
     if recipe.shard_network and ranks.size > 1:
         shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
-    save = partial(
-        save_checkpoint,
-        network=network,
-        optimizer=optimizer,
-        recipe=recipe,
-        belongs_to=belongs_to,
-        is_first=ranks.is_first,
-    )
-    load = partial(load_checkpoint, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to)
-    step, best = 0, BestEvaluation()
-    if folder.checkpoint.exists():
-        manifest = load(folder.checkpoint)
-        step, best = manifest.step, manifest.best
-        log.info("resumed", step=step)
     evaluation = Evaluation(splits, training, seed=recipe.seed)
 
-    loggers = Loggers.of(recipe, folder) if ranks.is_first else Loggers({})
-    with RunReporter(
-        folder, num_steps=recipe.num_steps, first_step=step, loggers=loggers, is_first=ranks.is_first
-    ) as report:
-        report.state("running")
-        prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
-        sizes = weight_norms(student.model, network.layers)
-        run = _Run(recipe, folder, stop, adapted, optimizer, training, evaluation, report, save, ranks, prompts, sizes)
-        if step == 0:
-            best = run.evaluate(step, best)
-        step, best = run.steps_after(step, best)
-        report.state("saving")
-        save(folder.checkpoint, step=step, best=best)
-        if step < recipe.num_steps and not run.is_over(best):
-            report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
-            return
-        if recipe.patience is not None:
-            step = load(folder.best).step
-        probe = make_probe(adapted, splits[HELD_OUT])
-        trained = whole_network(network, recipe, student, warm_start)
-        if ranks.is_first:
-            export(
-                folder.adapter if recipe.arm == "static" else folder.bundle,
-                trained,
-                recipe,
-                belongs_to=belongs_to,
-                embeddings=student.embeddings,
-                teacher=cache.identity.fingerprint,
-                step=step,
-                held_out=last_held_out_kl(folder.metrics, step),
+    store = CheckpointStore(
+        folder, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to, ranks=ranks
+    )
+    with store:
+        last = store.load_last()
+        # One of step 0 is of a run that did not come further than its first evaluation, with which it begins again.
+        step, best = (0, BestEvaluation()) if last is None or last.step == 0 else (last.step, last.best)
+        if step > 0:
+            log.info("resumed", step=step)
+        loggers = Loggers.of(recipe, folder) if ranks.is_first else Loggers({})
+        with RunReporter(
+            folder, num_steps=recipe.num_steps, first_step=step, loggers=loggers, is_first=ranks.is_first
+        ) as report:
+            report.state("running")
+            prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
+            sizes = weight_norms(student.model, network.layers)
+            run = _Run(
+                recipe, folder, stop, adapted, optimizer, training, evaluation, report, store, ranks, prompts, sizes
             )
-            write_atomically(folder.probe, probe)
-        report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
+            if step == 0:
+                best = run.evaluate(step, best)
+            step, best = run.steps_after(step, best)
+            report.state("saving")
+            store.save(step, best)
+            store.wait()
+            if step < recipe.num_steps and not run.is_over(best):
+                report.state("stopped", f"stopped on request after step {step}; resume goes on from there")
+                return
+            if recipe.patience is not None:
+                step = store.load_best(best).step
+            probe = make_probe(adapted, splits[HELD_OUT])
+            trained = whole_network(network, recipe, student, warm_start)
+            if ranks.is_first:
+                export(
+                    folder.adapter if recipe.arm == "static" else folder.bundle,
+                    trained,
+                    recipe,
+                    belongs_to=belongs_to,
+                    embeddings=student.embeddings,
+                    teacher=cache.identity.fingerprint,
+                    step=step,
+                    held_out=last_held_out_kl(folder.metrics, step),
+                )
+                write_atomically(folder.probe, probe)
+            report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 
 def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
@@ -185,7 +183,7 @@ class _Run:
     data: DistillationData
     evaluation: Evaluation
     report: RunReporter
-    save: Callable[..., None]
+    store: CheckpointStore
     ranks: Ranks
     prompts: Sequence[NDArray[np.uint32]]
     """Whose adapters are compared with each other at every evaluation."""
@@ -198,7 +196,7 @@ class _Run:
         control = RunControl(self.folder.control, self.stop, self.ranks)
         with recomputation(self.adapted.student.model, recipe) as watch:
             for step in range(first_step + 1, recipe.num_steps + 1):
-                save = partial(self.save, self.folder.checkpoint, step=step - 1, best=best)
+                save = partial(self._save_now, step - 1, best)
                 if self.is_over(best) or not control.obey(save, self.report):
                     return step - 1, best
                 for group in self.optimizer.param_groups:
@@ -212,8 +210,12 @@ class _Run:
                 if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
                     best = self.evaluate(step, best)
                 if step % recipe.checkpoint_every == 0 and step < recipe.num_steps:
-                    self.save(self.folder.checkpoint, step=step, best=best)
+                    self.store.save(step, best)
         return recipe.num_steps, best
+
+    def _save_now(self, step: int, best: BestEvaluation) -> None:
+        self.store.save(step, best)
+        self.store.wait()
 
     def is_over(self, best: BestEvaluation) -> bool:
         """Whether the held-out KL has stopped falling."""
@@ -277,7 +279,7 @@ class _Run:
         self.report.evaluation(step, held_out, found)
         best = best.after(step, held_out.kl[ADAPTER])
         if best.step == step and self.recipe.patience is not None:
-            self.save(self.folder.best, step=step, best=best)
+            self.store.save(step, best)
         return best
 
 

@@ -147,11 +147,12 @@ def plan(
     from hyperagent.cache.codecs import COMPACT
     from hyperagent.cache.sizes import bytes_per_row
     from hyperagent.config import parse
-    from hyperagent.data.plan import VOCABULARY, estimate, machine_named, plan_distillation
+    from hyperagent.data.plan import VOCABULARY, estimate, plan_distillation
     from hyperagent.data.selection import Selection
     from hyperagent.data.tokenise import measure_rows
     from hyperagent.data.tokenizer import ChatTokenizer
     from hyperagent.data.views import ViewSettings
+    from hyperagent.machines import machine_named
     from hyperagent.topk import DEFAULT_TEMPERATURES
 
     chosen = machine_named(machine)

@@ -6,18 +6,13 @@ Leases are times of the machine's clock, which its processes share.
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from hyperagent.errors import ConfigError, StorageError
+from hyperagent.database import Database
 from hyperagent.fill.queue import VANISHED, Claim, Finished, QueueCounts, SetAside, WorkItem
 
 _VERSION = 1
@@ -43,7 +38,6 @@ CREATE INDEX by_turn ON items (queue, state, tries, row);
 """
 _ITEM = "item_id, row, trajectory_id, num_tokens, num_rows"
 _ITEM_FIELDS = 5
-_WAIT_S = 30.0
 
 
 class SqliteQueue:
@@ -61,39 +55,21 @@ class SqliteQueue:
             ConfigError: the file is of another version.
             StorageError: it is no SQLite file, or the file system refuses.
         """
-        self._path, self._name, self._max_tries, self._lease_s = path, name, max_tries, lease_s
-        self._lock = threading.Lock()
-        with self._refusals():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-        try:
-            # Two that change the journal's mode at once do not wait for each other: SQLite answers "locked" at once.
-            with self._refusals(), FileLock(f"{path}.lock", timeout=_WAIT_S):
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                # Losing the last moments to a power cut means doing some items again, which is what happens anyway.
-                self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._make_or_check()
-        except BaseException:
-            self._connection.close()
-            raise
-
-    def _make_or_check(self) -> None:
-        with self._transaction() as database:
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    database.execute(statement)
-                database.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version != _VERSION:
-                raise ConfigError(
-                    f"the queue in {self._path} is of version {version}, this release reads {_VERSION}; remove the file: "
-                    "what is in the cache stays there"
-                )
+        self._name, self._max_tries, self._lease_s = name, max_tries, lease_s
+        # Losing the last moments to a power cut means doing some items again, which is what happens anyway.
+        self._database = Database(
+            path,
+            schema=_SCHEMA,
+            version=_VERSION,
+            what="the queue",
+            remedy="remove the file: what is in the cache stays there",
+            survives_power_cut=False,
+        )
 
     def fill(self, items: Iterable[WorkItem]) -> None:
         """See `WorkQueue.fill`."""
         rows = [(self._name, i.item_id, i.row, i.trajectory_id, i.num_tokens, i.num_rows) for i in items]
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             left = database.execute(
                 "SELECT count(*) FROM items WHERE queue = ? AND state IN ('pending', 'claimed')", (self._name,)
             ).fetchone()[0]
@@ -104,7 +80,7 @@ class SqliteQueue:
     def claim(self, worker: str) -> Claim | None:
         """See `WorkQueue.claim`."""
         now = time.time()
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             lapsed = "WHERE queue = ? AND state = 'claimed' AND lease_until < ?"
             database.execute(
                 f"UPDATE items SET state = 'set_aside', reason = ? || ' ' || tries || ' times' {lapsed} AND tries >= ?",
@@ -132,7 +108,7 @@ class SqliteQueue:
     def finish(self, claim: Claim, finished: Finished) -> None:
         """See `WorkQueue.finish`."""
         result = (finished.outcome, finished.reason, finished.cache_key, finished.record_digest)
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             database.execute(
                 "UPDATE items SET state = 'finished', outcome = ?, reason = ?, cache_key = ?, record_digest = ? "
                 "WHERE queue = ? AND item_id = ? AND state != 'finished'",
@@ -152,7 +128,7 @@ class SqliteQueue:
 
     def counts(self) -> QueueCounts:
         """See `WorkQueue.counts`."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             found = database.execute(
                 "SELECT state, count(*), sum(num_tokens) FROM items WHERE queue = ? GROUP BY state", (self._name,)
             ).fetchall()
@@ -179,39 +155,18 @@ class SqliteQueue:
 
     def close(self) -> None:
         """See `WorkQueue.close`."""
-        self._connection.close()
+        self._database.close()
 
     def _in_state(self, state: str, columns: str) -> list[tuple[Any, ...]]:
         query = f"SELECT {_ITEM}, {columns} FROM items WHERE queue = ? AND state = ? ORDER BY row"
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             found: list[tuple[Any, ...]] = database.execute(query, (self._name, state)).fetchall()
         return found
 
     def _change_held(self, claim: Claim, change: str, value: object) -> bool:
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             changed = database.execute(
                 f"UPDATE items SET {change} WHERE queue = ? AND item_id = ? AND state = 'claimed' AND handle = ?",
                 (value, self._name, claim.item.item_id, claim.handle),
             )
         return changed.rowcount == 1
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._refusals():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(
-                f"the queue in {self._path} cannot be used: {error}; free some disk space, or remove the file: what is in "
-                "the cache stays there"
-            ) from error

@@ -24,6 +24,7 @@ from prometheus_client import (
 )
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Match
 
 from hyperagent.errors import HyperagentError, InvalidRequest
 from hyperagent.http.middleware import LimitBody, MeasureRequests, RequireToken, instance_of, problem_response
@@ -31,6 +32,7 @@ from hyperagent.http.problems import MEDIA_TYPE, Busy, Problem, http_problem, pr
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _MAX_NAMED_FIELDS = 5
 _MAX_FIELD_CHARACTERS = 60
 _MAX_REASON_CHARACTERS = 120
@@ -112,13 +114,24 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = instance_of(request.scope)
-    detail = error.detail
+    detail, headers = error.detail, dict(error.headers or {})
     if error.status_code == HTTPStatus.NOT_FOUND:
         detail = f"there is nothing at {path}; /openapi.json lists what there is"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{path} does not take {request.method[:20]}; /openapi.json lists what it takes"
+        headers["Allow"] = ", ".join(_methods_of(request))
     problem = http_problem(error.status_code, detail, instance=path)
-    return problem_response(problem, headers=dict(error.headers or {}))
+    return problem_response(problem, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All that the path takes (RFC 9110, section 15.5.6): Starlette names the methods of the first route that fits alone."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _answer_defect(request: Request, _error: Exception) -> Response:

@@ -1,13 +1,14 @@
 // One figure: curves over steps, as SVG, with a caption that reads out the last or the pointed-at step.
 
-import { means, number, thinned, ticks } from "./numbers.js";
+import { decades, means, number, thinned, ticks } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const MAX_POINTS = 1000;
-const MAX_SERIES = 6;
 const NUM_MEANS = 120;
-const HEIGHT = 190;
-const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 22;
+// More curves than these in one picture would hide each other behind their noise.
+const MAX_BANDS = 3;
+const NUM_COLOURS = 8;
+const LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 22;
 
 function svg(name, attributes, text) {
   const node = document.createElementNS(SVG, name);
@@ -23,96 +24,245 @@ function html(name, className, text) {
   return node;
 }
 
+// The steps that all figures show, and the one that is pointed at in any of them.
+export class Steps {
+  constructor() {
+    this.low = 0;
+    this.high = 1;
+    this.at = null;
+    this.charts = [];
+    this.isDue = false;
+  }
+
+  cover(low, high) {
+    [this.low, this.high] = low < high ? [low, high] : [low - 1, low + 1];
+  }
+
+  point(step) {
+    this.at = step;
+    if (this.isDue) return;
+    this.isDue = true;
+    requestAnimationFrame(() => {
+      this.isDue = false;
+      for (const chart of this.charts) chart.readOut();
+    });
+  }
+}
+
 export class Chart {
-  // `series` is [[name, [[step, value], ...]], ...]; a name of "" needs no legend.
-  constructor(title, unit) {
+  // `isLog`: drawn on a logarithmic scale where the values span more than two decades.
+  constructor(steps, { title, unit, isLog = false, isWide = false }) {
+    this.steps = steps;
     this.title = title;
     this.unit = unit;
+    this.mayBeLog = isLog;
+    this.height = isWide ? 260 : 180;
     this.series = [];
-    this.at = null;
+    this.marks = [];
+    this.chosen = null;
     this.figure = document.createElement("figure");
-    this.caption = document.createElement("figcaption");
-    this.picture = svg("svg", { height: HEIGHT, role: "img" });
-    this.picture.append(svg("title", {}, `${title}, ${unit}, over steps`));
-    this.figure.append(this.caption, this.picture);
-    this.picture.addEventListener("pointermove", (event) => this.point(event.offsetX));
-    this.picture.addEventListener("pointerleave", () => this.point(null));
+    this.figure.hidden = true;
+    if (isWide) this.figure.className = "wide";
+    this.heading = html("h3", "", `${title} `);
+    this.heading.append(html("small", "", unit));
+    this.legend = html("div", "legend", "");
+    this.skipped = html("span", "marks", "");
+    this.names = "";
+    const caption = document.createElement("figcaption");
+    caption.append(this.heading, this.legend);
+    this.picture = svg("svg", { height: this.height, role: "img" });
+    this.name = svg("title", {}, `${title}, ${unit}, over steps`);
+    this.figure.append(caption, this.picture);
+    this.picture.addEventListener("pointermove", (event) => steps.point(this.stepAt(event.offsetX)));
+    this.picture.addEventListener("pointerleave", () => steps.point(null));
+    steps.charts.push(this);
   }
 
-  show(series) {
-    this.series = series.slice(0, MAX_SERIES).map(([name, points]) => {
-      // So many points are a band; a curve through their means shows where it goes.
-      const course = points.length > 2 * NUM_MEANS ? means(points, NUM_MEANS) : [];
-      return [name, thinned(points, MAX_POINTS), course];
+  // `series` is [[name, points], ...]; a name of "" needs no legend. `marks` are steps at which something is missing.
+  show(series, marks = []) {
+    const [low, high] = extent(series.flatMap(([, points]) => points.map((point) => point[1])).filter((y) => y > 0));
+    this.isLog = this.mayBeLog && high > 100 * low;
+    const places = styles(series.map(([name]) => name));
+    this.series = series.map(([name, points]) => {
+      const isLong = points.length > 2 * NUM_MEANS;
+      return {
+        name,
+        points,
+        className: places.get(name),
+        // So many points are a band; a curve through their means shows where it goes.
+        curves: [
+          ...(isLong && series.length > MAX_BANDS ? [] : [{ band: isLong, points: thinned(points, MAX_POINTS) }]),
+          ...(isLong ? [{ band: false, points: means(points, NUM_MEANS, this.isLog) }] : []),
+        ],
+      };
     });
-    this.figure.hidden = !this.series.some(([, points]) => points.length);
-    this.draw();
-  }
-
-  point(offset) {
-    this.at = offset;
+    this.marks = marks;
+    this.figure.hidden = !series.length;
     this.draw();
   }
 
   draw() {
     if (this.figure.hidden) return;
-    const width = this.picture.clientWidth || 384;
-    const all = this.series.flatMap(([, points]) => points);
-    const x = scale(all.map((p) => p[0]), LEFT, width - RIGHT, 0);
-    const y = scale(all.map((p) => p[1]), HEIGHT - BOTTOM, TOP, 0.06);
-    const nodes = [this.picture.firstChild];
-    for (const tick of ticks(y.low, y.high, 4)) {
+    const width = this.picture.clientWidth, bottom = this.height - BOTTOM;
+    const x = linear(this.steps.low, this.steps.high, LEFT, width - RIGHT);
+    const y = this.vertical(bottom);
+    this.x = x;
+    this.width = width;
+    const nodes = [this.name];
+    for (const [tick, text] of y.ticks) {
       nodes.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
-      nodes.push(svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick)));
+      nodes.push(svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, text));
     }
-    for (const tick of ticks(x.low, x.high, Math.max(2, Math.floor(width / 90)), 1)) {
+    for (const tick of ticks(this.steps.low, this.steps.high, Math.max(2, Math.floor(width / 70)), 1)) {
       // The outermost numbers stay within the picture.
       const anchor = x(tick) > width - 24 ? "end" : "middle";
-      nodes.push(svg("text", { x: Math.min(x(tick), width - 2), y: HEIGHT - 6, "text-anchor": anchor }, number(tick)));
+      nodes.push(svg("text", { x: Math.min(x(tick), width - 2), y: this.height - 6, "text-anchor": anchor }, number(tick)));
     }
-    const step = this.at === null ? null : nearest(all, x.inverse(this.at));
-    if (step !== null) nodes.push(svg("line", { class: "cursor", x1: x(step), x2: x(step), y1: TOP, y2: HEIGHT - BOTTOM }));
-    const path = (points) => points.map(([px, py], i) => `${i ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`).join("");
-    this.series.forEach(([, points, course], index) => {
-      nodes.push(svg("path", { class: `curve series-${index}${course.length ? " band" : ""}`, d: path(points) }));
-      if (course.length) nodes.push(svg("path", { class: `curve series-${index}`, d: path(course) }));
-      // A few points are measurements to be seen each; a single one would have no line at all.
-      if (points.length <= 30) {
-        for (const [px, py] of points) nodes.push(svg("circle", { class: `point series-${index}`, cx: x(px), cy: y(py), r: 2.5 }));
+    for (const step of this.marks) nodes.push(svg("line", { class: "mark", x1: x(step), x2: x(step), y1: bottom - 8, y2: bottom }));
+    for (const { name, points, curves, className } of this.series) {
+      const faded = this.chosen !== null && this.chosen !== name ? " faded" : "";
+      for (const { band, points: drawn } of curves) {
+        nodes.push(svg("path", { class: `curve ${className}${band ? " band" : ""}${faded}`, d: path(drawn, x, y) }));
       }
-    });
-    this.picture.replaceChildren(...nodes);
-    this.describe(step);
+      // A few points are measurements to be seen each; a single one would have no line at all.
+      if (points.length > 30) continue;
+      for (const [px, py] of points) {
+        if (y.has(py)) nodes.push(svg("circle", { class: `point ${className}${faded}`, cx: x(px), cy: y(py), r: 2.5 }));
+      }
+    }
+    this.cursor = svg("line", { class: "cursor", y1: TOP, y2: bottom });
+    this.at = svg("text", { class: "at", y: this.height - 6, "text-anchor": "middle" });
+    this.picture.replaceChildren(...nodes, this.cursor, this.at);
+    this.writeCaption();
+    this.readOut();
   }
 
-  describe(step) {
-    const title = document.createElement("h3");
-    title.append(`${this.title} `, html("small", "", this.unit));
-    const parts = [title];
-    this.series.forEach(([name, points], index) => {
-      if (!points.length) return;
-      const [, value] = step === null ? points.at(-1) : points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
-      parts.push(html("span", name ? `key series-${index}` : "", name ? `${name} ${number(value)}` : number(value)));
+  vertical(bottom) {
+    const drawn = this.series.flatMap(({ curves }) => curves.flatMap(({ points }) => points.map((point) => point[1])));
+    let [low, high] = extent(drawn.filter((y) => y !== null && (!this.isLog || y > 0)));
+    if (this.isLog) {
+      const place = linear(Math.log10(low) - 0.1, Math.log10(high) + 0.1, bottom, TOP);
+      const y = (value) => place(Math.log10(value));
+      y.has = (value) => value > 0;
+      y.ticks = decades(low, high, 5).map((tick) => [tick, number(tick)]);
+      return y;
+    }
+    if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [0, 1];
+    // Amounts start at zero where that costs little of the picture.
+    const margin = (high - low) * 0.06;
+    low = low > 0 && low < high / 2 ? 0 : low - (low !== 0) * margin;
+    const y = linear(low, high + margin, bottom, TOP);
+    y.has = (value) => value !== null;
+    const found = ticks(low, high + margin, 4);
+    // As many digits as tell two ticks apart.
+    const digits = Math.max(4, Math.ceil(Math.log10(Math.max(Math.abs(low), Math.abs(high)) / (high - low))) + 3);
+    y.ticks = found.map((tick) => [tick, number(tick, Math.min(digits, 15))]);
+    return y;
+  }
+
+  stepAt(offset) {
+    const wanted = this.x.inverse(offset);
+    const steps = this.series.map(({ points }) => nearest(points, wanted)[0]);
+    return steps.reduce((best, step) => (Math.abs(step - wanted) < Math.abs(best - wanted) ? step : best));
+  }
+
+  // The legend is kept while its names are, so that whoever walks it by keyboard stays where they are.
+  writeCaption() {
+    this.heading.lastChild.textContent = this.isLog ? `${this.unit}, log scale` : this.unit;
+    const names = JSON.stringify(this.series.map(({ name }) => name));
+    if (names !== this.names) {
+      this.names = names;
+      this.chosen = null;
+      this.legend.replaceChildren(...this.series.map((entry) => this.entry(entry)), this.skipped);
+    }
+    this.skipped.textContent = this.marks.length ? `${number(this.marks.length)} skipped` : "";
+  }
+
+  entry({ name, className }) {
+    const value = html("span", "value", "");
+    if (!name) return value;
+    // Pressed, an entry shows its curve before the others.
+    const button = html("button", "key", "");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "false");
+    button.append(line(className), html("span", "name", name), value);
+    button.addEventListener("click", () => {
+      this.chosen = this.chosen === name ? null : name;
+      for (const other of this.legend.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button && this.chosen === name));
+      this.draw();
     });
-    parts.push(html("span", "at", step === null ? "" : `step ${number(step)}`));
-    this.caption.replaceChildren(...parts);
+    return button;
+  }
+
+  readOut() {
+    if (this.figure.hidden || !this.cursor) return;
+    const step = this.steps.at;
+    this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
+    if (step !== null) {
+      const x = this.x(step);
+      this.cursor.setAttribute("x1", x);
+      this.cursor.setAttribute("x2", x);
+      // Over the axis, and within the picture.
+      this.at.setAttribute("x", Math.min(Math.max(x, LEFT), this.width - 36));
+    }
+    const values = this.legend.querySelectorAll(".value");
+    this.series.forEach(({ points }, index) => {
+      const y = (step === null ? points.at(-1) : nearest(points, step))[1];
+      values[index].textContent = y === null ? "not finite" : number(y);
+    });
+    this.at.textContent = step === null ? "" : `step ${number(step)}`;
   }
 }
 
-function scale(values, from, to, margin) {
-  let low = Math.min(...values), high = Math.max(...values);
-  if (low === high) [low, high] = [low - (Math.abs(low) / 2 || 0.5), high + (Math.abs(high) / 2 || 0.5)];
-  // Amounts start at zero where that costs little of the picture.
-  if (margin && low > 0 && low < high / 2) low = 0;
-  else if (margin && low !== 0) low -= (high - low) * margin;
-  if (margin) high += (high - low) * margin;
+// A colour for each name. The two factors of one group of layers share theirs, and B's curve is dashed.
+function styles(names) {
+  const found = new Map(), colours = new Map();
+  for (const name of names) {
+    const group = name.replace(/^[AB] /, "");
+    if (!colours.has(group)) colours.set(group, colours.size);
+    const dash = (name.startsWith("B ") ? 1 : 0) + 2 * (Math.floor(colours.get(group) / NUM_COLOURS) % 2);
+    found.set(name, `series-${colours.get(group) % NUM_COLOURS} dash-${dash}`);
+  }
+  return found;
+}
+
+function line(className) {
+  const node = svg("svg", { class: "line", width: 22, height: 8, "aria-hidden": "true" });
+  node.append(svg("path", { class: `curve ${className}`, d: "M0 4L22 4" }));
+  return node;
+}
+
+function path(points, x, y) {
+  let isDown = false, drawn = "";
+  for (const [px, py] of points) {
+    if (y.has(py)) drawn += `${isDown ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`;
+    isDown = y.has(py);
+  }
+  return drawn;
+}
+
+function linear(low, high, from, to) {
   const place = (value) => from + ((value - low) / (high - low)) * (to - from);
-  place.low = low;
-  place.high = high;
   place.inverse = (at) => low + ((at - from) / (to - from)) * (high - low);
   return place;
 }
 
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return low <= high ? [low, high] : [0, 0];
+}
+
+// Points stand in the order of their steps.
 function nearest(points, step) {
-  return points.reduce((best, [x]) => (Math.abs(x - step) < Math.abs(best - step) ? x : best), points[0][0]);
+  let low = 0, high = points.length - 1;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (points[middle][0] < step) low = middle + 1;
+    else high = middle;
+  }
+  return low > 0 && step - points[low - 1][0] < points[low][0] - step ? points[low - 1] : points[low];
 }

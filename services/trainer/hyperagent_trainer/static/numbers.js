@@ -1,11 +1,15 @@
-// Numbers and times for people.
+// Numbers and times for people, and what of many points is worth drawing. A point is [step, value]; a value of null is
+// a gap: what was measured there is no finite number.
 
-export function number(value) {
+export function number(value, digits = 4) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(2).replace("e+", "e");
+  if (size < 1e-3 || size >= 1e6) {
+    const [mantissa, exponent] = value.toExponential(2).split("e");
+    return `${Number(mantissa)}e${Number(exponent)}`;
+  }
   if (size >= 1000) return Math.round(value).toLocaleString("en");
-  return String(Number(value.toPrecision(4)));
+  return String(Number(value.toPrecision(digits)));
 }
 
 export function duration(seconds) {
@@ -34,28 +38,51 @@ export function ticks(low, high, count, smallest = 0) {
   return found;
 }
 
+// Powers of ten from low to high, at most about `count` of them.
+export function decades(low, high, count) {
+  const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+  const stride = Math.max(1, Math.ceil((last - first + 1) / count));
+  const found = [];
+  for (let power = first; power <= last; power += stride) found.push(10 ** power);
+  return found;
+}
+
 // At most `most` of the points; of each stretch the lowest and the highest stay, so that no spike is lost.
 export function thinned(points, most) {
   if (points.length <= most) return points;
-  const stretches = Math.floor(most / 2);
   const kept = [];
-  for (let i = 0; i < stretches; i++) {
-    const stretch = points.slice(Math.floor((i * points.length) / stretches), Math.floor(((i + 1) * points.length) / stretches));
-    let low = 0, high = 0;
-    stretch.forEach(([, y], at) => {
-      if (y < stretch[low][1]) low = at;
-      if (y > stretch[high][1]) high = at;
-    });
-    for (const at of new Set([Math.min(low, high), Math.max(low, high)])) kept.push(stretch[at]);
+  for (const [from, to] of stretches(points.length, Math.floor(most / 2))) {
+    let low = -1, high = -1;
+    for (let at = from; at < to; at++) {
+      const y = points[at][1];
+      if (y === null) continue;
+      if (low < 0 || y < points[low][1]) low = at;
+      if (high < 0 || y > points[high][1]) high = at;
+    }
+    if (low < 0) kept.push(points[from]);
+    else for (const at of new Set([Math.min(low, high), Math.max(low, high)])) kept.push(points[at]);
   }
   return kept;
 }
 
-// The mean of each of so many stretches of the points.
-export function means(points, count) {
-  return Array.from({ length: count }, (_, i) => {
-    const stretch = points.slice(Math.floor((i * points.length) / count), Math.floor(((i + 1) * points.length) / count));
-    const mean = (axis) => stretch.reduce((sum, point) => sum + point[axis], 0) / stretch.length;
-    return [mean(0), mean(1)];
-  });
+// The mean of each of so many stretches of the points, the geometric one of what is drawn on a logarithmic scale.
+export function means(points, count, isLog) {
+  const found = [];
+  for (const [from, to] of stretches(points.length, count)) {
+    let steps = 0, sum = 0, num = 0;
+    for (let at = from; at < to; at++) {
+      const [step, y] = points[at];
+      steps += step;
+      if (y === null || (isLog && y <= 0)) continue;
+      sum += isLog ? Math.log(y) : y;
+      num++;
+    }
+    const mean = sum / num;
+    found.push([steps / (to - from), num ? (isLog ? Math.exp(mean) : mean) : null]);
+  }
+  return found;
+}
+
+function* stretches(length, count) {
+  for (let i = 0; i < count; i++) yield [Math.floor((i * length) / count), Math.floor(((i + 1) * length) / count)];
 }

@@ -1,63 +1,38 @@
 // The page: a list of runs, and of the chosen one its state and its curves.
 
-import { Chart } from "./chart.js";
 import { forgetToken, get, hasToken, keepToken, Refused } from "./client.js";
+import { Curves } from "./curves.js";
 import { duration, number } from "./numbers.js";
 
 const POLL_MS = 2000;
-const STARTING = ["queued", "loading"];
 const ENDED = ["stopped", "failed", "done"];
+const START = "0";
 
 const byId = (id) => document.getElementById(id);
 
-// Of a line of the metrics, the values by series; a line or a run that lacks a field adds nothing.
-const value = (field) => (line) => ({ "": line[field] });
-const CHARTS = [
-  ["Loss", "nats per token", value("loss")],
-  ["Held-out KL", "nats per token", (line) => line.held_out_kl ?? {}],
-  ["Speed", "tokens per second", value("tokens_per_s")],
-  ["Gradient norm", "before clipping", value("grad_norm")],
-  ["Step efficiency", "share of a step that no rank waits", value("step_efficiency")],
-  ["Data wait", "seconds per step", value("data_wait_s")],
-  ["Cache hits", "share of reads", (line) => ({ "": line.hot_hits / (line.hot_hits + line.hot_misses) })],
-].map(([title, unit, read]) => ({ chart: new Chart(title, unit), read, series: new Map() }));
+function node(name, text, className = "") {
+  const made = document.createElement(name);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
 
-let since = 0;
+const curves = new Curves(byId("charts"));
+let since = START;
 let shownRun = null;
-let shownState = null;
+let shownWord = null;
 
 function chosen(runs) {
   const wanted = location.hash.slice(1);
   return runs.find((run) => run.id === wanted) ?? runs[0];
 }
 
-function forgetCurves() {
-  since = 0;
-  for (const { series } of CHARTS) series.clear();
-}
-
-function add(lines) {
-  for (const line of lines) {
-    for (const { read, series } of CHARTS) {
-      for (const [name, y] of Object.entries(read(line))) {
-        if (!Number.isFinite(y) || !Number.isFinite(line.step)) continue;
-        if (!series.has(name)) series.set(name, []);
-        series.get(name).push([line.step, y]);
-      }
-    }
-  }
-}
-
 function listed(run, isChosen) {
   const item = document.createElement("li");
   const link = document.createElement("a");
-  const name = document.createElement("b");
-  const when = document.createElement("small");
   link.href = `#${run.id}`;
   link.setAttribute("aria-current", String(isChosen));
-  name.textContent = run.recipe;
-  when.textContent = `${started(run.id)} · `;
-  link.append(name, when, stateOf(document.createElement("span"), run.state));
+  link.append(node("b", run.recipe), node("small", `${started(run.id)} · `), stateOf(document.createElement("span"), run.state));
   item.append(link);
   return item;
 }
@@ -68,11 +43,11 @@ function started(id) {
   return new Date(Date.UTC(y, mo - 1, d, h, mi, s)).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 }
 
-function stateOf(node, state) {
-  node.className = "state";
-  node.dataset.state = state;
-  node.textContent = state;
-  return node;
+function stateOf(made, state) {
+  made.className = "state";
+  made.dataset.state = state;
+  made.textContent = state;
+  return made;
 }
 
 function showList(runs, current) {
@@ -92,17 +67,35 @@ function showStatus(run) {
   const parts = [`step ${number(run.step)} of ${number(run.num_steps)}`, `${Math.floor((100 * run.step) / run.num_steps)} %`];
   if (run.eta_s !== null && run.state === "running") parts.push(`${duration(run.eta_s)} left`);
   byId("progress-text").textContent = parts.join(" · ");
+  showAlarm(run);
+}
+
+// A static adapter is the same for every prompt and has no verdict on its own one; only a hypernetwork can collapse.
+function showAlarm(run) {
+  const isDue = run.adapters_collapsed && Object.keys(run.conditioning).length > 0;
+  const alarm = byId("alarm");
+  // Left alone while nothing changes, or it would be read aloud again and again.
+  if (isDue === alarm.childElementCount > 0) return;
+  alarm.replaceChildren(
+    ...(isDue
+      ? [
+          node("strong", "The adapters have collapsed."),
+          node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.999): the network ignores what it reads, and a static adapter would do as well."),
+          node("p", "Early in a run this may pass. If the next evaluations find the same, stop the run, see whether the prompts of its data differ in what the student needs, and start again with a lower learning rate, or with warm_start, so that the network learns only what a static adapter leaves."),
+        ]
+      : []),
+  );
+}
+
+function showFacts(run) {
   const facts = [["Run", run.id], ["Files", run.folder], ["Last word", new Date(run.updated_at * 1000).toLocaleString()]];
-  if (run.skipped_steps) facts.push(["Steps skipped", number(run.skipped_steps)]);
+  const skipped = curves.skipped;
+  if (skipped.length) facts.push(["Steps skipped", `${number(skipped.length)}, the last is ${number(skipped.at(-1))}`]);
   for (const [split, verdict] of Object.entries(run.conditioning)) facts.push([`Own prompt, ${split.replaceAll("_", " ")}`, verdict]);
   byId("facts").replaceChildren(
     ...facts.map(([name, text]) => {
       const fact = document.createElement("div");
-      const term = document.createElement("dt");
-      const detail = document.createElement("dd");
-      term.textContent = name;
-      detail.textContent = text;
-      fact.append(term, detail);
+      fact.append(node("dt", name), node("dd", text));
       return fact;
     }),
   );
@@ -110,13 +103,15 @@ function showStatus(run) {
 
 async function showCurves(run) {
   for (;;) {
-    const { metrics, next } = await get(`/v1/runs/${encodeURIComponent(run.id)}/metrics?since=${since}`);
-    if (shownRun !== run.id) return;
-    add(metrics);
+    const path = `/v1/runs/${encodeURIComponent(run.id)}/metrics?since=${encodeURIComponent(since)}`;
+    const { metrics, next, reset } = await get(path);
+    // A resumed run does the steps after its checkpoint again: their lines are others.
+    if (reset) curves.forget();
+    curves.add(metrics);
     since = next;
     if (!metrics.length) break;
   }
-  for (const { chart, series } of CHARTS) chart.show([...series]);
+  curves.show();
 }
 
 async function refresh() {
@@ -126,15 +121,20 @@ async function refresh() {
   byId("run").hidden = run === undefined;
   showList(runs, run);
   if (run === undefined) return;
-  // A resumed run does the steps after its checkpoint again: once it has started, its lines are others.
-  const isOther = run.id !== shownRun;
-  const hasRestarted = STARTING.includes(shownState) && !STARTING.includes(run.state);
-  if (isOther || hasRestarted) forgetCurves();
-  const isOver = ENDED.includes(run.state) && shownState === run.state && !isOther;
+  if (run.id !== shownRun) {
+    since = START;
+    shownWord = null;
+    curves.forget();
+    // Another run's curves must not stand here while this one's are on their way.
+    curves.show();
+  }
   shownRun = run.id;
   showStatus(run);
-  if (!isOver) await showCurves(run);
-  shownState = run.state;
+  // After a final state there is nothing more to come.
+  const word = `${run.state} ${run.updated_at}`;
+  if (!ENDED.includes(run.state) || word !== shownWord) await showCurves(run);
+  showFacts(run);
+  shownWord = word;
 }
 
 function notice(text) {
@@ -180,12 +180,6 @@ byId("sign-in").addEventListener("submit", (event) => {
   poll();
 });
 addEventListener("hashchange", poll);
-document.addEventListener("visibilitychange", () => {
-  // A restart may have been missed.
-  shownRun = null;
-  poll();
-});
-addEventListener("resize", () => CHARTS.forEach(({ chart }) => chart.draw()));
-byId("charts").append(...CHARTS.map(({ chart }) => chart.figure));
+document.addEventListener("visibilitychange", poll);
 if (hasToken()) poll();
 else askForToken("");

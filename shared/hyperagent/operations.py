@@ -1,0 +1,116 @@
+"""What a language model's matrix products cost: one count, for plans and for the schedule of training steps.
+
+A multiplication and an addition count as two. With W parameters in the products that every token takes part in, A =
+query heads x head dimension, L layers of full attention and R operations of recurrent state a token, a forward pass over
+a trajectory of T tokens with N rows of the head takes
+
+    linear     2 W T
+    attention  2 A T^2 L      (scores and values, half of the square each, since a token sees no later one)
+    recurrent  R T
+    head       2 H N          (H: hidden size x vocabulary)
+
+A frozen student's backward pass has no products for weights, and its head's gradient is taken in the forward pass. In
+forward passes, training takes
+
+                                linear   attention   recurrent   head
+    `FROZEN`, work                 2         3           3         2     a product has two operands with gradients in attention
+    `EXECUTED`, recomputing        3         4.5         4.5       2     a kernel's backward pass is 2.5 (arXiv:2307.08691, 3.1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+Lengths = NDArray[np.int64]
+Flops = NDArray[np.float64]
+
+FROZEN: Mapping[str, float] = MappingProxyType({"linear": 2.0, "attention": 3.0, "recurrent": 3.0, "head": 2.0})
+"""Forward passes that training is worth; what is computed a second time does not count."""
+EXECUTED: Mapping[str, float] = MappingProxyType({"linear": 3.0, "attention": 4.5, "recurrent": 4.5, "head": 2.0})
+"""Forward passes that training computes, with every decoder layer run again in the backward pass."""
+
+_CHUNK = 64
+"""Tokens that the Gated DeltaNet's kernels take at once."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model's products cost."""
+
+    name: str
+    num_parameters: float
+    linear_parameters: float
+    """W: in the products of one token; of a mixture of experts, those of the experts it is routed to."""
+    attention_width: int
+    """A: query heads x head dimension."""
+    num_attention_layers: int
+    """L."""
+    head_parameters: int
+    """H."""
+    recurrent_flops: float = 0.0
+    """R: forward, per token, of all layers with a recurrent state."""
+
+    @classmethod
+    def of(cls, decoder: nn.Module, config: PreTrainedConfig) -> ModelShape:
+        """From a decoder, which may lie on the meta device or be sharded, and its text config."""
+        share = getattr(config, "num_experts_per_tok", 0) / (getattr(config, "num_experts", 0) or 1)
+        linear = sum(
+            p.numel() * (share if ".experts." in name else 1)
+            for name, p in decoder.named_parameters()
+            if p.dim() > 1 and not name.startswith("embed_tokens.")
+        )
+        head_size = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        num_linear = sum(kind == "linear_attention" for kind in kinds)
+        recurrent = 0.0
+        if num_linear:
+            recurrent = num_linear * delta_rule_flops(
+                value_heads=config.linear_num_value_heads,
+                key_size=config.linear_key_head_dim,
+                value_size=config.linear_value_head_dim,
+            )
+        head = config.hidden_size * config.vocab_size
+        tied = getattr(config, "tie_word_embeddings", False)
+        return cls(
+            name=str(config.model_type),
+            num_parameters=sum(p.numel() for p in decoder.parameters()) + (0 if tied else head),
+            linear_parameters=linear,
+            attention_width=config.num_attention_heads * head_size,
+            num_attention_layers=len(kinds) - num_linear,
+            head_parameters=head,
+            recurrent_flops=recurrent,
+        )
+
+    def forward_flops(self, num_tokens: Lengths, num_rows: Lengths) -> dict[str, Flops]:
+        """Operations of each kind for trajectories of [n] tokens with [n] rows of the head."""
+        tokens, rows = num_tokens.astype(np.float64), num_rows.astype(np.float64)
+        return {
+            "linear": 2 * self.linear_parameters * tokens,
+            "attention": 2.0 * self.attention_width * self.num_attention_layers * tokens**2,
+            "recurrent": self.recurrent_flops * tokens,
+            "head": 2.0 * self.head_parameters * rows,
+        }
+
+    def training_flops(self, num_tokens: Lengths, num_rows: Lengths, passes: Mapping[str, float]) -> dict[str, Flops]:
+        """The same for forward and backward pass of a frozen student; `passes` is `FROZEN` or `EXECUTED`."""
+        forward = self.forward_flops(num_tokens, num_rows)
+        return {kind: passes[kind] * flops for kind, flops in forward.items()}
+
+
+def delta_rule_flops(*, value_heads: int, key_size: int, value_size: int) -> float:
+    """Of the gated delta rule, forward, per token and layer, in chunks of 64 tokens.
+
+    Three products with the state [key_size, value_size], and five within a chunk: keys with keys, queries with keys, and
+    the chunk's triangular system with values, with keys, and its attention with values.
+    """
+    return 2.0 * value_heads * (3 * key_size * value_size + _CHUNK * (3 * key_size + 2 * value_size))
