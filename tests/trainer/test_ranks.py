@@ -101,7 +101,13 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     shard_network: bool, recipe_of_three: TrainRecipe, tmp_path: Path
 ) -> None:
     recipe = recipe_of_three.model_copy(
-        update={"num_steps": 6, "checkpoint_every": 3, "evaluate_every": 6, "shard_network": shard_network}
+        update={
+            "num_steps": 6,
+            "checkpoint_every": 3,
+            "evaluate_every": 6,
+            "shard_network": shard_network,
+            "ema_decay": 0.9,
+        }
     )
     undisturbed = run(recipe, tmp_path / "undisturbed")
     folder = RunFolder(tmp_path / "moved")

@@ -3,6 +3,7 @@
 checkpoint.json         manifest: what the network belongs to, recipe, step, and a digest of every other file
 network.safetensors     weights of the hypernetwork or the static adapter
 optimizer.safetensors   AdamW's moments and step counts, as <parameter>.<name>
+average.safetensors     with `ema_decay`: the average of the weights
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +31,12 @@ from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
+from hyperagent_trainer.ema import WeightAverage
 from hyperagent_trainer.ranks import placed_like, whole
 
 FORMAT_VERSION = 3
 
+_AVERAGE = "average.safetensors"
 _GO_ON_BEFORE = "delete its folder to go on from the checkpoint before, if there is one, or start a new run"
 
 
@@ -45,6 +49,8 @@ class CheckpointManifest(NetworkManifest):
     step: int = Field(ge=0)
     """Optimiser steps done."""
     best: BestEvaluation = BestEvaluation()
+    num_averaged: int = Field(0, ge=0)
+    """Steps that have gone into the average of the weights."""
     files: dict[str, str]
     """BLAKE3 (hex) of every other file."""
 
@@ -55,25 +61,38 @@ class Snapshot:
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    average: dict[str, Tensor]
+    num_averaged: int
 
 
-def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, *, is_first: bool = True) -> Snapshot | None:
+def snapshot(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, *, is_first: bool = True
+) -> Snapshot | None:
     """Copy what is trained, as whole tensors, so that it can be resumed on any number of ranks.
 
     Args:
         is_first: whether this is the rank that keeps the copy. Every rank has to call, to hand in its parts.
     """
-    weights, moments = {}, {}
-    for name, tensor in network.state_dict().items():
+    weights = _gather(network.state_dict().items(), is_first=is_first)
+    moments = _gather(
+        (
+            (f"{name}.{key}", value)
+            for name, parameter in network.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        ),
+        is_first=is_first,
+    )
+    averages = _gather(average.tensors.items(), is_first=is_first)
+    return Snapshot(weights, moments, averages, average.num_updates) if is_first else None
+
+
+def _gather(tensors: Iterable[tuple[str, Tensor]], *, is_first: bool) -> dict[str, Tensor]:
+    kept = {}
+    for name, tensor in tensors:
         gathered = whole(tensor.detach())
         if is_first:
-            weights[name] = _copy_on_host(gathered)
-    for name, parameter in network.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            gathered = whole(value)
-            if is_first:
-                moments[f"{name}.{key}"] = _copy_on_host(gathered)
-    return Snapshot(weights, moments) if is_first else None
+            kept[name] = gathered.to("cpu", copy=True).contiguous()
+    return kept
 
 
 def write_checkpoint(
@@ -92,6 +111,8 @@ def write_checkpoint(
     """
     with new_directory(folder) as aside:
         files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
+        if found.average:
+            files[_AVERAGE] = found.average
         for name, tensors in files.items():
             _save(tensors, aside / name)
         manifest = CheckpointManifest(
@@ -99,6 +120,7 @@ def write_checkpoint(
             recipe=_digest(recipe),
             step=step,
             best=best,
+            num_averaged=found.num_averaged,
             files={name: _digest_of(aside / name) for name in files},
         )
         (aside / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -109,10 +131,11 @@ def load_checkpoint(
     *,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
     recipe: TrainRecipe,
     belongs_to: NetworkManifest,
 ) -> CheckpointManifest:
-    """Restore network and optimiser.
+    """Restore network, optimiser and average.
 
     Raises:
         ConfigError: the checkpoint is of another recipe or format.
@@ -142,11 +165,15 @@ def load_checkpoint(
         if state:
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
+    if average.tensors:
+        averages = load_file(folder / _AVERAGE)
+        placed = {name: placed_like(averages[name], tensor) for name, tensor in average.tensors.items()}
+        average.restore(placed, manifest.num_averaged)
     return manifest
 
 
 def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
-    """A checkpoint's manifest and the network's weights.
+    """A checkpoint's manifest and the network's weights; where they were averaged, their average.
 
     Raises:
         ConfigError: it is of another release's format.
@@ -154,17 +181,14 @@ def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
     """
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    return manifest, load_file(folder / "network.safetensors")
+    weights = load_file(folder / "network.safetensors")
+    return manifest, weights | load_file(folder / _AVERAGE) if _AVERAGE in manifest.files else weights
 
 
 def _check_files(folder: Path, manifest: CheckpointManifest) -> None:
     for name, digest in manifest.files.items():
         if _digest_of(folder / name) != digest:
             raise CorruptRecord(f"{folder / name} is not the file that was written; {_GO_ON_BEFORE}")
-
-
-def _copy_on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -21,6 +21,7 @@ from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.checkpoint import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
+from hyperagent_trainer.ema import WeightAverage
 from hyperagent_trainer.ranks import Ranks
 from hyperagent_trainer.run_folder import RunFolder
 
@@ -37,12 +38,13 @@ class CheckpointStore:
         *,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
+        average: WeightAverage,
         recipe: TrainRecipe,
         belongs_to: NetworkManifest,
         ranks: Ranks,
     ) -> None:
         """Remove what a killed process has left of a checkpoint."""
-        self._folder, self._network, self._optimizer = folder, network, optimizer
+        self._folder, self._network, self._optimizer, self._average = folder, network, optimizer, average
         self._recipe, self._belongs_to, self._ranks = recipe, belongs_to, ranks
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -69,7 +71,7 @@ class CheckpointStore:
         if self._saved == (step, best):
             return
         self.wait()
-        found = snapshot(self._network, self._optimizer, is_first=self._ranks.is_first)
+        found = snapshot(self._network, self._optimizer, self._average, is_first=self._ranks.is_first)
         self._saved = (step, best)
         if found is None:
             return
@@ -119,6 +121,7 @@ class CheckpointStore:
             folder,
             network=self._network,
             optimizer=self._optimizer,
+            average=self._average,
             recipe=self._recipe,
             belongs_to=self._belongs_to,
         )

@@ -86,6 +86,9 @@ class TrainRecipe(StrictModel):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients of a larger L2 norm, over all parameters, are scaled down to it."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights, which is what is evaluated and exported; such as 0.999 for runs of
+    thousands of steps. Without, the weights themselves are."""
     max_skipped_steps: int = Field(3, ge=0)
     """Steps in a row without a finite loss and gradient that are skipped and reported, before the run is given up."""
     patience: int | None = Field(None, ge=1)

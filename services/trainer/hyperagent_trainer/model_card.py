@@ -53,7 +53,8 @@ def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutK
         "## Training",
         "",
         f"{manifest.step:,} steps of {recipe.batch_size} trajectories, {recipe.loss.divergence} of a teacher's top-k rows at temperature "
-        f"{recipe.temperature:g}, AdamW at {recipe.learning_rate:g}.",
+        f"{recipe.temperature:g}, AdamW at {recipe.learning_rate:g}"
+        + (f", moving average of the weights with decay {recipe.ema_decay:g}." if recipe.ema_decay else "."),
         "",
         "| | fingerprint |",
         "|---|---|",

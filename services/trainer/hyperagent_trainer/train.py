@@ -28,6 +28,7 @@ from hyperagent_trainer.batches import Batch, DistillationData, batches_from, lo
 from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
+from hyperagent_trainer.ema import WeightAverage
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export import export, make_probe
 from hyperagent_trainer.loggers import Loggers, require_installed
@@ -100,10 +101,17 @@ def _train_from(
     if recipe.shard_network and ranks.size > 1:
         shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
+    average = WeightAverage(network, recipe.ema_decay)
     evaluation = Evaluation(splits, training, seed=recipe.seed)
 
     store = CheckpointStore(
-        folder, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to, ranks=ranks
+        folder,
+        network=network,
+        optimizer=optimizer,
+        average=average,
+        recipe=recipe,
+        belongs_to=belongs_to,
+        ranks=ranks,
     )
     with store:
         last = store.load_last()
@@ -119,7 +127,19 @@ def _train_from(
             prompts = [t.prompt_ids for t in splits[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
             sizes = weight_norms(student.model, network.layers)
             run = _Run(
-                recipe, folder, stop, adapted, optimizer, training, evaluation, report, store, ranks, prompts, sizes
+                recipe,
+                folder,
+                stop,
+                adapted,
+                optimizer,
+                average,
+                training,
+                evaluation,
+                report,
+                store,
+                ranks,
+                prompts,
+                sizes,
             )
             if step == 0:
                 best = run.evaluate(step, best)
@@ -132,20 +152,21 @@ def _train_from(
                 return
             if recipe.patience is not None:
                 step = store.load_best(best).step
-            probe = make_probe(adapted, splits[HELD_OUT])
-            trained = whole_network(network, recipe, student, warm_start)
-            if ranks.is_first:
-                export(
-                    folder.adapter if recipe.arm == "static" else folder.bundle,
-                    trained,
-                    recipe,
-                    belongs_to=belongs_to,
-                    embeddings=student.embeddings,
-                    teacher=cache.identity.fingerprint,
-                    step=step,
-                    held_out=last_held_out_kl(folder.metrics, step),
-                )
-                write_atomically(folder.probe, probe)
+            with average.in_use():
+                probe = make_probe(adapted, splits[HELD_OUT])
+                trained = whole_network(network, recipe, student, warm_start)
+                if ranks.is_first:
+                    export(
+                        folder.adapter if recipe.arm == "static" else folder.bundle,
+                        trained,
+                        recipe,
+                        belongs_to=belongs_to,
+                        embeddings=student.embeddings,
+                        teacher=cache.identity.fingerprint,
+                        step=step,
+                        held_out=last_held_out_kl(folder.metrics, step),
+                    )
+                    write_atomically(folder.probe, probe)
             report.state("done", f"held-out KL was lowest after step {step}" if recipe.patience is not None else "")
 
 
@@ -180,6 +201,7 @@ class _Run:
     stop: threading.Event
     adapted: AdaptedStudent
     optimizer: torch.optim.Optimizer
+    average: WeightAverage
     data: DistillationData
     evaluation: Evaluation
     report: RunReporter
@@ -251,6 +273,7 @@ class _Run:
         rerouted, rate = watch.take(), self.optimizer.param_groups[0]["lr"]
         if math.isfinite(found.loss) and math.isfinite(grad_norm):
             self.optimizer.step()
+            self.average.update()
             self.report.step(
                 step,
                 **asdict(found),
@@ -269,9 +292,10 @@ class _Run:
 
     def evaluate(self, step: int, best: BestEvaluation) -> BestEvaluation:
         """Measure on the held-out splits; returns the best evaluation with this one counted."""
-        held_out = self.evaluation.run(self.adapted, self.ranks)
-        with torch.no_grad():
-            adapters = self.adapted.adapters(self.prompts)
+        with self.average.in_use():
+            held_out = self.evaluation.run(self.adapted, self.ranks)
+            with torch.no_grad():
+                adapters = self.adapted.adapters(self.prompts)
         network = self.adapted.network
         found = adapter_statistics(adapters, network.layers, self.weight_norms, scale=network.scale)
         if found.has_collapsed and self.adapted.reads_prompt:
