@@ -33,6 +33,7 @@ from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo, discover_target_layers
 from hyperagent_trainer.adapted import AdaptedStudent
+from hyperagent_trainer.attention import choose_attention
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.memory_estimate import check_weights_fit, saved_bytes
 from hyperagent_trainer.network import assemble
@@ -71,7 +72,16 @@ def adapted(folder: Path, student: Student) -> AdaptedStudent:
 def report_of(adapted: AdaptedStudent, **changes: object) -> PreflightReport:
     recipe = recipe_of(adapted.student.folder, **changes)
     budget = memory_budget(recipe, adapted.student, tokens_per_sample=64)
-    return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+    student = adapted.student
+    attention = choose_attention(
+        student.model,
+        wanted="auto",
+        device=student.head.device,
+        dtype=student.head.dtype,
+        num_tokens=64,
+        earlier=None,
+    )
+    return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget, attention=attention.check)
 
 
 def failed(report: PreflightReport) -> list[str]:
@@ -102,6 +112,7 @@ def test_a_sound_student_passes_and_nothing_is_changed(adapted: AdaptedStudent) 
         "targets_exist",
         "coverage",
         "router_untouched",
+        "attention",
         "zero_init",
         "targets_reached",
         "routing",

@@ -11,6 +11,9 @@ from hyperagent.config import StrictModel, load_yaml
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent_trainer.loss.options import LossOptions
 
+AttentionName = Literal["auto", "cudnn", "flash", "efficient", "flash_attn"]
+"""How softmax attention can be computed on a GPU: three kernels of PyTorch's, and the package flash-attn."""
+
 
 class RunOverrides(StrictModel):
     """What `POST /v1/runs` may change of a named recipe, with the bounds it may change it within."""
@@ -73,6 +76,8 @@ class TrainRecipe(StrictModel):
     to long trajectories."""
     moe_tile_tokens: int | None = Field(16_384, ge=1)
     """Tokens that a mixture-of-experts block computes at once; all of them without."""
+    attention: AttentionName = "auto"
+    """What computes the student's softmax attention on a GPU; by default the fastest there is, found out by trying."""
     shard_network: bool = False
     """Shard the network with its optimiser state over the processes, instead of a copy on each."""
     learning_rate: float = Field(1e-4, gt=0)

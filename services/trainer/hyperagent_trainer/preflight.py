@@ -1,6 +1,7 @@
 """The pre-flight: whether this student, this network and the loss between them can train, proved before they do.
 
     student     vocabulary, frozen, targets of every layer           `preflight_student`
+    attention   a fused kernel that computes what it should           `attention`
     injection   exact start, every target reached, routing, samples   `preflight_injection`
     gradients   step 0, step 1, balance, magnitudes                  `preflight_gradients`
     memory      what a step will hold, against the machine           `memory_estimate`
@@ -29,18 +30,21 @@ OptimizerFactory = Callable[[AdapterNetwork], torch.optim.Optimizer]
 """Makes the optimiser that training will use, set for its first step."""
 
 
-def run_preflight(adapted: AdaptedStudent, make_optimizer: OptimizerFactory, budget: MemoryBudget) -> PreflightReport:
+def run_preflight(
+    adapted: AdaptedStudent, make_optimizer: OptimizerFactory, budget: MemoryBudget, *, attention: Check
+) -> PreflightReport:
     """Make every check; nothing is changed, whatever they find.
 
     Args:
         adapted: what is about to be trained, before its first step.
         budget: the size of a step, for the estimate of its memory.
+        attention: how the attention that is in use was found.
 
     Raises:
         HyperagentError: the parts do not fit together at all, such as an adapter of another student.
     """
     probe = Probe(_with_network(adapted, copy.deepcopy(adapted.network)))
-    checks: list[Check] = [*check_student(adapted.student, probe.target_names)]
+    checks: list[Check] = [*check_student(adapted.student, probe.target_names), attention]
     # The targets must be layers of the student before anything can be injected into them.
     if all(check.passed for check in checks):
         start = check_start(probe)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperagent.cli.display import print_result
+from hyperagent_trainer.attention import choose_attention
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.memory_estimate import check_weights_fit
 from hyperagent_trainer.network import assemble, read_warm_start
@@ -34,7 +35,16 @@ def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
     torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, read_warm_start(recipe))
     budget = memory_budget(recipe, student, tokens_per_sample=tokens_per_sample)
-    return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+    attention = choose_attention(
+        student.model,
+        wanted=recipe.attention,
+        device=device,
+        dtype=dtype,
+        num_tokens=tokens_per_sample,
+        earlier=None,
+    )
+    with attention.in_use(student.model):
+        return run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget, attention=attention.check)
 
 
 def show(report: PreflightReport, *, as_json: bool) -> None:

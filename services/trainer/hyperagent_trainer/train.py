@@ -24,9 +24,10 @@ from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
 from hyperagent_trainer.adapted import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
+from hyperagent_trainer.attention import Attention, agreed, choose_attention, earlier_choice
 from hyperagent_trainer.batches import Batch, DistillationData, batches_from, load_split
 from hyperagent_trainer.checkpoint_store import CheckpointStore
-from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.ema import WeightAverage
 from hyperagent_trainer.evaluate import ADAPTER, Evaluation
@@ -37,6 +38,7 @@ from hyperagent_trainer.memory_estimate import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.metrics import RunReporter, last_held_out_kl
 from hyperagent_trainer.network import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.preflight import run_preflight
+from hyperagent_trainer.preflight_report import Check
 from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
 from hyperagent_trainer.recompute import RoutingWatch
 from hyperagent_trainer.run_control import RunControl
@@ -97,7 +99,9 @@ def _train_from(
     torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, warm_start)
     network, belongs_to = adapted.network, describe(recipe, adapted, warm_start, data=training.identity)
-    _preflight(adapted, recipe, folder, training, ranks)
+    attention = _attention(student, recipe, folder, training, ranks)
+    with attention.in_use(student.model):
+        _preflight(adapted, recipe, folder, training, ranks, attention.check)
     if recipe.shard_network and ranks.size > 1:
         shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
@@ -113,7 +117,7 @@ def _train_from(
         belongs_to=belongs_to,
         ranks=ranks,
     )
-    with store:
+    with attention.in_use(student.model), store:
         last = store.load_last()
         # One of step 0 is of a run that did not come further than its first evaluation, with which it begins again.
         step, best = (0, BestEvaluation()) if last is None or last.step == 0 else (last.step, last.best)
@@ -180,13 +184,42 @@ def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: i
     )
 
 
+def _longest(data: DistillationData) -> int:
+    return max(len(t.student_ids) for t in data.trajectories)
+
+
+def _attention(
+    student: Student, recipe: TrainRecipe, folder: RunFolder, data: DistillationData, ranks: Ranks
+) -> Attention:
+    """The same on all ranks, and after a resume the same as before."""
+    earlier = earlier_choice(folder.preflight)
+
+    def choose(name: AttentionName | None) -> Attention:
+        return choose_attention(
+            student.model,
+            wanted=name or recipe.attention,
+            device=student.head.device,
+            dtype=student.head.dtype,
+            num_tokens=_longest(data),
+            earlier=earlier,
+        )
+
+    attention = agreed(choose, ranks)
+    log.info("attention chosen", **attention.check.measured)
+    return attention
+
+
 def _preflight(
-    adapted: AdaptedStudent, recipe: TrainRecipe, folder: RunFolder, data: DistillationData, ranks: Ranks
+    adapted: AdaptedStudent,
+    recipe: TrainRecipe,
+    folder: RunFolder,
+    data: DistillationData,
+    ranks: Ranks,
+    attention: Check,
 ) -> None:
     """Prove the parts before the first step, and leave what was measured in the run's folder."""
-    longest = max(len(t.student_ids) for t in data.trajectories)
-    budget = memory_budget(recipe, adapted.student, tokens_per_sample=longest)
-    report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget)
+    budget = memory_budget(recipe, adapted.student, tokens_per_sample=_longest(data))
+    report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget, attention=attention)
     if ranks.is_first:
         write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
     report.require_passed()
