@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
 from hyperagent.errors import ConfigError
-from hyperagent_trainer import attention
+from hyperagent_trainer import attention, student
 from hyperagent_trainer.attention import Attention, agreed, choose_attention, earlier_choice, pick, try_candidates
 from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.preflight_report import Check
@@ -146,3 +147,17 @@ def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) ->
     assert agreed(choose, First()) is made  # type: ignore[arg-type]
     assert agreed(choose, Other()) is made  # type: ignore[arg-type]
     assert told == [None, name]
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "why"), [(False, "not installed, or too old"), (True, "importing them fails with ModuleNotFoundError")]
+)
+def test_a_gpu_needs_the_kernels_of_gated_delta_net(
+    model: Any, monkeypatch: pytest.MonkeyPatch, is_installed: bool, why: str
+) -> None:
+    student._require_kernels(model, CPU)
+    monkeypatch.setattr(student, "is_flash_linear_attention_available", lambda: is_installed)
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
+    with pytest.raises(ConfigError, match=why):
+        student._require_kernels(model, torch.device("cuda"))

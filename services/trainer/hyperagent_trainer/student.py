@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_flash_linear_attention_available
 
 from hyperagent.data.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError
@@ -33,7 +34,7 @@ class Student:
 
         Raises:
             ConfigError: the folder lacks a file, the model's vocabulary is smaller than the tokenizer's, or on a GPU the
-                kernels of Gated DeltaNet layers are not installed.
+                kernels of Gated DeltaNet layers cannot be imported.
         """
         self.folder = folder
         self.weights = weights_fingerprint(folder)
@@ -73,8 +74,19 @@ def _load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
 def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
     """transformers falls back to a loop in PyTorch with no more than a warning; at 131,072 tokens it takes hours."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if device.type == "cuda" and "linear_attention" in layer_types and find_spec("fla") is None:
-        raise ConfigError(
-            "the student has Gated DeltaNet layers, whose kernels for a GPU are not installed; "
-            "install them with `pip install flash-linear-attention`"
-        )
+    if device.type != "cuda" or "linear_attention" not in layer_types:
+        return
+    why = "flash-linear-attention is not installed, or too old"
+    if is_flash_linear_attention_available():
+        try:
+            # transformers does the same when it defines the layer, and takes every error for "not installed".
+            kernels = import_module("fla.ops.gated_delta_rule")
+        except (ImportError, OSError, RuntimeError) as error:
+            why = f"importing them fails with {type(error).__name__}: {error}"
+        else:
+            if hasattr(kernels, "chunk_gated_delta_rule"):
+                return
+    raise ConfigError(
+        f"the student has Gated DeltaNet layers, whose kernels for a GPU cannot be used: {why}; "
+        "install them with `pip install 'hyperagent-trainer[gpu]'`"
+    )
