@@ -150,7 +150,8 @@ def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) ->
 
 
 @pytest.mark.parametrize(
-    ("is_installed", "why"), [(False, "not installed, or too old"), (True, "importing them fails with ModuleNotFoundError")]
+    ("is_installed", "why"),
+    [(False, "not installed, or too old"), (True, "importing them fails with ModuleNotFoundError")],
 )
 def test_a_gpu_needs_the_kernels_of_gated_delta_net(
     model: Any, monkeypatch: pytest.MonkeyPatch, is_installed: bool, why: str

@@ -90,7 +90,9 @@ def test_the_weights_come_back_also_after_an_error() -> None:
         network.weight.mul_(3)
     average.update()
     own = network.weight.detach().clone()
+    expected = average.tensors["weight"].clone()
     with suppress(ZeroDivisionError), average.in_use():
-        assert torch.equal(network.weight, average.tensors["weight"])
+        assert torch.equal(network.weight, expected)
         raise ZeroDivisionError
     assert torch.equal(network.weight, own)
+    assert torch.equal(average.tensors["weight"], expected)

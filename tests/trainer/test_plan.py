@@ -80,6 +80,8 @@ def test_the_80b_student_trains_on_eight_h200_and_not_on_one(real_model: PreTrai
     assert eight.gather_s == pytest.approx(2 * 158.1e9 * 7 / 8 / 351e9, rel=0.01)
     assert eight.step_s == eight.compute_s + eight.reduce_s
     assert not plan_of(real_model, "1xh200", lengths).fits
+    averaged = plan_of(real_model, "8xh200", lengths, ema_decay=0.999)
+    assert averaged.memory_total - eight.memory_total == 4 * 168_275_968
 
 
 def test_between_nodes_nothing_is_sent_but_gradients(real_model: PreTrainedModel) -> None:

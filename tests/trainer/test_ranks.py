@@ -104,7 +104,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(
         update={
             "num_steps": 6,
             "checkpoint_every": 3,
-            "evaluate_every": 6,
+            "evaluate_every": 2,
             "shard_network": shard_network,
             "ema_decay": 0.9,
         }

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class WeightAverage:
@@ -22,8 +23,8 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, decay: float | None) -> None:
-        """Begin with the weights as they are."""
-        self._decay = decay
+        """Begin with the weights as they are; a network that is to be sharded has to be already."""
+        self._network, self._decay = network, decay
         self._parameters = {} if decay is None else {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self.num_updates = 0
@@ -47,15 +48,19 @@ class WeightAverage:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the network computes with the average; afterwards it has its own weights again, bit by bit."""
-        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._put(self.tensors)
+        """Inside, the network computes with the average, and `tensors` are its own weights, which it has again afterwards."""
+        self._exchange()
         try:
             yield
         finally:
-            self._put(own)
+            self._exchange()
 
     @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+    def _exchange(self) -> None:
+        if isinstance(self._network, FSDPModule):
+            # After a forward pass without a backward pass it still holds gathered weights, and would go on with those.
+            self._network.reshard()
         for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
+            own = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(own)

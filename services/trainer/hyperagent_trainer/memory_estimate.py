@@ -38,6 +38,8 @@ class MemoryBudget:
     loss_workspace_bytes: int
     recomputes: bool = False
     """Whether decoder layers keep their inputs alone and are run again, one at a time, in the backward pass."""
+    averages: bool = False
+    """Whether an average of the trained weights is kept."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class MemoryEstimate:
 
     student: int
     network: int
-    """Weights, and for those that are trained gradients and AdamW's two moments."""
+    """Weights, and for those that are trained gradients, AdamW's two moments, and their average if one is kept."""
     adapters: int
     """Factors of a batch and their gradients."""
     activations: int
@@ -65,9 +67,10 @@ def estimate_memory(probe: Probe, budget: MemoryBudget) -> MemoryEstimate:
         pairs = [LoRAPair(pair.a[:1], pair.b[:1]) for pair in probe.generate().values()]
     of_sample = sum(side.numel() * side.element_size() for pair in pairs for side in (pair.a, pair.b))
     tokens = budget.batch_size * budget.tokens_per_sample
+    copies = 5 if budget.averages else 4
     return MemoryEstimate(
         student=sum(bytes_by_dtype(probe.student.model).values()),
-        network=sum((4 if p.requires_grad else 1) * p.numel() * p.element_size() for p in parameters),
+        network=sum((copies if p.requires_grad else 1) * p.numel() * p.element_size() for p in parameters),
         adapters=2 * budget.batch_size * of_sample,
         activations=round(_activation_bytes_per_token(probe, recomputes=budget.recomputes) * tokens),
         loss_workspace=budget.loss_workspace_bytes,

@@ -33,6 +33,7 @@ CPU_RESERVE = 5 * 10**8
 """Of the process without tensors: measured after its imports."""
 # Weight, gradient and AdamW's two moments, float32.
 _TRAINED_BYTES = 16
+_AVERAGE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def memory_items(
     # A shard stays within a node, and a sharded network is gathered whole for its passes.
     network_shards = shards if recipe.shard_network else 1
     gathered_network = 0 if network_shards == 1 else 8 * trained_parameters
-    state = math.ceil(trained_parameters / network_shards) * _TRAINED_BYTES + gathered_network
+    per_parameter = _TRAINED_BYTES + (0 if recipe.ema_decay is None else _AVERAGE_BYTES)
+    state = math.ceil(trained_parameters / network_shards) * per_parameter + gathered_network
     workspace = recipe.loss_workspace_bytes or default_workspace_bytes(
         torch.device("cpu" if is_cpu(machine) else "cuda")
     )

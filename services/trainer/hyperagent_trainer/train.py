@@ -181,6 +181,7 @@ def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: i
         tokens_per_sample,
         loss_workspace_bytes=recipe.loss_workspace_bytes or default_workspace_bytes(student.head.device),
         recomputes=recipe.checkpoint_activations,
+        averages=recipe.ema_decay is not None,
     )
 
 
