@@ -40,6 +40,7 @@ from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
 from hyperagent_trainer.evaluate import Evaluation, HeldOut
+from hyperagent_trainer.ema import WeightAverage
 from hyperagent_trainer.export_command import export_run, read_chosen
 from hyperagent_trainer.ranks import Ranks
 from hyperagent_trainer.run_folder import RunFolder
@@ -292,7 +293,13 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
     def keep_saving() -> None:
         ranks = Ranks(0, 1, torch.device("cpu"), None)
         with CheckpointStore(
-            folder, network=network, optimizer=optimizer, recipe=recipe, belongs_to=belongs_to, ranks=ranks
+            folder,
+            network=network,
+            optimizer=optimizer,
+            average=WeightAverage(network, None),
+            recipe=recipe,
+            belongs_to=belongs_to,
+            ranks=ranks,
         ) as store:
             for step in count(1):
                 if ended.is_set():
@@ -305,7 +312,7 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
     writer.start()
     try:
         while not folder.saved_steps():
-            pass
+            assert writer.is_alive()
         steps: list[int] = []
         while len(set(steps)) < 100:
             manifest, weights = read_chosen(folder, recipe, "last")
