@@ -39,8 +39,8 @@ from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.early_stop import BestEvaluation
-from hyperagent_trainer.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.ema import WeightAverage
+from hyperagent_trainer.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.export_command import export_run, read_chosen
 from hyperagent_trainer.ranks import Ranks
 from hyperagent_trainer.run_folder import RunFolder
