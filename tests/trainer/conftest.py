@@ -102,7 +102,7 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(student_folder: Path, tokens_file: Path, cache_folder: Path) -> TrainRecipe:
     return TrainRecipe(
         student=student_folder,

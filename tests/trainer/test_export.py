@@ -34,7 +34,6 @@ from hyperagent.errors import (
     StorageError,
 )
 from hyperagent.model.bundle import load_bundle
-from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.checkpoint_store import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
@@ -58,24 +57,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def stopped(
-    student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> RunFolder:
+def stopped(recipe: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run stopped after step 5, whose last evaluation was after step 3."""
-    recipe = TrainRecipe(
-        student=student_folder,
-        tokens=tokens_file,
-        cache=cache_folder,
-        hypernetwork=HyperNetworkConfig(
-            width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8
-        ),
-        max_prompt_tokens=64,
-        num_steps=20,
-        batch_size=3,
-        learning_rate=3e-3,
-        warmup_steps=1,
-        evaluate_every=3,
-    )
+    recipe = recipe.model_copy(update={"num_steps": 20})
     return recorded_run(recipe, tmp_path_factory.mktemp("stopped") / "run", StopAfter(5))
 
 

@@ -45,10 +45,6 @@ class ConvolutionKernel(torch.autograd.Function):
         ctx.save_for_backward(x)
         return x.clone()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
-        raise NotImplementedError
-
 
 class DeltaRuleKernel(torch.autograd.Function):
     """Keeps what fla's kernel keeps (`ChunkGatedDeltaRuleFunction`): normalised queries and keys, values, gates, A."""
@@ -57,10 +53,6 @@ class DeltaRuleKernel(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         ctx.save_for_backward(q.clone(), k.clone(), v, g, beta, v.new_empty(*v.shape[:3], 64))
         return v.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
