@@ -40,11 +40,11 @@ import numpy as np
 import torch
 from teacher_rows import entropy_nats, synthetic_rows, teacher_rows
 
-from hyperagent.cache.check import count
-from hyperagent.cache.codecs import CODECS
-from hyperagent.cache.hot import HotTier
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.format.codecs import CODECS
+from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.hot_tier import HotTier
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.maintenance.verify import count
 from hyperagent.identity import TeacherIdentity
 from hyperagent.loader.rows import load_rows
 from hyperagent.topk import TopKRows

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "trainer"
 from arms import CONSTANT_SETTINGS, PROMPT_SETTINGS, Settings, run_world
 from worlds import Kind, World, train_student
 
-from hyperagent_trainer.student import Student
+from hyperagent_trainer.student.student import Student
 
 SETTINGS: dict[Kind, Settings] = {"prompt": PROMPT_SETTINGS, "constant": CONSTANT_SETTINGS}
 SWEEP = ((1 / 3, 1.0), (3.0, 1.0), (1.0, 1 / 3), (1.0, 3.0))

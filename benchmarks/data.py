@@ -33,18 +33,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import Row, read_rows
-from hyperagent.data.schema import TRAJECTORY_SCHEMA
-from hyperagent.data.tokenise import RowTask, RowTokeniser
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.views import ViewMaker, ViewSettings
-from hyperagent.data.workers import available_cores, map_rows
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.reader import Row, read_rows
+from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
+from hyperagent.data.pipeline.parallel import available_cores, map_rows
+from hyperagent.data.pipeline.tokenize_dataset import RowTask, RowTokeniser
+from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 
 _PEAK_OF_READER = r"""
 import re, sys, time
 from pathlib import Path
-from hyperagent.data.reader import read_rows
+from hyperagent.data.files.reader import read_rows
 started = time.perf_counter()
 rows = characters = 0
 for row in read_rows(Path(sys.argv[1])):

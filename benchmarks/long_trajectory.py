@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
-from hyperagent_trainer.adapted import AdaptedStudent
 from hyperagent_trainer.config import load_recipe
-from hyperagent_trainer.step_memory import recomputation
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+from hyperagent_trainer.student.step_memory import recomputation
 
 _SAMPLE_S = 0.25
 

@@ -2,7 +2,7 @@
 
     python benchmarks/schedule.py [--tokens TOKENS.parquet] [--ranks 8] [--batch-size 8] [--json]
 
-A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/step_cost.py, for the 48-layer
+A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/data/cost.py, for the 48-layer
 student), a step's time that of the slowest rank; the efficiency is the mean over the maximum, over all steps of an epoch.
 Lengths are those of a tokens file, 32,768 drawn from them with replacement, and those of two made-up splits of that size.
 A small split is cut into smaller groups, for the sake of other batches every epoch, and is balanced less well.
@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from generate import real_student
 
-from hyperagent.data.tokens import TRAIN, read_tokens
-from hyperagent_trainer.batches import batch_order
-from hyperagent_trainer.step_cost import StepCost
-from hyperagent_trainer.steps import plan_step
+from hyperagent.data.files.tokens_file import TRAIN, read_tokens
+from hyperagent_trainer.data.cost import StepCost
+from hyperagent_trainer.data.dataset import batch_order
+from hyperagent_trainer.training.step import plan_step
 
 MADE_UP = 32_768
 LONGEST = 131_072

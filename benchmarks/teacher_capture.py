@@ -33,11 +33,11 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.local import TopKCache
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 from hyperagent.wire.client import TeacherClient
-from hyperagent.wire.codec import ChunkEncoder, row_bytes
+from hyperagent.wire.conversion import ChunkEncoder, row_bytes
 
 SUPERVISED_SHARE = 0.34
 RUN_TOKENS = 170
@@ -138,7 +138,7 @@ def supervised(num_tokens: int) -> NDArray[np.uint32]:
 
 
 async def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from hyperagent_teacher.vllm_engine import VllmEngine
+    from hyperagent_teacher.engines.vllm import VllmEngine
 
     engine = await VllmEngine.load(
         folder,
@@ -221,7 +221,7 @@ def serve_replay(identity: TeacherIdentity, folder: str, chunk_kib: int, max_tok
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     from hyperagent_teacher.config import TeacherSettings
-    from hyperagent_teacher.server import answer, bind
+    from hyperagent_teacher.service.server import answer, bind
 
     async def run() -> None:
         settings = TeacherSettings(model=Path(folder), cache=Path(folder) / "cache", port=0, chunk_kib=chunk_kib)

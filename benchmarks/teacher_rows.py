@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from hyperagent.data.split import SplitSettings
-from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, read_tokens
-from hyperagent.data.views import ViewSettings
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.tokens_file import HELD_OUT, read_tokens
+from hyperagent.data.pipeline.split import SplitSettings
+from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import DEFAULT_TEMPERATURES, TopKRows, concatenate
 from hyperagent_demo.config import PretrainConfig
-from hyperagent_demo.pretrain import PretrainJob, pretrain
-from hyperagent_teacher.transformers_engine import TransformersEngine
+from hyperagent_demo.pretrain_worker import PretrainJob, pretrain
+from hyperagent_teacher.engines.transformers import TransformersEngine
 
 VOCABULARY = 151_936
 MAX_TOKENS = 3072

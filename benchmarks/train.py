@@ -36,14 +36,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.utils import logging
 
-from hyperagent.cache.hot import HotUse
+from hyperagent.cache.hot_tier import HotUse
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
-from hyperagent_trainer.adapted import AdaptedStudent
-from hyperagent_trainer.batches import Batch
 from hyperagent_trainer.config import load_recipe
-from hyperagent_trainer.recompute import recomputed_layers
+from hyperagent_trainer.data.dataset import Batch
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "laptop.yaml"
 TOP_K = 128

@@ -32,17 +32,17 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfi
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import LayerInfo, discover_target_layers
-from hyperagent_trainer.adapted import AdaptedStudent
-from hyperagent_trainer.attention import choose_attention
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.memory_estimate import check_weights_fit, saved_bytes
-from hyperagent_trainer.network import assemble
-from hyperagent_trainer.preflight import run_preflight
-from hyperagent_trainer.preflight_command import fly, show
-from hyperagent_trainer.preflight_probe import Probe
-from hyperagent_trainer.preflight_report import Check, PreflightReport
-from hyperagent_trainer.student import Student
-from hyperagent_trainer.train import make_optimizer, memory_budget
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+from hyperagent_trainer.network.build import assemble
+from hyperagent_trainer.preflight.command import fly, show
+from hyperagent_trainer.preflight.memory import check_weights_fit, saved_bytes
+from hyperagent_trainer.preflight.probe import Probe
+from hyperagent_trainer.preflight.run import run_preflight
+from hyperagent_trainer.report import Check, PreflightReport
+from hyperagent_trainer.student.attention import choose_attention
+from hyperagent_trainer.student.student import Student
+from hyperagent_trainer.training.trainer import make_optimizer, memory_budget
 
 SHAPE = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)
 

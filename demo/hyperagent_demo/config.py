@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from hyperagent.config import StrictModel
-from hyperagent.data.views import ViewSettings
+from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 
 

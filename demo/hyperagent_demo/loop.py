@@ -25,15 +25,15 @@ from typing import Any
 
 import yaml
 
-from hyperagent.cache.check import CacheStats, count, verify
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import read_rows
-from hyperagent.data.selection import Selection
-from hyperagent.data.split import SplitSettings
-from hyperagent.data.tokenise import TokeniseReport, TokeniseSettings, tokenise_file
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import count_tokens_rows, read_data_identity, read_tokens
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.maintenance.verify import CacheStats, count, verify
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.reader import read_rows
+from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
+from hyperagent.data.pipeline.selection import Selection
+from hyperagent.data.pipeline.split import SplitSettings
+from hyperagent.data.pipeline.tokenize_dataset import TokeniseReport, TokeniseSettings, tokenise_file
 from hyperagent.errors import ConfigError, DataError, ServiceError
 from hyperagent.files import new_directory, write_atomically
 from hyperagent.http.client import ApiClient
@@ -41,7 +41,7 @@ from hyperagent.wire.client import TeacherClient
 from hyperagent.wire.outcome import Outcome
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.peft_check import PeftCheckJob
-from hyperagent_demo.pretraining import PretrainedModels, pretrain_models
+from hyperagent_demo.pretrain import PretrainedModels, pretrain_models
 from hyperagent_demo.processes import free_port, run_worker, service
 from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.stages import Bar, Stages

@@ -1,165 +1,100 @@
-"""Pre-train one tiny model: `python -m hyperagent_demo.pretrain JOB.json`, one JSON line of progress per step.
-
-A random teacher has nothing to teach, and nothing can be downloaded on a plane: so teacher and student learn the
-language of the training split first, the teacher larger and longer.
-"""
+"""The two models of the demo: taken from the store, or pre-trained side by side in two processes."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from blake3 import blake3
 
-from hyperagent.config import StrictModel
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens
-from hyperagent.files import new_directory
-from hyperagent.model.bundle import TOKENIZER_FILES
-from hyperagent_demo.config import PretrainConfig, Role
-from hyperagent_demo.models import CompactVocabulary, build_model, expand_vocabulary
-
-_IGNORED = -100
-_WARMUP_STEPS = 20
+from hyperagent.files import write_atomically
+from hyperagent.identity import canonical_json
+from hyperagent_demo.config import DemoConfig, PretrainConfig, Role
+from hyperagent_demo.pretrain_worker import PretrainJob, PretrainResult
+from hyperagent_demo.processes import run_worker
+from hyperagent_demo.stages import Bar, Stages
 
 
-class PretrainJob(StrictModel):
-    """What the process is told."""
+@dataclass(frozen=True)
+class PretrainedModels:
+    """Folders of the two models, and what their pre-training came to."""
 
-    role: Role
-    config: PretrainConfig
-    tokens: Path
-    tokenizer: Path
-    max_tokens: int
-    seed: int
-    target: Path
-    """Folder to write: the model and its tokenizer."""
+    teacher: Path
+    student: Path
+    results: dict[Role, PretrainResult]
 
 
-class PretrainResult(StrictModel):
-    """What `pretraining.json` in the model's folder tells."""
+def pretrain_models(
+    config: DemoConfig, *, tokens: Path, tokenizer: Path, store: Path, out: Path, stages: Stages
+) -> PretrainedModels:
+    """Both models for these tokens, from the `store` if it has them.
 
-    steps: int
-    seconds: float
-    held_out_nll: float
-    """Nats per supervised token of the held-out split."""
-    parameters: int
-    """As used: with the full vocabulary."""
-
-
-def pretrain(job: PretrainJob) -> PretrainResult:
-    """Train, evaluate, expand the vocabulary, write the folder whole or not at all."""
-    started = time.monotonic()
-    torch.manual_seed(job.seed)
-    tokenizer = ChatTokenizer(job.tokenizer)
-    train = list(read_tokens(job.tokens, split=TRAIN))
-    vocabulary = CompactVocabulary(np.concatenate([t.token_ids for t in train]), tokenizer.vocab_size)
-    model = build_model(job.role, job.config, vocab_size=len(vocabulary), max_tokens=job.max_tokens)
-    steps = _train(job, model, vocabulary, train, deadline=started + job.config.max_seconds)
-    held_out_nll = _supervised_nll(model, vocabulary, list(read_tokens(job.tokens, split=HELD_OUT)))
-    expand_vocabulary(model, vocabulary)
-    result = PretrainResult(
-        steps=steps,
-        seconds=time.monotonic() - started,
-        held_out_nll=held_out_nll,
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
-    with new_directory(job.target) as aside:
-        model.save_pretrained(aside)
-        for name in TOKENIZER_FILES:
-            if (job.tokenizer / name).is_file():
-                shutil.copyfile(job.tokenizer / name, aside / name)
-        (aside / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return result
+    Raises:
+        ServiceError: a pre-training process failed; names its log.
+    """
+    configs: dict[Role, PretrainConfig] = {"teacher": config.teacher, "student": config.student}
+    folders = {role: store / _key(role, model, config, tokens) for role, model in configs.items()}
+    missing = [role for role in configs if not (folders[role] / "pretraining.json").is_file()]
+    if missing:
+        with stages.stage("pre-train", total=sum(configs[role].num_steps for role in missing)) as bar:
+            _pretrain(config, {role: configs[role] for role in missing}, folders, tokens, tokenizer, out, bar)
+    results = {
+        role: PretrainResult.model_validate_json((folder / "pretraining.json").read_bytes())
+        for role, folder in folders.items()
+    }
+    return PretrainedModels(folders["teacher"], folders["student"], results)
 
 
-def _train(
-    job: PretrainJob,
-    model: PreTrainedModel,
-    vocabulary: CompactVocabulary,
-    train: Sequence[TokenisedTrajectory],
-    *,
-    deadline: float,
-) -> int:
-    """Run the optimiser steps; returns how many there was time for."""
-    config = job.config
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    model.train()
-    batches = _batches(train, config.batch_size, np.random.default_rng(job.seed))
-    for step in range(1, config.num_steps + 1):
-        if time.monotonic() > deadline:
-            return step - 1
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config.num_steps)
-        batch = next(batches)
-        ids = pad_sequence([vocabulary.encode(t.token_ids) for t in batch], batch_first=True)
-        targets = pad_sequence(
-            [vocabulary.encode(t.token_ids) for t in batch], batch_first=True, padding_value=_IGNORED
+def _pretrain(
+    config: DemoConfig,
+    models: dict[Role, PretrainConfig],
+    folders: dict[Role, Path],
+    tokens: Path,
+    tokenizer: Path,
+    out: Path,
+    bar: Bar,
+) -> None:
+    """Run one single-threaded process per model: two small models train faster side by side than in turn."""
+    last: dict[Role, dict[str, Any]] = {}
+    total = sum(model.num_steps for model in models.values())
+
+    def run(role: Role) -> None:
+        def on_line(line: dict[str, Any]) -> None:
+            last[role] = line
+            note = " · ".join(f"{name} loss {seen['loss']:.2f}" for name, seen in sorted(last.items(), reverse=True))
+            bar.update(sum(seen["step"] for seen in last.values()), total, note)
+
+        job = PretrainJob(
+            role=role,
+            config=models[role],
+            tokens=tokens,
+            tokenizer=tokenizer,
+            max_tokens=config.views.max_tokens,
+            seed=config.seed,
+            target=folders[role],
         )
-        loss = F.cross_entropy(_logits(model, vocabulary, ids[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        _print({"step": step, "num_steps": config.num_steps, "loss": loss.item()})
-    return config.num_steps
+        job_file = out / "logs" / f"pretrain_{role}.json"
+        write_atomically(job_file, job.model_dump_json(indent=2).encode() + b"\n")
+        log = out / "logs" / f"pretrain_{role}.txt"
+        run_worker("hyperagent_demo.pretrain_worker", job_file, log=log, threads=1, on_line=on_line)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        for future in [pool.submit(run, role) for role in models]:
+            future.result()
 
 
-def _batches(
-    trajectories: Sequence[TokenisedTrajectory], batch_size: int, generator: np.random.Generator
-) -> Iterator[list[TokenisedTrajectory]]:
-    """Endless batches of similar lengths, in random order."""
-    while True:
-        # Neighbours in length share a batch; the noise makes them other neighbours in every epoch.
-        noisy = sorted(trajectories, key=lambda t: len(t.token_ids) * generator.uniform(0.8, 1.25))
-        groups = [noisy[i : i + batch_size] for i in range(0, len(noisy), batch_size)]
-        for place in generator.permutation(len(groups)):
-            yield groups[place]
-
-
-def _schedule(step: int, num_steps: int) -> float:
-    if step <= _WARMUP_STEPS:
-        return step / _WARMUP_STEPS
-    progress = (step - _WARMUP_STEPS) / max(1, num_steps - _WARMUP_STEPS)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def _logits(model: PreTrainedModel, vocabulary: CompactVocabulary, ids: Tensor) -> Tensor:
-    return vocabulary.full_logits(model(input_ids=ids, use_cache=False).logits)
-
-
-@torch.no_grad()
-def _supervised_nll(
-    model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenisedTrajectory]
-) -> float:
-    """Mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
-    model.eval()
-    total, count = 0.0, 0
-    for trajectory in held_out:
-        ids = vocabulary.encode(trajectory.token_ids)
-        positions = torch.from_numpy(trajectory.positions.astype(np.int64))
-        logprobs = _logits(model, vocabulary, ids[None, :-1])[0].log_softmax(-1)[positions - 1]
-        nll = -logprobs.gather(1, ids[positions, None])[:, 0]
-        # An unseen token has an equal share of the others' probability.
-        nll += math.log(max(vocabulary.num_others, 1)) * (ids[positions] == len(vocabulary) - 1)
-        total, count = total + float(nll.sum()), count + len(positions)
-    return total / count
-
-
-def _print(line: dict[str, float | int]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    pretrain(PretrainJob.model_validate_json(Path(sys.argv[1]).read_bytes()))
+def _key(role: Role, model: PretrainConfig, config: DemoConfig, tokens: Path) -> str:
+    """Name of a pre-trained model: a digest of all that decides its weights."""
+    content = {
+        "role": role,
+        "model": model.model_dump(mode="json"),
+        "seed": config.seed,
+        "max_tokens": config.views.max_tokens,
+        "tokens": blake3(tokens.read_bytes()).hexdigest(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    return f"{role}-{blake3(canonical_json(content)).hexdigest()[:16]}"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperagent import __version__
-from hyperagent.data.tokens import HELD_OUT, TRAIN
+from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN
 from hyperagent.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult

@@ -11,8 +11,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import read_rows_or_refusals
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.files.reader import read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
 from hyperagent.files import new_directory
 

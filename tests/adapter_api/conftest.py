@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.identity import weights_fingerprint
 from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig

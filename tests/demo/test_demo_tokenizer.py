@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import read_rows
-from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import read_tokens
-from hyperagent.data.views import ViewMaker
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.reader import read_rows
+from hyperagent.data.files.tokens_file import read_tokens
+from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.views import ViewMaker
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
 

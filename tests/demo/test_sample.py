@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import read_rows
-from hyperagent.data.schema import TRAJECTORY_SCHEMA
-from hyperagent.data.split import assign_splits
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.files.reader import read_rows
+from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
+from hyperagent.data.pipeline.split import assign_splits
 from hyperagent.errors import ConfigError, StorageError
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.functions import ALGORITHMS, Function

@@ -14,9 +14,9 @@ import pytest
 import torch
 from world import Run, Start, World
 
-from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.views import ViewSettings
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.bundle import TOKENIZER_FILES
 from hyperagent_demo.config import PretrainConfig, Role
 from hyperagent_demo.models import build_model

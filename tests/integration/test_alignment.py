@@ -11,19 +11,19 @@ import pytest
 import torch
 from world import World
 
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokenise import TokeniseSettings, tokenise_file
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, read_data_identity, read_tokens
-from hyperagent.data.views import ViewSettings
+from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.tokens_file import HELD_OUT, read_data_identity, read_tokens
+from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.topk import TopKRows, concatenate
-from hyperagent_teacher.populate import Populator, Trajectory
-from hyperagent_teacher.row_memory import RowMemory
-from hyperagent_teacher.transformers_engine import TransformersEngine
-from hyperagent_trainer.batches import Batch, DistillationData, load_split
+from hyperagent_teacher.engines.transformers import TransformersEngine
+from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.populate import Populator, Trajectory
+from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
 from hyperagent_trainer.loss import compute_distillation_loss
-from hyperagent_trainer.student import Student
+from hyperagent_trainer.student.student import Student
 
 
 @pytest.fixture(scope="module")

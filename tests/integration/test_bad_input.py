@@ -12,19 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from world import Run, Start, World
+from world import Run, Start, World, one_line
 
 from hyperagent_demo.tokenizer import train_tokenizer
-
-
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The error line; progress bars may stand before it."""
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert done.stderr.splitlines()[-1] == lines[0]
-    return lines[0]
 
 
 def test_a_parquet_without_the_columns(world: World, run: Run, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_bad_input import one_line
-from world import Run, World
+from world import Run, World, one_line
 
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import read_data_identity, read_tokens
+from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.files.tokens_file import read_data_identity, read_tokens
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 

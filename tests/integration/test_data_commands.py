@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from test_bad_input import one_line
-from world import Run, World
+from world import Run, World, one_line
 
 
 def as_json(run: Run, *arguments: str | Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import yaml
 from safetensors import safe_open
 from world import Run, Start, World
 
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.messages import dialogue_of
-from hyperagent.data.reader import read_rows
-from hyperagent.data.tokens import count_tokens_rows, read_tokens
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.chat.messages import dialogue_of
+from hyperagent.data.files.reader import read_rows
+from hyperagent.data.files.tokens_file import count_tokens_rows, read_tokens
 from hyperagent_demo.peft_check import PeftCheckJob, max_abs_diff
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from world import Run, Start, World
 
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokens import count_tokens_rows, read_tokens
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.files.tokens_file import count_tokens_rows, read_tokens
 from hyperagent.topk import TopKRows
 
 OPTIONS = ["--top-k", "16", "--max-tokens", "4096"]

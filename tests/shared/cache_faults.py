@@ -1,4 +1,4 @@
-"""Faults while a cache is written: run in a process that has faults.c preloaded (see `test_cache_faults.py`).
+"""Faults while a cache is written: run in a process that has faults.c preloaded (see `cache/test_faults.py`).
 
     python cache_faults.py errors | kills FOLDER       every call, one after the other
     python cache_faults.py random FOLDER [--kills N]   SIGKILL at random moments
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from cache_rows import IDENTITY, random_rows
 
-from hyperagent.cache.check import count, verify
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.maintenance.verify import count, verify
 from hyperagent.errors import CorruptRecord, StorageError
 
 OPEN, WRITE, SYNC, RENAME, TRUNCATE, READ = (1 << bit for bit in range(6))

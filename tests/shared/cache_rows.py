@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.local import TopKCache
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.chat.tokenizer import ChatTokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hyperagent.data.messages import Dialogue, dialogue_of
-from hyperagent.data.schema import PARAMETER_NAMES, TRAJECTORY_SCHEMA
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import TokenisedTrajectory
-from hyperagent.data.views import ViewMaker, ViewSettings
+from hyperagent.data.chat.messages import Dialogue, dialogue_of
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.schema import PARAMETER_NAMES, TRAJECTORY_SCHEMA
+from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 
 ROW = dict.fromkeys(TRAJECTORY_SCHEMA.names)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from hyperagent.data.schema import DATASET, DATASET_FILE, DATASET_REVISION
+from hyperagent.data.files.schema import DATASET, DATASET_FILE, DATASET_REVISION
 
 
 class LocalHub(ThreadingHTTPServer):

@@ -22,8 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("adaptive", "codecs", "elias_fano", "record", "rows", "shard", "rebuild", "repair", "reader", "writer")
-TESTS = ("cache_format", "cache_care", "cache_store", "topk", "cache_published")
+MODULES = (
+    "format/truncation", "format/codecs", "format/elias_fano", "format/record", "format/convert", "format/shard",
+    "index_rebuild", "maintenance/repair", "shard_reader", "writer",
+)  # fmt: skip
+TESTS = ("cache/test_format", "cache/test_maintenance", "cache/test_local", "test_topk", "cache/test_remote")
 # What the first three of these find, they find in seconds; these take a minute each.
 SLOW = "flipped_bit or damaged_shard or cut_shard or many_threads"
 COMPARISONS = {
@@ -79,7 +82,7 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
 
 def is_noticed(copy_of_shared: Path, timeout_s: float) -> bool:
     """Whether the tests fail on what stands in `copy_of_shared`, or do not end."""
-    tests = [str(ROOT / f"tests/shared/test_{name}.py") for name in TESTS]
+    tests = [str(ROOT / f"tests/shared/{name}.py") for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({SLOW})", *tests]
     environment = {
         **os.environ,

@@ -19,13 +19,13 @@ from teacher_service import (
 )
 from tiny_models import write_models
 
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.local import TopKCache
 from hyperagent.identity import TokenizerIdentity
 from hyperagent.wire.client import TeacherClient
 from hyperagent_teacher.config import TeacherSettings
-from hyperagent_teacher.engine import ScoringEngine
-from hyperagent_teacher.server import answer, bind
-from hyperagent_teacher.transformers_engine import TransformersEngine
+from hyperagent_teacher.engines.base import ScoringEngine
+from hyperagent_teacher.engines.transformers import TransformersEngine
+from hyperagent_teacher.service.server import answer, bind
 
 TOP_K = 16
 MAX_TOKENS = 2048

@@ -28,16 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from hyperagent.cache.check import verify
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import TRAIN, TokenisedTrajectory, read_data_identity, write_tokens
-from hyperagent.fill.run import PopulateReport, find_teachers, open_queue, populate, work_items
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.maintenance.verify import verify
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.tokens_file import TRAIN, TokenisedTrajectory, read_data_identity, write_tokens
 from hyperagent.identity import DataIdentity
+from hyperagent.populate.run import PopulateReport, find_teachers, open_queue, populate, work_items
 from hyperagent.wire.client import TeacherClient
 
 TOKEN = "a-token"
-PRELOAD = ["torch", "transformers", "hyperagent_teacher.server", "hyperagent_teacher.transformers_engine"]
+PRELOAD = ["torch", "transformers", "hyperagent_teacher.service.server", "hyperagent_teacher.engines.transformers"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _serve(model: str, cache: str, port: int) -> None:
     os.environ["GRPC_VERBOSITY"] = "NONE"
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # for the life of the process
     from hyperagent_teacher.config import TeacherSettings
-    from hyperagent_teacher.server import serve
+    from hyperagent_teacher.service.server import serve
 
     settings = TeacherSettings(model=Path(model), cache=Path(cache), port=port, top_k=8, max_tokens=4096)
     serve(settings, token=TOKEN)

@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+import grpc
 import numpy as np
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 from hyperagent.auth import BEARER
-from hyperagent.cache.capture import Capture
-from hyperagent.cache.store import TopKCache
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.trajectory_writer import Capture
 from hyperagent.errors import (
     StorageError,
 )
@@ -98,3 +99,9 @@ async def drained(generator: AsyncGenerator[Any, None]) -> list[Any]:
 def assert_same_rows(left: TopKRows, right: TopKRows) -> None:
     for name in ("positions", "ids", "logprobs", "tail_logmass", "target_logprob", "tail_logsumexps"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+
+
+async def health_of(client: TeacherClient, service: str = "") -> int:
+    async with grpc.aio.insecure_channel(client.address) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+        return int(answer.status)

@@ -16,10 +16,10 @@ from hyperagent import errors
 from hyperagent.errors import CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
 from hyperagent.identity import TeacherIdentity, TokenizerIdentity
 from hyperagent.topk import TopKRows, concatenate
-from hyperagent.wire import codec
+from hyperagent.wire import conversion
 from hyperagent.wire import teacher_pb2 as pb
+from hyperagent.wire.errors import BeyondEnd, Busy, NotServing, reason_of, refusal, to_domain_error
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
-from hyperagent.wire.status import BeyondEnd, Busy, NotServing, reason_of, refusal, to_domain_error
 
 ROOT = Path(__file__).parents[2]
 ARRAYS = ("positions", "ids", "logprobs", "tail_logmass", "target_logprob", "tail_logsumexps")
@@ -54,7 +54,7 @@ def make_teacher(**changes: object) -> TeacherIdentity:
 
 def encoded(rows: TopKRows, *, parts: int = 1, **options: int) -> list[pb.ScoreTokensResponse]:
     """The messages of `rows`, given to the encoder in some parts."""
-    encoder = codec.ChunkEncoder(top_k=rows.top_k, num_temperatures=2, **options)
+    encoder = conversion.ChunkEncoder(top_k=rows.top_k, num_temperatures=2, **options)
     size = -(-rows.num_rows // parts)
     starts = range(0, rows.num_rows, size)
     sent = [chunk for start in starts for chunk in encoder.add(rows.part(slice(start, start + size)))]
@@ -74,7 +74,7 @@ def test_rows_come_out_of_chunks_as_they_went_in(max_bytes: int, parts: int) -> 
     assert [chunk.first_row for chunk in chunks] == [
         40 + sum(c.num_rows for c in chunks[:i]) for i in range(len(chunks))
     ]
-    back = concatenate([codec.chunk_to_rows(chunk) for chunk in chunks])
+    back = concatenate([conversion.chunk_to_rows(chunk) for chunk in chunks])
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(back, name), getattr(rows, name))
         assert getattr(back, name).dtype == getattr(rows, name).dtype
@@ -103,7 +103,7 @@ def test_every_changed_byte_is_noticed(name: str) -> None:
     for place in range(len(packed)):
         setattr(chunk, name, packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :])
         with pytest.raises(CorruptRecord, match="damaged"):
-            codec.chunk_to_rows(chunk)
+            conversion.chunk_to_rows(chunk)
 
 
 @pytest.mark.parametrize(("name", "by"), [("num_rows", 1), ("num_rows", -1), ("top_k", 1), ("top_k", -1)])
@@ -111,19 +111,19 @@ def test_a_shape_that_does_not_fit_its_bytes_is_noticed(name: str, by: int) -> N
     (chunk,) = encoded(make_rows())
     setattr(chunk, name, getattr(chunk, name) + by)
     with pytest.raises(CorruptRecord, match="damaged"):
-        codec.chunk_to_rows(chunk)
+        conversion.chunk_to_rows(chunk)
 
 
 def test_a_dtype_that_this_side_does_not_know_is_refused() -> None:
     (chunk,) = encoded(make_rows())
     chunk.logprob_dtype = 77
     with pytest.raises(CorruptRecord, match="dtypes 1 and 77"):
-        codec.chunk_to_rows(chunk)
+        conversion.chunk_to_rows(chunk)
 
 
 def test_ids_are_packed_and_unpacked() -> None:
     ids = np.array([0, 1, 2**32 - 1], np.int64)
-    back = codec.unpack_u32(codec.pack_u32(ids, what="ids"), what="ids")
+    back = conversion.unpack_u32(conversion.pack_u32(ids, what="ids"), what="ids")
     assert back.dtype == np.uint32
     np.testing.assert_array_equal(back, ids)
 
@@ -133,41 +133,41 @@ def test_ids_are_packed_and_unpacked() -> None:
 )
 def test_what_is_no_row_of_ids_is_not_packed(bad: np.ndarray) -> None:
     with pytest.raises(InvalidRequest, match=r"^ids must"):
-        codec.pack_u32(bad, what="ids")
+        conversion.pack_u32(bad, what="ids")
 
 
 def test_a_broken_packing_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"^ids must be packed uint32, but 5 bytes"):
-        codec.unpack_u32(b"12345", what="ids")
+        conversion.unpack_u32(b"12345", what="ids")
 
 
 def test_identities_and_outcomes_travel() -> None:
     tokenizer = TokenizerIdentity("cd", "ef")
-    assert codec.tokenizer_from_proto(codec.tokenizer_to_proto(tokenizer)) == tokenizer
+    assert conversion.tokenizer_from_proto(conversion.tokenizer_to_proto(tokenizer)) == tokenizer
     for teacher in (make_teacher(), make_teacher(temperatures=(0.7, 2.0))):
-        assert codec.teacher_from_proto(codec.teacher_to_proto(teacher)) == teacher
+        assert conversion.teacher_from_proto(conversion.teacher_to_proto(teacher)) == teacher
     for outcome in Outcome:
         line = PopulateOutcome("t", outcome, num_rows=2, num_tokens=3, cache_key="k", reason="r")
-        assert codec.outcome_from_proto(codec.outcome_to_proto(line)) == line
+        assert conversion.outcome_from_proto(conversion.outcome_to_proto(line)) == line
 
 
 def test_a_teacher_that_states_more_than_this_side_knows_is_refused() -> None:
-    message = codec.teacher_to_proto(make_teacher())
+    message = conversion.teacher_to_proto(make_teacher())
     message.fingerprint = make_teacher(dtype="bfloat16").fingerprint
     with pytest.raises(IdentityMismatch, match="same version"):
-        codec.teacher_from_proto(message)
+        conversion.teacher_from_proto(message)
 
 
 def test_temperatures_that_are_no_numbers_are_refused() -> None:
-    message = codec.teacher_to_proto(make_teacher(temperatures=(2.0,)))
+    message = conversion.teacher_to_proto(make_teacher(temperatures=(2.0,)))
     message.temperatures += b"\0"
     with pytest.raises(ServiceError, match="9 bytes, which are no float64"):
-        codec.teacher_from_proto(message)
+        conversion.teacher_from_proto(message)
 
 
 def test_an_outcome_that_this_side_does_not_know_is_refused() -> None:
     with pytest.raises(ServiceError, match="outcome 77"):
-        codec.outcome_from_proto(pb.PopulateCacheResponse(outcome=77))  # type: ignore[arg-type]
+        conversion.outcome_from_proto(pb.PopulateCacheResponse(outcome=77))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,25 @@ import pytest
 from data_identity import data_identity
 from tiny_student import write_tiny_student
 
-from hyperagent.cache.manifest import CacheSettings
-from hyperagent.cache.store import TopKCache
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.tokens import HELD_OUT, TRAIN, TokenisedTrajectory, read_data_identity, read_tokens, write_tokens
-from hyperagent.data.views import Condition, condition_ids
+from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.tokens_file import (
+    HELD_OUT,
+    TRAIN,
+    TokenisedTrajectory,
+    read_data_identity,
+    read_tokens,
+    write_tokens,
+)
+from hyperagent.data.pipeline.views import Condition, condition_ids
 from hyperagent.identity import TeacherIdentity
 from hyperagent.model.hypernetwork import HyperNetworkConfig
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.config import TrainRecipe
 
 # Triton is built for Linux only; there, a missing one is an error and no skip.
-collect_ignore = [] if sys.platform == "linux" else ["test_loss_triton.py"]
+collect_ignore = [] if sys.platform == "linux" else ["loss/test_loss_triton.py"]
 
 TOP_K = 8
 

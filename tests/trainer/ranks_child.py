@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hyperagent.cache.published import open_for_reading
-from hyperagent.data.tokens import TRAIN
-from hyperagent_trainer.batches import batches_from, load_split
+from hyperagent.cache.remote import open_for_reading
+from hyperagent.data.files.tokens_file import TRAIN
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.network import assemble, shard_network
-from hyperagent_trainer.ranks import Ranks, joined_ranks, whole
-from hyperagent_trainer.step_memory import recomputation
-from hyperagent_trainer.steps import accumulate_gradients, plan_step
-from hyperagent_trainer.student import Student
-from hyperagent_trainer.train import make_optimizer
+from hyperagent_trainer.data.dataset import batches_from, load_split
+from hyperagent_trainer.distributed import Ranks, joined_ranks, whole
+from hyperagent_trainer.network.build import assemble, shard_network
+from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.student import Student
+from hyperagent_trainer.training.step import accumulate_gradients, plan_step
+from hyperagent_trainer.training.trainer import make_optimizer
 
 NUM_STEPS = 3
 WAYS = {

@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hyperagent_trainer.command import training_command
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.run_folder import RunFolder
-from hyperagent_trainer.train import train
+from hyperagent_trainer.control.command import training_command
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.training.trainer import train
 
 
 class StopAfter(threading.Event):

@@ -35,8 +35,8 @@ from tiny_student import tiny_config, write_tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3NextForCausalLM
 
-from hyperagent.cache.hot import HotUse
-from hyperagent_trainer.batches import Batch
+from hyperagent.cache.hot_tier import HotUse
+from hyperagent_trainer.data.dataset import Batch
 
 Kind = Literal["prompt", "constant"]
 Latent = tuple[int, ...]

@@ -20,8 +20,8 @@ import torch
 from tiny_models import configurations, write_model, write_tokenizer
 from vllm_world import ENGINE_ARGS, MAX_TOKENS, TEMPERATURES, TOP_K, Load
 
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent_teacher.vllm_engine import VllmEngine
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent_teacher.engines.vllm import VllmEngine
 
 # vLLM's Gated DeltaNet on a CPU takes bfloat16 only.
 DTYPES = {"qwen3": torch.float32, "qwen3_moe": torch.float32, "qwen3_next": torch.bfloat16}

@@ -22,9 +22,9 @@ from vllm_world import MAX_TOKENS, NUM_TOKENS, TEMPERATURES, TOP_K, Load, score_
 
 from hyperagent.errors import ConfigError, ServiceError
 from hyperagent.topk import TopKRows
-from hyperagent_teacher.transformers_engine import TransformersEngine
-from hyperagent_teacher.vllm_engine import VllmEngine
-from hyperagent_teacher.vllm_tap import SUPPORTED_VERSIONS, require_supported
+from hyperagent_teacher.engines.transformers import TransformersEngine
+from hyperagent_teacher.engines.vllm import VllmEngine
+from hyperagent_teacher.engines.vllm_tap import SUPPORTED_VERSIONS, require_supported
 
 MODEL_VOCAB_SIZE = 512
 

@@ -19,11 +19,11 @@ import psutil
 import pytest
 from vllm_world import ENGINE_ARGS, TOP_K, sequence
 
-from hyperagent.data.tokenizer import ChatTokenizer
+from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ServiceError
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire.client import TeacherClient
-from hyperagent.wire.status import NotServing
+from hyperagent.wire.errors import NotServing
 
 TOKEN = "a-token"
 START_S = 150.0

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperagent.topk import TopKRows, concatenate
-from hyperagent_teacher.engine import ScoringEngine
-from hyperagent_teacher.vllm_engine import VllmEngine
+from hyperagent_teacher.engines.base import ScoringEngine
+from hyperagent_teacher.engines.vllm import VllmEngine
 
 TOP_K = 16
 TEMPERATURES = (0.5, 2.0)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hyperagent.data.schema import TRAJECTORY_SCHEMA
+from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.errors import StorageError
 from hyperagent.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks

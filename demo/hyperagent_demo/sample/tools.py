@@ -1,11 +1,11 @@
-"""The sample's own system prompt and tools, null-padded as in the real file (see `hyperagent.data.schema`)."""
+"""The sample's own system prompt and tools, null-padded as in the real file (see `hyperagent.data.files.schema`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from hyperagent.data.schema import PARAMETER_NAMES
+from hyperagent.data.files.schema import PARAMETER_NAMES
 
 SYSTEM_PROMPT = (
     "You are a careful software engineer working in a repository. Use the tools to look at files, run commands and "

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.data.messages import prune_nulls
-from hyperagent.data.tokenizer import ChatTokenizer
-from hyperagent.data.views import Condition, condition_ids
+from hyperagent.data.chat.messages import prune_nulls
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.pipeline.views import Condition, condition_ids
 from hyperagent.errors import DataError, InvalidRequest
 from hyperagent.identity import require_same
 from hyperagent.model.bundle import Bundle
@@ -40,7 +40,7 @@ class AdapterGenerator:
         """[P]: the ids the hypernetwork reads, which are all that an adapter depends on besides the bundle.
 
         Args:
-            parts: the condition's parts (see `hyperagent.data.views.Condition`), exactly those that the hypernetwork
+            parts: the condition's parts (see `hyperagent.data.pipeline.views.Condition`), exactly those that the hypernetwork
                 was trained to read; None for what this conversation does not have.
 
         Raises:

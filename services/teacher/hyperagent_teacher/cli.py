@@ -199,6 +199,6 @@ def serve(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar would stand between the log's JSON lines
-    from hyperagent_teacher.server import serve as serve_teacher
+    from hyperagent_teacher.service.server import serve as serve_teacher
 
     serve_teacher(settings, token=ensure_token())

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, Json, field_validator, model_validator
 
-from hyperagent.cache.manifest import CacheSettings
+from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.config import StrictModel
 from hyperagent.topk import DEFAULT_TEMPERATURES
 

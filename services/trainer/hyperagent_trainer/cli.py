@@ -53,8 +53,8 @@ def serve(
     settings = parse(given, ControlSettings, source="hyperagent serve trainer")
     # The port is taken before the runs folder is touched: on a busy one, nothing has happened.
     with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
-        from hyperagent_trainer.control import create_control_app
-        from hyperagent_trainer.supervisor import Supervisor
+        from hyperagent_trainer.control.app import create_control_app
+        from hyperagent_trainer.control.supervisor import Supervisor
 
         app = create_control_app(Supervisor(settings), token=ensure_token())
         run(app, listener, allowed_hosts=settings.allowed_hosts)
@@ -72,7 +72,7 @@ def preflight(
     from hyperagent.errors import ConfigError
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.config import TrainRecipe, load_recipe
-    from hyperagent_trainer.preflight_command import fly, show
+    from hyperagent_trainer.preflight.command import fly, show
 
     if (student is None) == (recipe is None):
         raise ConfigError("give either --student FOLDER or --recipe FILE")
@@ -98,8 +98,8 @@ def plan(
     """Say what a run will need of a machine: memory of each GPU, operations, days; exits 1 if it does not fit."""
     from hyperagent.errors import ConfigError
     from hyperagent_trainer.config import load_recipe
-    from hyperagent_trainer.plan_command import plan as make
-    from hyperagent_trainer.plan_command import show, why_it_does_not_fit
+    from hyperagent_trainer.planning.command import plan as make
+    from hyperagent_trainer.planning.command import show, why_it_does_not_fit
 
     chosen = load_recipe(recipe)
     if data is not None:
@@ -121,7 +121,7 @@ def export(
 ) -> None:
     """Make of a run's checkpoint what the run makes at its end: a bundle, or of a static run an adapter in PEFT's format."""
     from hyperagent.cli.display import print_result
-    from hyperagent_trainer.export_command import export_run
-    from hyperagent_trainer.run_folder import RunFolder
+    from hyperagent_trainer.export.command import export_run
+    from hyperagent_trainer.runs.folder import RunFolder
 
     print_result(export_run(RunFolder(run), out, checkpoint), as_json=as_json)

@@ -1,4 +1,4 @@
-"""One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER` (`hyperagent_trainer.command`).
+"""One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER` (`hyperagent_trainer.control.command`).
 
 SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` names the cache's hot tier,
 for this process as for the teacher.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hyperagent.errors import HyperagentError
 from hyperagent.logs import configure_logging
-from hyperagent_trainer.run_folder import RunFolder
+from hyperagent_trainer.runs.folder import RunFolder
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     configure_logging(service="trainer")
-    from hyperagent_trainer.train import train  # torch takes seconds to import: answer signals first
+    from hyperagent_trainer.training.trainer import train  # torch takes seconds to import: answer signals first
 
     try:
         train(folder.read_recipe(), folder, stop, redis_url=os.environ.get("HYPERAGENT_REDIS_URL"))

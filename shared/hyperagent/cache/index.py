@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyperagent.cache.record import Kind
-from hyperagent.cache.shard import Location
+from hyperagent.cache.format.record import Kind
+from hyperagent.cache.format.shard import Location
 from hyperagent.errors import CorruptRecord, StorageError
 
 _SCHEMA_VERSION = 2

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import structlog
 
+from hyperagent.cache.format.record import Header
+from hyperagent.cache.format.shard import OPEN, SHARD_HEADER_BYTES, Location, ShardWriter, fingerprint_of, shard_paths
 from hyperagent.cache.index import Entry, Index
-from hyperagent.cache.reader import ShardReader
-from hyperagent.cache.record import Header
-from hyperagent.cache.shard import OPEN, SHARD_HEADER_BYTES, Location, ShardWriter, fingerprint_of, shard_paths
+from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
 from hyperagent.files import remedy_of
 

@@ -91,12 +91,12 @@ def audit(
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
     """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
-    from hyperagent.cache import check
-    from hyperagent.cache.store import TopKCache
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.maintenance import verify
 
     with progress_bars() as bars, TopKCache.open(root) as cache:
         task = bars.add_task("verifying", total=None, note="bytes")
-        report = check.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        report = verify.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
     damaged = [
         f"{found.path} at byte {found.offset}: {found.reason}{f' (record {found.key})' if found.key else ''}"
         for found in report.damaged
@@ -119,12 +119,12 @@ def verify(root: Root, as_json: Json = False) -> None:
 @app.command()
 def stats(root: Root, as_json: Json = False) -> None:
     """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
-    from hyperagent.cache import check
-    from hyperagent.cache.store import TopKCache
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.maintenance import verify
 
     with progress_bars() as bars, TopKCache.open(root) as cache:
         task = bars.add_task("counting", total=None, note="shards")
-        counted = check.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        counted = verify.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
         print_result(
             {
                 **asdict(counted),
@@ -155,8 +155,8 @@ async def _populate(
     dry_run: bool,
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
-    from hyperagent.data.tokens import read_data_identity
-    from hyperagent.fill.run import find_teachers, open_queue, plan, populate
+    from hyperagent.data.files.tokens_file import read_data_identity
+    from hyperagent.populate.run import find_teachers, open_queue, plan, populate
     from hyperagent.wire.client import TeacherClient
 
     data = read_data_identity(tokens)
@@ -212,8 +212,8 @@ async def _audit(
     root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Progress
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
-    from hyperagent.cache.store import TopKCache
-    from hyperagent.fill.audit import audit
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.populate.audit import audit
     from hyperagent.wire.client import TeacherClient
 
     cache = TopKCache.open(root)

@@ -11,7 +11,7 @@ import typer
 from hyperagent.cli.display import print_result, progress_bars
 
 if TYPE_CHECKING:
-    from hyperagent.cache.compact import CompactReport
+    from hyperagent.cache.maintenance.compact import CompactReport
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Root = Annotated[Path, typer.Argument(help="Folder of the cache.")]
@@ -20,7 +20,7 @@ Tokens = Annotated[Path, typer.Argument(help="Tokens file, made by `hyperagent d
 
 def ls(root: Root, as_json: Json = False) -> None:
     """List the trajectories: key, tokens, supervised tokens, blocks."""
-    from hyperagent.cache.store import TopKCache
+    from hyperagent.cache.local import TopKCache
 
     with TopKCache.open(root) as cache:
         found = [cache.trajectory(key) for key in cache.trajectory_keys()]
@@ -44,9 +44,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a tokens file takes in a cache, codec by codec, before anything runs."""
-    from hyperagent.cache.codecs import CODECS
-    from hyperagent.cache.sizes import bytes_per_row
-    from hyperagent.data.tokens import read_tokens
+    from hyperagent.cache.format.codecs import CODECS
+    from hyperagent.cache.format.size_estimate import bytes_per_row
+    from hyperagent.data.files.tokens_file import read_tokens
     from hyperagent.topk import DEFAULT_TEMPERATURES
 
     trajectories = num_tokens = rows = 0
@@ -70,7 +70,7 @@ def plan(
 
 def repair(root: Root, as_json: Json = False) -> None:
     """Make the index again and set damaged shards aside; exits 1 if trajectories have to be populated again."""
-    from hyperagent.cache.repair import repair as mend
+    from hyperagent.cache.maintenance.repair import repair as mend
 
     with progress_bars() as bars:
         task = bars.add_task("checking", total=None, note="bytes")
@@ -97,9 +97,9 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what killed writers left and, with --keep, every trajectory of no file that is named."""
-    from hyperagent.cache.compact import collect_garbage
-    from hyperagent.cache.store import TopKCache
-    from hyperagent.data.tokens import read_tokens
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.maintenance.compact import collect_garbage
+    from hyperagent.data.files.tokens_file import read_tokens
 
     with progress_bars() as bars, TopKCache.open(root, alone=True) as cache:
         kept = keep and {cache.key(one.token_ids, one.positions) for file in keep for one in read_tokens(file)}
@@ -113,8 +113,8 @@ def gc(
 
 def compact(root: Root, as_json: Json = False) -> None:
     """Free the bytes of records that do not count any more, and seal the shards."""
-    from hyperagent.cache import compact as compaction
-    from hyperagent.cache.store import TopKCache
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.maintenance import compact as compaction
 
     with progress_bars() as bars, TopKCache.open(root) as cache:
         task = bars.add_task("compacting", total=None, note="shards")

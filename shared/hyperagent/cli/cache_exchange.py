@@ -22,8 +22,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the rows of a tokens file's trajectories for other tools; `import` takes them back."""
-    from hyperagent.cache.store import TopKCache
-    from hyperagent.exchange import export as exchange
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.export import transfer as exchange
 
     with progress_bars() as bars, TopKCache.open(root) as cache:
         task = bars.add_task("exporting", total=None, note="trajectories")
@@ -51,10 +51,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Bring the rows of another cache of the same teacher, or of exported files, into a cache."""
-    from hyperagent.cache.manifest import CacheSettings, manifest_path
-    from hyperagent.cache.merge import merge
-    from hyperagent.cache.store import TopKCache
-    from hyperagent.exchange.export import import_files, read_description
+    from hyperagent.cache.format.manifest import CacheSettings, manifest_path
+    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.maintenance.merge import merge
+    from hyperagent.export.transfer import import_files, read_description
 
     said = {"codec": codec, "kept_mass": kept_mass, "min_k": min_k}
     wanted = {name: value for name, value in said.items() if value is not None}
@@ -84,10 +84,10 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Copy a cache's sealed shards to an object store, from which trainers read it; run again, it copies what is new."""
-    from hyperagent.cache import published
-    from hyperagent.cache.store import TopKCache
+    from hyperagent.cache import remote
+    from hyperagent.cache.local import TopKCache
 
     with progress_bars() as bars, TopKCache.open(root) as cache:
         task = bars.add_task("publishing", total=None, note="bytes")
-        copied = published.publish(cache, url, lambda done, total: bars.update(task, completed=done, total=total))
+        copied = remote.publish(cache, url, lambda done, total: bars.update(task, completed=done, total=total))
     print_result({"url": url, "bytes_copied": copied}, as_json=as_json)

@@ -14,8 +14,8 @@ from hyperagent.cli.data_look import inspect, plan, show
 from hyperagent.cli.display import print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
-    from hyperagent.data.selection import Selected
-    from hyperagent.data.tokenise import TokeniseReport
+    from hyperagent.data.pipeline.selection import Selected
+    from hyperagent.data.pipeline.tokenize_dataset import TokeniseReport
 
 app = typer.Typer(help="Get, look at, split and tokenise trajectories.", no_args_is_help=True)
 app.command()(inspect)
@@ -32,7 +32,7 @@ def download(
 
     A download that was interrupted goes on where it stopped. HF_ENDPOINT names a mirror of the hub.
     """
-    from hyperagent.data.download import download_dataset
+    from hyperagent.data.files.download import download_dataset
 
     print_result(asdict(download_dataset(folder)), as_json=as_json)
 
@@ -72,9 +72,9 @@ def split(
 ) -> None:
     """Say which rows `data tokenize` would train on and hold out with the same options, without tokenising."""
     from hyperagent.config import parse
-    from hyperagent.data.joined import read_joined
-    from hyperagent.data.selection import Selection, select_rows
-    from hyperagent.data.split import SplitSettings, split_rows
+    from hyperagent.data.files.side_tables import read_joined
+    from hyperagent.data.pipeline.selection import Selection, select_rows
+    from hyperagent.data.pipeline.split import SplitSettings, split_rows
 
     selection = parse(_selection(resolved_only, exit_status, licence, sample, seed), Selection, source="the options")
     settings = parse(
@@ -135,8 +135,8 @@ def tokenize(
 ) -> None:
     """Tokenise trajectories once; the teacher and the trainer both read the file this writes."""
     from hyperagent.config import parse
-    from hyperagent.data.tokenise import JoinedFiles, TokeniseSettings, tokenise_file
-    from hyperagent.data.tokenizer import ChatTokenizer
+    from hyperagent.data.chat.tokenizer import ChatTokenizer
+    from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokeniseSettings, tokenise_file
 
     settings = parse(
         {

@@ -12,9 +12,9 @@ from hyperagent.cli import data_options as opt
 from hyperagent.cli.display import print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
-    from hyperagent.data.inspect import FileReport
-    from hyperagent.data.plan import DataPlan, Estimate
-    from hyperagent.data.show import Segment
+    from hyperagent.data.reports.inspect import FileReport
+    from hyperagent.data.reports.plan import DataPlan, Estimate
+    from hyperagent.data.reports.show import Segment
 
 _STYLES = {"system": "magenta", "user": "green", "tool": "yellow"}
 # A recorded terminal's escape sequences would act on the reader's own terminal: they are shown by their symbols.
@@ -32,9 +32,9 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Render, tokenise, mask and check every row, whatever its length, and write nothing."""
-    from hyperagent.data.inspect import inspect_file
-    from hyperagent.data.plot import write_histogram
-    from hyperagent.data.tokenizer import ChatTokenizer
+    from hyperagent.data.chat.tokenizer import ChatTokenizer
+    from hyperagent.data.reports.inspect import inspect_file
+    from hyperagent.data.reports.plot import write_histogram
 
     chat = ChatTokenizer(tokenizer)
     with progress_bars() as bars:
@@ -89,10 +89,10 @@ def show(
 ) -> None:
     """Show one row as its reader sees it: roles in colours, what is trained on set off."""
     from hyperagent.config import parse
-    from hyperagent.data.joined import read_joined
-    from hyperagent.data.show import find_row, show_row
-    from hyperagent.data.tokenizer import ChatTokenizer
-    from hyperagent.data.views import ViewSettings
+    from hyperagent.data.chat.tokenizer import ChatTokenizer
+    from hyperagent.data.files.side_tables import read_joined
+    from hyperagent.data.pipeline.views import ViewSettings
+    from hyperagent.data.reports.show import find_row, show_row
 
     views: dict[str, Any] = {"internalised": internalise or (), "max_tokens": 2**31, "max_prompt_tokens": 2**31}
     settings = parse(views | ({"condition": condition} if condition else {}), ViewSettings, source="the options")
@@ -144,15 +144,15 @@ def plan(
     """Say what distilling Qwen3-Coder-480B into Qwen3-Coder-Next with this data costs, before anything runs."""
     import numpy as np
 
-    from hyperagent.cache.codecs import COMPACT
-    from hyperagent.cache.sizes import bytes_per_row
+    from hyperagent.cache.format.codecs import COMPACT
+    from hyperagent.cache.format.size_estimate import bytes_per_row
     from hyperagent.config import parse
-    from hyperagent.data.plan import VOCABULARY, estimate, plan_distillation
-    from hyperagent.data.selection import Selection
-    from hyperagent.data.tokenise import measure_rows
-    from hyperagent.data.tokenizer import ChatTokenizer
-    from hyperagent.data.views import ViewSettings
-    from hyperagent.machines import machine_named
+    from hyperagent.data.chat.tokenizer import ChatTokenizer
+    from hyperagent.data.pipeline.selection import Selection
+    from hyperagent.data.pipeline.tokenize_dataset import measure_rows
+    from hyperagent.data.pipeline.views import ViewSettings
+    from hyperagent.data.reports.plan import VOCABULARY, estimate, plan_distillation
+    from hyperagent.hardware import machine_named
     from hyperagent.topk import DEFAULT_TEMPERATURES
 
     chosen = machine_named(machine)
@@ -188,7 +188,7 @@ def plan(
 
 
 def _plan_result(made: DataPlan, cache: Estimate, *, machine: str, epochs: int, as_json: bool) -> dict[str, Any]:
-    from hyperagent.data.plan import STUDENT_UTILISATION, TEACHER_UTILISATION
+    from hyperagent.data.reports.plan import STUDENT_UTILISATION, TEACHER_UTILISATION
 
     facts = {**asdict(made), "cache_bytes": asdict(cache), "teacher_fits": made.teacher_fits}
     assumed = {"teacher_utilisation": TEACHER_UTILISATION, "student_utilisation": STUDENT_UTILISATION}

@@ -136,7 +136,7 @@ def _redis() -> Check:
 def _tokenizer(folder: Path | None) -> Check:
     if folder is None:
         return Check("tokenizer", "note", "none given", "check one with `hyperagent doctor --tokenizer FOLDER`")
-    from hyperagent.data.tokenizer import ChatTokenizer
+    from hyperagent.data.chat.tokenizer import ChatTokenizer
 
     try:
         tokenizer = ChatTokenizer(folder)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from hyperagent.errors import ServiceError
 from hyperagent.http.middleware import RequireHost
-from hyperagent.listen import listening_ip
+from hyperagent.net import listening_ip
 
 _BACKLOG = 128
 _STOP_GRACE_S = 10

@@ -1,6 +1,6 @@
 """The codecs' decoders as torch operations, so that a block's packed bytes can be decoded on the device that needs them.
 
-The bytes are specified in docs/cache-format.md; `hyperagent.cache.codecs` is the host's decoder of the same.
+The bytes are specified in docs/cache-format.md; `hyperagent.cache.format.codecs` is the host's decoder of the same.
 
 Legend of shape suffixes: N rows, K the most ids that a row keeps, n kept ids of all rows together, M temperatures besides 1.
 """
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperagent.cache.codecs import ARCHIVE, CODEC_OF_CODE, COMPACT, EXACT
-from hyperagent.cache.elias_fano import encoded_bytes, low_bits
-from hyperagent.cache.record import Header
+from hyperagent.cache.format.codecs import ARCHIVE, CODEC_OF_CODE, COMPACT, EXACT
+from hyperagent.cache.format.elias_fano import encoded_bytes, low_bits
+from hyperagent.cache.format.record import Header
 from hyperagent.errors import CorruptRecord
 
 
@@ -86,7 +86,7 @@ def _compact(content: Tensor, counts_N: Tensor, n: int, vocab_size: int) -> tupl
 
 
 def _elias_fano(content: Tensor, count: int, universe: int) -> Tensor:
-    """The rising numbers (int64) that `hyperagent.cache.elias_fano.encode` was given."""
+    """The rising numbers (int64) that `hyperagent.cache.format.elias_fano.encode` was given."""
     whole, field = divmod(low_bits(count, universe), 8)
     field_bytes = -(-field * count // 8)
     planes = content[: whole * count].view(whole, count)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperagent.cache.readable import ReadableCache
-from hyperagent.cache.record import BlockOfTrajectory, StoredRows
-from hyperagent.cache.rows import padded_rows
+from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.format.convert import padded_rows
+from hyperagent.cache.format.record import BlockOfTrajectory, StoredRows
 from hyperagent.errors import ConfigError, InvalidRequest
 from hyperagent.identity import TeacherIdentity
 from hyperagent.loader.decode import DeviceRows, decode_on_device

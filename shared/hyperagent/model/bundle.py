@@ -45,7 +45,7 @@ class BundleManifest(NetworkManifest):
     teacher: str
     """Fingerprint of the teacher it learned from."""
     condition: tuple[str, ...]
-    """The parts of a trajectory that it reads (`hyperagent.data.views.Part`)."""
+    """The parts of a trajectory that it reads (`hyperagent.data.pipeline.views.Part`)."""
     max_prompt_tokens: int = Field(ge=1)
     """Longest prompt it was trained to read, in tokens."""
     step: int = Field(ge=0)

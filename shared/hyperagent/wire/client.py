@@ -24,11 +24,11 @@ from hyperagent.auth import BEARER
 from hyperagent.errors import CorruptRecord, ServiceError
 from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity
 from hyperagent.topk import TopKRows
-from hyperagent.wire import codec, teacher_pb2_grpc
+from hyperagent.wire import conversion, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
+from hyperagent.wire.errors import no_answer, to_domain_error
 from hyperagent.wire.outcome import PopulateOutcome
 from hyperagent.wire.pem import read_pem
-from hyperagent.wire.status import no_answer, to_domain_error
 
 HEALTH_POLL_S = 0.2
 RESUMES = 3
@@ -125,7 +125,9 @@ class TeacherClient:
         """Ask who the teacher is and what it accepts."""
         with self._domain_errors():
             answer = await self._stub.GetTeacher(pb.GetTeacherRequest(), timeout=timeout_s, metadata=self._metadata)
-        return TeacherFacts(codec.teacher_from_proto(answer.identity), answer.max_tokens, answer.max_pending_requests)
+        return TeacherFacts(
+            conversion.teacher_from_proto(answer.identity), answer.max_tokens, answer.max_pending_requests
+        )
 
     async def score_tokens(
         self,
@@ -155,9 +157,9 @@ class TeacherClient:
         while received < len(positions) or not len(positions):
             begun_at = received
             request = pb.ScoreTokensRequest(
-                tokenizer=codec.tokenizer_to_proto(tokenizer),
-                token_ids=codec.pack_u32(token_ids, what="token ids"),
-                positions=codec.pack_u32(positions, what="positions"),
+                tokenizer=conversion.tokenizer_to_proto(tokenizer),
+                token_ids=conversion.pack_u32(token_ids, what="token ids"),
+                positions=conversion.pack_u32(positions, what="positions"),
                 top_k=top_k,
                 first_row=received,
             )
@@ -183,9 +185,9 @@ class TeacherClient:
         try:
             with self._domain_errors():
                 async for chunk in call:
-                    rows = codec.chunk_to_rows(chunk)
+                    rows = conversion.chunk_to_rows(chunk)
                     _require_in_order(chunk, rows, positions, received, request.top_k)
-                    codec.update_digest(digest, chunk)
+                    conversion.update_digest(digest, chunk)
                     stated = chunk.digest
                     received += rows.num_rows
                     yield rows
@@ -238,8 +240,8 @@ class TeacherClient:
 
         async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
             nonlocal failure
-            yield pb.PopulateCacheRequest(options=pb.PopulateOptions(data=codec.data_to_proto(data)))
-            if codec.OPTIONS_ACCEPTED not in tuple(await call.initial_metadata()):
+            yield pb.PopulateCacheRequest(options=pb.PopulateOptions(data=conversion.data_to_proto(data)))
+            if conversion.OPTIONS_ACCEPTED not in tuple(await call.initial_metadata()):
                 await call.code()
                 return
             turns.put_nowait(True)
@@ -258,7 +260,7 @@ class TeacherClient:
             with self._domain_errors():
                 async for answer in call:
                     turns.put_nowait(True)
-                    yield codec.outcome_from_proto(answer)
+                    yield conversion.outcome_from_proto(answer)
         except asyncio.CancelledError:
             if failure is not None:
                 raise failure from None
@@ -292,8 +294,8 @@ def _trajectory_item(
     return pb.PopulateCacheRequest(
         trajectory=pb.TokenisedTrajectory(
             trajectory_id=trajectory_id,
-            token_ids=codec.pack_u32(token_ids, what="token ids"),
-            positions=codec.pack_u32(positions, what="positions"),
+            token_ids=conversion.pack_u32(token_ids, what="token ids"),
+            positions=conversion.pack_u32(positions, what="positions"),
         )
     )
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import torch_path
-from hyperagent_trainer.loss.checks import check_arguments, check_values
+from hyperagent_trainer.loss import torch_backend
 from hyperagent_trainer.loss.options import LossOptions
 from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
+from hyperagent_trainer.loss.validation import check_arguments, check_values
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -126,13 +126,13 @@ class _FusedLoss(torch.autograd.Function):
         # Autocast would take the products down to bfloat16 behind our back.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             if backend == "triton":
-                from hyperagent_trainer.loss import triton_path
+                from hyperagent_trainer.loss import triton_backend
 
-                total, grad_ND = triton_path.loss_and_gradient(
+                total, grad_ND = triton_backend.loss_and_gradient(
                     hidden_ND, head_VD, rows, objective, wants_grad=wants_grad
                 )
             else:
-                total, grad_ND = torch_path.loss_and_gradient(
+                total, grad_ND = torch_backend.loss_and_gradient(
                     hidden_ND, head_VD, rows, objective, workspace=workspace, wants_grad=wants_grad
                 )
         if grad_ND is not None:

@@ -1,0 +1,165 @@
+"""Pre-train one tiny model: `python -m hyperagent_demo.pretrain_worker JOB.json`, one JSON line of progress per step.
+
+A random teacher has nothing to teach, and nothing can be downloaded on a plane: so teacher and student learn the
+language of the training split first, the teacher larger and longer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from hyperagent.config import StrictModel
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens
+from hyperagent.files import new_directory
+from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent_demo.config import PretrainConfig, Role
+from hyperagent_demo.models import CompactVocabulary, build_model, expand_vocabulary
+
+_IGNORED = -100
+_WARMUP_STEPS = 20
+
+
+class PretrainJob(StrictModel):
+    """What the process is told."""
+
+    role: Role
+    config: PretrainConfig
+    tokens: Path
+    tokenizer: Path
+    max_tokens: int
+    seed: int
+    target: Path
+    """Folder to write: the model and its tokenizer."""
+
+
+class PretrainResult(StrictModel):
+    """What `pretraining.json` in the model's folder tells."""
+
+    steps: int
+    seconds: float
+    held_out_nll: float
+    """Nats per supervised token of the held-out split."""
+    parameters: int
+    """As used: with the full vocabulary."""
+
+
+def pretrain(job: PretrainJob) -> PretrainResult:
+    """Train, evaluate, expand the vocabulary, write the folder whole or not at all."""
+    started = time.monotonic()
+    torch.manual_seed(job.seed)
+    tokenizer = ChatTokenizer(job.tokenizer)
+    train = list(read_tokens(job.tokens, split=TRAIN))
+    vocabulary = CompactVocabulary(np.concatenate([t.token_ids for t in train]), tokenizer.vocab_size)
+    model = build_model(job.role, job.config, vocab_size=len(vocabulary), max_tokens=job.max_tokens)
+    steps = _train(job, model, vocabulary, train, deadline=started + job.config.max_seconds)
+    held_out_nll = _supervised_nll(model, vocabulary, list(read_tokens(job.tokens, split=HELD_OUT)))
+    expand_vocabulary(model, vocabulary)
+    result = PretrainResult(
+        steps=steps,
+        seconds=time.monotonic() - started,
+        held_out_nll=held_out_nll,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    with new_directory(job.target) as aside:
+        model.save_pretrained(aside)
+        for name in TOKENIZER_FILES:
+            if (job.tokenizer / name).is_file():
+                shutil.copyfile(job.tokenizer / name, aside / name)
+        (aside / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _train(
+    job: PretrainJob,
+    model: PreTrainedModel,
+    vocabulary: CompactVocabulary,
+    train: Sequence[TokenisedTrajectory],
+    *,
+    deadline: float,
+) -> int:
+    """Run the optimiser steps; returns how many there was time for."""
+    config = job.config
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    model.train()
+    batches = _batches(train, config.batch_size, np.random.default_rng(job.seed))
+    for step in range(1, config.num_steps + 1):
+        if time.monotonic() > deadline:
+            return step - 1
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config.num_steps)
+        batch = next(batches)
+        ids = pad_sequence([vocabulary.encode(t.token_ids) for t in batch], batch_first=True)
+        targets = pad_sequence(
+            [vocabulary.encode(t.token_ids) for t in batch], batch_first=True, padding_value=_IGNORED
+        )
+        loss = F.cross_entropy(_logits(model, vocabulary, ids[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        _print({"step": step, "num_steps": config.num_steps, "loss": loss.item()})
+    return config.num_steps
+
+
+def _batches(
+    trajectories: Sequence[TokenisedTrajectory], batch_size: int, generator: np.random.Generator
+) -> Iterator[list[TokenisedTrajectory]]:
+    """Endless batches of similar lengths, in random order."""
+    while True:
+        # Neighbours in length share a batch; the noise makes them other neighbours in every epoch.
+        noisy = sorted(trajectories, key=lambda t: len(t.token_ids) * generator.uniform(0.8, 1.25))
+        groups = [noisy[i : i + batch_size] for i in range(0, len(noisy), batch_size)]
+        for place in generator.permutation(len(groups)):
+            yield groups[place]
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    if step <= _WARMUP_STEPS:
+        return step / _WARMUP_STEPS
+    progress = (step - _WARMUP_STEPS) / max(1, num_steps - _WARMUP_STEPS)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def _logits(model: PreTrainedModel, vocabulary: CompactVocabulary, ids: Tensor) -> Tensor:
+    return vocabulary.full_logits(model(input_ids=ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def _supervised_nll(
+    model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenisedTrajectory]
+) -> float:
+    """Mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
+    model.eval()
+    total, count = 0.0, 0
+    for trajectory in held_out:
+        ids = vocabulary.encode(trajectory.token_ids)
+        positions = torch.from_numpy(trajectory.positions.astype(np.int64))
+        logprobs = _logits(model, vocabulary, ids[None, :-1])[0].log_softmax(-1)[positions - 1]
+        nll = -logprobs.gather(1, ids[positions, None])[:, 0]
+        # An unseen token has an equal share of the others' probability.
+        nll += math.log(max(vocabulary.num_others, 1)) * (ids[positions] == len(vocabulary) - 1)
+        total, count = total + float(nll.sum()), count + len(positions)
+    return total / count
+
+
+def _print(line: dict[str, float | int]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    pretrain(PretrainJob.model_validate_json(Path(sys.argv[1]).read_bytes()))

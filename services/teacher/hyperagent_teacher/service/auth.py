@@ -1,0 +1,37 @@
+"""The access token, asked for at the door."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from hyperagent.auth import is_authorised
+from hyperagent.wire.errors import rich_details
+
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+class RequireToken(grpc.aio.ServerInterceptor):
+    """Refuses every call without the bearer token, but for the health service, which orchestrators ask."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Go on to the method, or to a refusal in its place."""
+        header = dict(handler_call_details.invocation_metadata).get("authorization")
+        if handler_call_details.method.startswith(_HEALTH) or is_authorised(header, self._token):
+            return await continuation(handler_call_details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+    # A client that is still sending its first message might never learn the status (grpc/grpc#36066).
+    await anext(requests, None)
+    code, message = grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
+    await context.abort(code, message, rich_details(code, message, "UNAUTHENTICATED"))

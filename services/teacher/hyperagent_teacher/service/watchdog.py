@@ -1,0 +1,87 @@
+"""Whether the engine is alive, as opposed to whether its process is there.
+
+An engine that gets something done is alive. One that has got nothing done for a while is given a canary; if that,
+too, gets nowhere within the timeout, the engine hangs: the teacher takes no request until it moves again. One that
+stays so is started afresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+from hyperagent.errors import HyperagentError
+from hyperagent.wire.errors import NotServing
+from hyperagent_teacher.engines.base import ScoringEngine
+from hyperagent_teacher.service.canary import score_canary
+
+_log = structlog.get_logger()
+
+
+class Watchdog:
+    """Watches one engine."""
+
+    def __init__(self, engine: ScoringEngine, *, timeout_s: float, restart_after_s: float) -> None:
+        """Name the engine.
+
+        Args:
+            timeout_s: how long an engine with work may get nothing done before it counts as hanging.
+            restart_after_s: how long it may hang before it is started afresh.
+        """
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._restart_after_s = restart_after_s
+        self._canary: asyncio.Task[None] | None = None
+
+    async def watch(self, tell: Callable[[bool], Awaitable[None]]) -> None:
+        """Watch until cancelled; `tell` is called with whether the engine is alive, on every change.
+
+        Raises:
+            ServiceError: the engine hangs, or has stopped, and cannot be started again.
+        """
+        clock = asyncio.get_running_loop().time
+        is_alive, moved_at, progress = True, clock(), self._engine.progress
+        try:
+            while True:
+                await asyncio.sleep(min(1.0, self._timeout_s / 10))
+                if self._engine.progress != progress:
+                    moved_at, progress = clock(), self._engine.progress
+                still_s = clock() - moved_at
+                has_failed = self._look_at_canary(still_s)
+                if is_alive != (alive := not has_failed and still_s <= self._timeout_s):
+                    is_alive = alive
+                    _log.warning("the engine moves again" if alive else "the engine does not answer")
+                    await tell(is_alive)
+                if has_failed or still_s > self._timeout_s + self._restart_after_s:
+                    await self._restart()
+                    moved_at, progress = clock(), self._engine.progress - 1
+        finally:
+            await self._drop_canary()
+
+    def _look_at_canary(self, still_s: float) -> bool:
+        """Send a canary to an engine that stands still; True if one has failed."""
+        if self._canary is not None and self._canary.done():
+            error = self._canary.exception()
+            self._canary = None
+            if error is not None:
+                _log.warning("the canary failed", reason=str(error))
+                return True
+        if self._canary is None and still_s > self._timeout_s / 4:
+            self._canary = asyncio.create_task(score_canary(self._engine))
+        return False
+
+    async def _restart(self) -> None:
+        _log.warning("starting the engine again")
+        await self._drop_canary()
+        await self._engine.restart()
+        await score_canary(self._engine)
+
+    async def _drop_canary(self) -> None:
+        if self._canary is not None:
+            self._canary.cancel()
+            with suppress(asyncio.CancelledError, HyperagentError, NotServing):
+                await self._canary
+            self._canary = None

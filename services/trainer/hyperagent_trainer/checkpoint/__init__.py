@@ -1,0 +1,1 @@
+"""Checkpoints: their format, which of them are kept, which is the best."""

@@ -1,0 +1,137 @@
+"""The checkpoints of a run: `checkpoints/step-00000200` and so on, the last few and the best.
+
+Each is written aside, beside the training that goes on, and gets its name in one rename; only then are older ones removed. So
+whenever the process is killed, the last checkpoint that has a name is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from hyperagent.files import is_aside, remove_directory
+from hyperagent.model.manifest import NetworkManifest
+from hyperagent_trainer.checkpoint.best import BestEvaluation
+from hyperagent_trainer.checkpoint.format import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.distributed import Ranks
+from hyperagent_trainer.optim.ema import WeightAverage
+from hyperagent_trainer.runs.folder import RunFolder
+
+
+class CheckpointStore:
+    """Saves and loads what is trained; a context manager, which waits for what is still being written.
+
+    On every rank there is one, and each of its methods has to be called on all of them.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage,
+        recipe: TrainRecipe,
+        belongs_to: NetworkManifest,
+        ranks: Ranks,
+    ) -> None:
+        """Remove what a killed process has left of a checkpoint."""
+        self._folder, self._network, self._optimizer, self._average = folder, network, optimizer, average
+        self._recipe, self._belongs_to, self._ranks = recipe, belongs_to, ranks
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._saved: tuple[int, BestEvaluation] | None = None
+        """The last that was handed to the writer, or loaded."""
+        if ranks.is_first and folder.checkpoints.is_dir():
+            for path in filter(is_aside, folder.checkpoints.iterdir()):
+                shutil.rmtree(path)
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._writer.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def save(self, step: int, best: BestEvaluation) -> None:
+        """Take a snapshot after `step` optimiser steps, and write it while training goes on; one that is saved already is not again.
+
+        Raises:
+            StorageError: the file system has refused the one before; those that stood still stand.
+        """
+        if self._saved == (step, best):
+            return
+        self.wait()
+        found = snapshot(self._network, self._optimizer, self._average, is_first=self._ranks.is_first)
+        self._saved = (step, best)
+        if found is None:
+            return
+        write = partial(
+            write_checkpoint,
+            self._folder.checkpoint(step),
+            found,
+            step=step,
+            recipe=self._recipe,
+            belongs_to=self._belongs_to,
+            best=best,
+        )
+        self._writing = self._writer.submit(self._write, write, best)
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def load_last(self) -> CheckpointManifest | None:
+        """Go back to the last checkpoint, if there is one.
+
+        Raises:
+            ConfigError, IdentityMismatch, CorruptRecord: see `load_checkpoint`.
+        """
+        steps = self._folder.saved_steps()
+        return self._load(self._folder.checkpoint(steps[-1])) if steps else None
+
+    def load_best(self, best: BestEvaluation) -> CheckpointManifest:
+        """Go back to the checkpoint of the best evaluation.
+
+        Raises:
+            ConfigError, IdentityMismatch, CorruptRecord: see `load_checkpoint`.
+        """
+        self.wait()
+        # The other ranks have nothing to wait for but the first.
+        self._ranks.max(0)
+        return self._load(self._folder.checkpoint(best.step))
+
+    def _load(self, folder: Path) -> CheckpointManifest:
+        manifest = load_checkpoint(
+            folder,
+            network=self._network,
+            optimizer=self._optimizer,
+            average=self._average,
+            recipe=self._recipe,
+            belongs_to=self._belongs_to,
+        )
+        self._saved = (manifest.step, manifest.best)
+        return manifest
+
+    def _write(self, write: Callable[[], None], best: BestEvaluation) -> None:
+        write()
+        kept = {*self._folder.saved_steps()[-self._recipe.keep_checkpoints :]}
+        if self._recipe.patience is not None:
+            kept.add(best.step)
+        for step in set(self._folder.saved_steps()) - kept:
+            remove_directory(self._folder.checkpoint(step))

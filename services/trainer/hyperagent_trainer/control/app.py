@@ -1,0 +1,181 @@
+"""The trainer's control endpoint: routes that translate between HTTP and the supervisor, and a page to watch runs on.
+
+A caller chooses among the recipes the service has and may change a few bounded numbers of them; it can
+name no path, no command and no module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, status
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from hyperagent import __version__
+from hyperagent.http.app import create_app
+from hyperagent_trainer.control import events
+from hyperagent_trainer.control.status_page import PUBLIC_PATHS, page_router
+from hyperagent_trainer.control.supervisor import Supervisor
+from hyperagent_trainer.runs.folder import FINAL_STATES, RunStatus
+from hyperagent_trainer.runs.metrics_file import PLACE_PATTERN, START, Place
+from hyperagent_trainer.runs.store import MAX_METRIC_LINES, Run, RunRequest
+
+router = APIRouter(prefix="/v1")
+
+
+class RunBody(RunStatus):
+    """A run: its status, and where to go from here."""
+
+    id: str
+    recipe: str
+    """The recipe's name."""
+    folder: str
+    """Where the service keeps the run's files; a finished run's bundle lies in it."""
+    links: dict[str, str]
+    """Addresses of the run, of its metrics, and of what can be done with it now."""
+
+
+class RunsBody(BaseModel):
+    runs: list[RunBody]
+
+
+class RecipesBody(BaseModel):
+    recipes: list[str]
+
+
+class MetricsBody(BaseModel):
+    metrics: list[dict[str, Any]]
+    next: str = Field(description="`since` of the next call")
+    reset: bool = Field(
+        description="Whether the lines before `since` are no longer there, as after a resume; then `metrics` begins with "
+        "the first line of all, and what was read before is to be forgotten"
+    )
+
+
+def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
+    """The control endpoint over `supervisor`, which it closes when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(supervisor.close)
+
+    app = create_app(
+        title="hyperagent trainer", version=__version__, token=token, public_paths=PUBLIC_PATHS, lifespan=lifespan
+    )
+    app.state.supervisor = supervisor
+    app.include_router(router)
+    app.include_router(page_router())
+    return app
+
+
+def _supervisor(request: Request) -> Supervisor:
+    supervisor: Supervisor = request.app.state.supervisor
+    return supervisor
+
+
+Supervised = Annotated[Supervisor, Depends(_supervisor)]
+
+
+@router.get("/recipes")
+def list_recipes(supervisor: Supervised) -> RecipesBody:
+    """The recipes that can be run."""
+    return RecipesBody(recipes=supervisor.recipes())
+
+
+@router.post("/runs", status_code=status.HTTP_201_CREATED)
+def start_run(
+    body: RunRequest,
+    response: Response,
+    supervisor: Supervised,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> RunBody:
+    """Start a run, or let it wait for the one that trains; with an Idempotency-Key, the same request again returns the same run."""
+    run = supervisor.start(body, idempotency_key=idempotency_key)
+    response.headers["Location"] = _path(run.run_id)
+    return _body(run)
+
+
+@router.get("/runs")
+def list_runs(supervisor: Supervised) -> RunsBody:
+    """Every run, the newest first."""
+    return RunsBody(runs=[_body(run) for run in supervisor.runs.all()])
+
+
+@router.get("/runs/{run_id}")
+def get_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """One run."""
+    return _body(supervisor.runs.get(run_id))
+
+
+@router.post("/runs/{run_id}/stop", status_code=status.HTTP_202_ACCEPTED)
+def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint and end, or leave the queue; the run is stopped once its state says so."""
+    return _body(supervisor.stop(run_id))
+
+
+@router.post("/runs/{run_id}/pause", status_code=status.HTTP_202_ACCEPTED)
+def pause_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step and wait; the run pauses once its state says so."""
+    return _body(supervisor.pause(run_id))
+
+
+@router.post("/runs/{run_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
+def save_checkpoint(run_id: str, supervisor: Supervised) -> RunBody:
+    """Save a checkpoint before the next step, and go on."""
+    return _body(supervisor.checkpoint(run_id))
+
+
+@router.post("/runs/{run_id}/resume", status_code=status.HTTP_202_ACCEPTED)
+def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
+    """Go on with a paused run, or with a stopped or failed one from its last checkpoint."""
+    return _body(supervisor.resume(run_id))
+
+
+@router.get(
+    "/runs/{run_id}/metrics",
+    description=f"The run's metrics from `since` on, at most {MAX_METRIC_LINES} lines at once: the `next` of an earlier "
+    "answer, or a number of lines to leave out. What is not a finite number is null.",
+)
+def get_metrics(
+    run_id: str, supervisor: Supervised, since: Annotated[str, Query(pattern=PLACE_PATTERN)] = str(START)
+) -> MetricsBody:
+    found = supervisor.runs.metrics(run_id, since=Place.parse(since))
+    return MetricsBody(metrics=list(found.values), next=str(found.next), reset=found.is_reset)
+
+
+@router.get(
+    "/runs/{run_id}/events",
+    response_class=StreamingResponse,
+    responses={status.HTTP_200_OK: {"description": "Server-sent events", "content": {events.MEDIA_TYPE: {}}}},
+)
+def get_events(
+    run_id: str,
+    supervisor: Supervised,
+    last_event_id: Annotated[str, Header(pattern=PLACE_PATTERN)] = str(START),
+) -> StreamingResponse:
+    """`status` and `metrics` as they come, until the run has ended; `reset` where the metrics begin anew after a resume."""
+    supervisor.runs.get(run_id)  # what is not there is 404, and no stream
+    stream = events.run_events(supervisor.runs, run_id, since=Place.parse(last_event_id))
+    return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers={"Cache-Control": "no-cache"})
+
+
+def _path(run_id: str) -> str:
+    return f"/v1/runs/{run_id}"
+
+
+def _body(run: Run) -> RunBody:
+    path = _path(run.run_id)
+    links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
+    if run.status.state not in FINAL_STATES:
+        wishes = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
+        links |= {wish: f"{path}/{wish}" for wish in wishes}
+    if run.is_resumable or run.status.state == "paused":
+        links["resume"] = f"{path}/resume"
+    return RunBody(
+        id=run.run_id, recipe=run.request.recipe, folder=str(run.folder.root), links=links, **run.status.model_dump()
+    )

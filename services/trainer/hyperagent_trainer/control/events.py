@@ -1,0 +1,71 @@
+"""A run as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+`status`   the whole status, whenever it has changed
+`metrics`  one line of the metrics; its id is the place after it, to go on from with Last-Event-ID
+`reset`    the lines sent until now no longer hold, because a resumed run does their steps again; all are sent anew
+`problem`  why nothing more can be read
+
+Only a line that was sent moves the id. The stream ends after a final state; while nothing happens, a comment keeps
+proxies from closing it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.concurrency import run_in_threadpool
+
+from hyperagent.errors import HyperagentError
+from hyperagent.http.problems import one_line
+from hyperagent_trainer.runs.folder import FINAL_STATES, RunStatus
+from hyperagent_trainer.runs.metrics_file import Place
+from hyperagent_trainer.runs.store import Runs
+
+MEDIA_TYPE = "text/event-stream"
+
+_POLL_S = 0.5
+_HEARTBEAT_S = 15.0
+_LINES_AT_ONCE = 500
+
+
+async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[str]:
+    """The run's status and its metrics from `since` on, until it has ended.
+
+    Holds no more than a batch of lines and no file between two reads, so a caller that goes away leaves nothing behind.
+    """
+    told: RunStatus | None = None
+    sent_at = time.monotonic()
+    while True:
+        try:
+            # The status first: when it is final, the lines read after it are all there are.
+            status = (await run_in_threadpool(runs.get, run_id)).status
+            found = await run_in_threadpool(runs.metrics, run_id, since=since, limit=_LINES_AT_ONCE)
+        except HyperagentError as error:
+            yield _event("problem", {"detail": one_line(str(error))})
+            return
+        events = [_event("reset", {})] if found.is_reset else []
+        events += [_event("metrics", line, place) for line, place in zip(found.values, found.places, strict=True)]
+        since = found.next
+        may_be_more = len(found.values) == _LINES_AT_ONCE
+        if status != told and not may_be_more:
+            events.append(_event("status", status.model_dump()))
+            told = status
+        if not events and time.monotonic() - sent_at >= _HEARTBEAT_S:
+            events.append(": still here\n\n")
+        if events:
+            yield "".join(events)
+            sent_at = time.monotonic()
+        if may_be_more:
+            continue
+        if status.state in FINAL_STATES:
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _event(name: str, data: dict[str, Any], place: Place | None = None) -> str:
+    identifier = "" if place is None else f"id: {place}\n"
+    return f"{identifier}event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"

@@ -1,0 +1,95 @@
+"""The supervisor's ledger, in SQLite: which run each idempotency key has started, and which runs wait for their turn.
+
+All else lies in the runs' folders, so that a ledger that is lost is made anew from them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from hyperagent.sqlite import Database
+
+LEDGER_NAME = "runs.sqlite"
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE runs (
+    run_id TEXT NOT NULL PRIMARY KEY,
+    idempotency_key TEXT UNIQUE,
+    place INTEGER UNIQUE
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class Ledger:
+    """The ledger of one runs folder; safe to call from many threads. Every method raises StorageError when it cannot be used."""
+
+    def __init__(self, runs: Path) -> None:
+        """Open the ledger of the folder `runs`, or begin one.
+
+        Raises:
+            ConfigError: it is of another release.
+            StorageError: it is no SQLite file, or the file system refuses.
+        """
+        self._database = Database(
+            runs / LEDGER_NAME,
+            schema=_SCHEMA,
+            version=_VERSION,
+            what="the ledger of the runs",
+            remedy="remove the file: it is made anew from the runs' folders",
+            survives_power_cut=True,
+        )
+
+    def close(self) -> None:
+        self._database.close()
+
+    def add(self, run_id: str, idempotency_key: str | None, *, make_folder: Callable[[], object]) -> None:
+        """Enter a new run, at the end of the queue, and make its folder; or neither."""
+        with self._database.transaction() as database:
+            database.execute("INSERT INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, _end_of_queue(database)))
+            make_folder()
+
+    def restore(self, run_id: str, idempotency_key: str | None, *, waits: bool) -> None:
+        """Enter a run whose folder is all that is known of it; one that is in the ledger already is left as it is."""
+        with self._database.transaction() as database:
+            place = _end_of_queue(database) if waits else None
+            database.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, place))
+
+    def forget(self, run_id: str) -> None:
+        """Strike out a run whose folder is gone; its key may be used again."""
+        with self._database.transaction() as database:
+            database.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
+
+    def ids(self) -> set[str]:
+        """Every run that has been entered."""
+        with self._database.transaction() as database:
+            return {run_id for (run_id,) in database.execute("SELECT run_id FROM runs")}
+
+    def started_with(self, idempotency_key: str) -> str | None:
+        """The run that this key has started, if any."""
+        with self._database.transaction() as database:
+            row = database.execute("SELECT run_id FROM runs WHERE idempotency_key = ?", (idempotency_key,)).fetchone()
+        return None if row is None else row[0]
+
+    def waiting(self) -> list[str]:
+        """The runs that wait, the next first."""
+        with self._database.transaction() as database:
+            rows = database.execute("SELECT run_id FROM runs WHERE place IS NOT NULL ORDER BY place").fetchall()
+        return [run_id for (run_id,) in rows]
+
+    def enqueue(self, run_id: str) -> None:
+        """Put a run that has run before at the end of the queue."""
+        with self._database.transaction() as database:
+            database.execute("UPDATE runs SET place = ? WHERE run_id = ?", (_end_of_queue(database), run_id))
+
+    def dequeue(self, run_id: str) -> None:
+        """Take a run out of the queue; one that does not wait is left as it is."""
+        with self._database.transaction() as database:
+            database.execute("UPDATE runs SET place = NULL WHERE run_id = ?", (run_id,))
+
+
+def _end_of_queue(database: sqlite3.Connection) -> int:
+    (place,) = database.execute("SELECT coalesce(max(place), 0) + 1 FROM runs").fetchone()
+    return int(place)

@@ -1,0 +1,1 @@
+"""Trajectories joined with the teacher's rows, and the order in which training reads them."""

@@ -1,0 +1,96 @@
+"""How large generated adapters are beside the weights they change, and how much they differ between prompts.
+
+Legend of shape suffixes: P prompts, R rank, I and O input and output features.
+
+Deltas are never formed: with G = B'B and H = A A', both [R, R], the inner product of two deltas is the sum of G * H.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent.model.targets import LayerInfo
+from hyperagent_trainer.distributed import whole
+
+COLLAPSED_COSINE = 0.999
+"""Above it the adapters of different prompts are one adapter for all purposes."""
+
+
+@dataclass(frozen=True)
+class AdapterStatistics:
+    """Of the adapters of several prompts."""
+
+    relative_norm: dict[str, float]
+    """Frobenius norm of scale * B A over that of W, root mean square over prompts and layers, by kind of layer."""
+    cosine: float | None
+    """Mean over all pairs of prompts, of the cosine between their deltas of all layers; None for one prompt or zero deltas.
+    1 says that the network ignores the prompt."""
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether the prompts make no difference."""
+        return self.cosine is not None and self.cosine > COLLAPSED_COSINE
+
+
+@torch.no_grad()
+def adapter_statistics(
+    adapters: AdapterWeights, layers: Sequence[LayerInfo], weight_norms: Mapping[str, float], *, scale: float
+) -> AdapterStatistics:
+    """Of adapters a [P, R, I] and b [P, O, R] by layer.
+
+    Args:
+        weight_norms: Frobenius norm of each target layer's weight.
+        scale: alpha / rank.
+    """
+    shares: dict[str, list[float]] = defaultdict(list)
+    products_PP = torch.zeros(())
+    for layer in layers:
+        layer_PP = scale**2 * _inner_products(adapters[layer.name])
+        shares[layer.kind].append(float(layer_PP.diagonal().mean()) / weight_norms[layer.name] ** 2)
+        products_PP = products_PP + layer_PP
+    norms_P = products_PP.diagonal().sqrt()
+    num = len(norms_P)
+    cosine = None
+    if num > 1 and norms_P.all():
+        cosines_PP = products_PP / norms_P[:, None] / norms_P
+        cosine = float((cosines_PP.sum() - num) / (num * (num - 1)))
+    return AdapterStatistics({kind: (sum(s) / len(s)) ** 0.5 for kind, s in shares.items()}, cosine)
+
+
+def _inner_products(pair: LoRAPair) -> Tensor:
+    """[P, P] float64: of the deltas B A of all pairs of prompts."""
+    a_PRI, b_POR = pair.a.double(), pair.b.double()
+    g_PPRR = torch.einsum("por,qos->pqrs", b_POR, b_POR)
+    h_PPRR = torch.einsum("pri,qsi->pqrs", a_PRI, a_PRI)
+    return (g_PPRR * h_PPRR).sum((2, 3))
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> dict[str, float]:
+    """Frobenius norm of each target layer's weight; of a sharded model, every rank has to ask."""
+    weights = [model.get_submodule(layer.name).weight for layer in layers]
+    return {layer.name: float(whole(weight.norm())) for layer, weight in zip(layers, weights, strict=True)}  # type: ignore[operator]
+
+
+def gradient_norms(network: nn.Module) -> dict[str, float]:
+    """L2 norm of the gradient by part of the network: each group of heads by itself, the rest by first name."""
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    # One transfer from the device for all of them.
+    norms = torch.stack([whole(gradient.norm()) for gradient in gradients.values()]).tolist()
+    squares: dict[str, float] = defaultdict(float)
+    for name, norm in zip(gradients, norms, strict=True):
+        squares[_part(name)] += norm**2
+    return {part: square**0.5 for part, square in squares.items()}
+
+
+def _part(name: str) -> str:
+    """`generator.b_heads.2048x512.weight` is of `b_heads.2048x512`, `encoder.blocks.0.…` of `encoder`."""
+    parts = name.split(".")
+    heads = [i for i, part in enumerate(parts) if part in ("a_heads", "b_heads")]
+    return ".".join(parts[heads[0] : heads[0] + 2]) if heads else parts[0]

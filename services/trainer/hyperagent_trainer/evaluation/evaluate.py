@@ -1,0 +1,120 @@
+"""Held-out KL of the arms, on what training never saw: other repositories, and other tasks of its own repositories.
+
+    frozen                   the student as it is
+    adapter                  with the adapter of the trajectory's own prompt
+    adapter_shuffled_prompt  with the adapter of a prompt from another repository
+
+A static adapter is the same whatever the prompt, so it has no arm with a shuffled one. Where tasks of training's own
+repositories are held out as well, their arms end in `_tasks`.
+
+The gap between the last two is what conditioning on the prompt is worth; what they share would be learned by a
+single static adapter too. `conditioning` puts an interval around it, over the held-out repositories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
+from hyperagent_trainer.data.dataset import DistillationData
+from hyperagent_trainer.distributed import Ranks
+from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+
+FROZEN = "frozen"
+ADAPTER = "adapter"
+SHUFFLED = "adapter_shuffled_prompt"
+
+_ARMS = {FROZEN: "frozen", ADAPTER: "own", SHUFFLED: "shuffled"}
+_ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one evaluation found."""
+
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+    conditioning: dict[str, ConditioningReport]
+    """What the own prompt is worth, by split; empty for a static adapter."""
+
+
+class Evaluation:
+    """Every held-out split, with everything about it that does not change during training."""
+
+    def __init__(self, held_out: Mapping[str, DistillationData], train: DistillationData, *, seed: int) -> None:
+        self._parts = {split: SplitEvaluation(data, train, seed=seed) for split, data in held_out.items()}
+
+    def run(self, adapted: AdaptedStudent, ranks: Ranks) -> HeldOut:
+        """Every arm of every split; the ranks share the work, and each learns the whole result."""
+        results = {split: part.run(adapted, ranks) for split, part in self._parts.items()}
+        kl = {f"{arm}{_ENDINGS[split]}": value for split, r in results.items() for arm, value in r.kl.items()}
+        return HeldOut(kl, {split: r.conditioning for split, r in results.items() if r.conditioning is not None})
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What one evaluation found on one split."""
+
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+    conditioning: ConditioningReport | None
+    """None for a static adapter."""
+
+
+class SplitEvaluation:
+    """One held-out split, trajectory by trajectory: paired differences need each one's own divergence."""
+
+    def __init__(self, held_out: DistillationData, train: DistillationData, *, seed: int) -> None:
+        self._data = held_out
+        self._seed = seed
+        self._foreign_prompts = foreign_prompts(held_out.trajectories, train.trajectories, seed=seed)
+        # The frozen student answers the same every time.
+        self._frozen: NDArray[np.float64] | None = None
+
+    @torch.no_grad()
+    def run(self, adapted: AdaptedStudent, ranks: Ranks) -> SplitResult:
+        """Every arm, compared over repositories."""
+        num = len(self._data.trajectories)
+        rows = np.array([len(t.positions) for t in self._data.trajectories])
+        frozen, own, shuffled = sums = np.zeros((3, num))
+        # A sharded student answers all ranks at once, so that each has to ask as often as the others.
+        for turn in range(0, num, ranks.size):
+            index = min(turn + ranks.rank, num - 1)
+            batch = self._data[[index]].to(adapted.student.head.device)
+            found = [0.0 if self._frozen is not None else float(adapted.loss_sum(batch, None))]
+            found.append(float(adapted.loss_sum(batch, adapted.adapters([self._data.trajectories[index].prompt_ids]))))
+            if adapted.reads_prompt:
+                found.append(float(adapted.loss_sum(batch, adapted.adapters([self._foreign_prompts[index]]))))
+            if turn + ranks.rank < num:
+                sums[: len(found), index] = found
+        sums[:] = ranks.sum_(torch.from_numpy(sums).to(ranks.device)).cpu().numpy()
+        frozen = self._frozen = frozen.copy() if self._frozen is None else self._frozen
+        if not adapted.reads_prompt:
+            return SplitResult({FROZEN: frozen.sum() / rows.sum(), ADAPTER: own.sum() / rows.sum()}, None)
+        report = conditioning_report(
+            frozen=frozen,
+            own=own,
+            shuffled=shuffled,
+            rows=rows,
+            clusters=[trajectory.repo for trajectory in self._data.trajectories],
+            seed=self._seed,
+        )
+        return SplitResult({arm: report.kl[name] for arm, name in _ARMS.items()}, report)
+
+
+def foreign_prompts(
+    held_out: tuple[TokenisedTrajectory, ...], train: tuple[TokenisedTrajectory, ...], *, seed: int
+) -> list[NDArray[np.uint32]]:
+    """For every held-out trajectory the prompt of another repository: a held-out one, or else a training one."""
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for trajectory in held_out:
+        others = [t for t in held_out if t.repo != trajectory.repo] or list(train)
+        chosen.append(others[int(generator.integers(len(others)))].prompt_ids)
+    return chosen

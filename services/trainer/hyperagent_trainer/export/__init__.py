@@ -1,0 +1,1 @@
+"""Turns a run's checkpoint into a bundle or a PEFT adapter."""

@@ -1,0 +1,86 @@
+"""What a trained network leaves for others: a bundle or a PEFT adapter, and a probe to prove it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hyperagent.files import new_directory
+from hyperagent.model.bundle import BundleManifest, save_bundle
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.manifest import NetworkManifest
+from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.data.dataset import DistillationData
+from hyperagent_trainer.export.model_card import model_card
+from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
+from hyperagent_trainer.training.reporter import HeldOutKL
+
+_PROBE_TOKENS = 64
+
+
+def export(
+    out: Path,
+    network: AdapterNetwork,
+    recipe: TrainRecipe,
+    *,
+    belongs_to: NetworkManifest,
+    embeddings: Tensor,
+    teacher: str,
+    step: int,
+    held_out: HeldOutKL,
+) -> None:
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what stood there.
+
+    Args:
+        embeddings: the student's table [V, E].
+        teacher: fingerprint of the teacher.
+        step: optimiser steps that the network was trained for.
+        held_out: the last evaluation at that step or before it.
+
+    Raises:
+        ConfigError: the student's folder lacks a tokenizer file.
+        StorageError: the file system refused.
+    """
+    if isinstance(network, AgenticHyperNetwork):
+        manifest = BundleManifest(
+            **dict(belongs_to),
+            base_model=str(recipe.student),
+            teacher=teacher,
+            condition=belongs_to.data.settings["views"]["condition"],
+            max_prompt_tokens=recipe.max_prompt_tokens,
+            step=step,
+        )
+        save_bundle(
+            out,
+            manifest,
+            hypernetwork=network,
+            embeddings=embeddings,
+            tokenizer_folder=recipe.student,
+            card=model_card(manifest, recipe, held_out, sum(p.numel() for p in network.parameters())),
+        )
+    else:
+        files = encode_adapter(
+            network.adapter(),
+            base_model=str(recipe.student),
+            alpha=recipe.hypernetwork.alpha,
+            origin={"hyperagent_student": belongs_to.student_weights, "hyperagent_data": belongs_to.data.fingerprint},
+        )
+        with new_directory(out) as aside:
+            (aside / MODEL_FILE).write_bytes(files.model)
+            (aside / CONFIG_FILE).write_bytes(files.config)
+
+
+def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:
+    """What the adapted student answers on the first held-out prompt, for another process to compare with."""
+    trajectory = held_out.trajectories[0]
+    token_ids = trajectory.student_ids[-_PROBE_TOKENS:]
+    tensors = {
+        "prompt_ids": torch.from_numpy(trajectory.prompt_ids.astype("int64")),
+        "token_ids": torch.from_numpy(token_ids.astype("int64")),
+        "logits": adapted.logits(token_ids, trajectory.prompt_ids).contiguous(),
+    }
+    return save(tensors, metadata={"trajectory_id": trajectory.trajectory_id})

@@ -1,0 +1,76 @@
+"""The README of a bundle, in the form that model hubs read: YAML front matter, then Markdown.
+
+Source of the fields: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from hyperagent.model.bundle import BundleManifest
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.training.reporter import HeldOutKL
+
+_ARMS = {
+    "frozen": "the student as it is",
+    "adapter": "with the adapter of the trajectory's own prompt",
+    "adapter_shuffled_prompt": "with the adapter of another repository's prompt",
+}
+
+
+def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutKL, num_parameters: int) -> str:
+    """What the bundle is, what it was trained on and how well it does.
+
+    Args:
+        held_out: the last evaluation at the bundle's step or before it.
+    """
+    student = Path(manifest.base_model).name
+    front = {
+        "library_name": "hyperagent",
+        "base_model": student,
+        "tags": ["lora", "hypernetwork", "distillation"],
+        "pipeline_tag": "text-generation",
+    }
+    kl_rows = [f"| {_ARMS[arm]} | {held_out.kl[arm]:.4f} |" for arm in _ARMS if arm in held_out.kl]
+    shape = manifest.hypernetwork
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# A hypernetwork for {student}",
+        "",
+        f"It reads a prompt of up to {manifest.max_prompt_tokens:,} tokens ({', '.join(manifest.condition)}) and generates a LoRA adapter of "
+        f"rank {manifest.rank} and alpha {manifest.alpha:g} for {len(manifest.layers)} projections of the student, in one forward pass. "
+        f"{num_parameters:,} parameters, width {shape.width}; it reads {shape.featurizer}.",
+        "",
+        "```",
+        "hyperagent serve adapter-api --bundle THIS_FOLDER",
+        "```",
+        "",
+        "## Training",
+        "",
+        f"{manifest.step:,} steps of {recipe.batch_size} trajectories, {recipe.loss.divergence} of a teacher's top-k rows at temperature "
+        f"{recipe.temperature:g}, AdamW at {recipe.learning_rate:g}"
+        + (f", moving average of the weights with decay {recipe.ema_decay:g}." if recipe.ema_decay else "."),
+        "",
+        "| | fingerprint |",
+        "|---|---|",
+        f"| student's weights | `{manifest.student_weights}` |",
+        f"| data | `{manifest.data.fingerprint}` |",
+        f"| teacher | `{manifest.teacher}` |",
+        "",
+        "## Held-out KL from the teacher",
+        "",
+        f"Measured after step {held_out.step:,}.",
+        "",
+        "| | nats per supervised token |",
+        "|---|---|",
+        *kl_rows,
+        "",
+        "A gap between the last two rows is what reading the prompt is worth; without one, a static adapter would do as well.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)

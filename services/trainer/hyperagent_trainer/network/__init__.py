@@ -1,0 +1,1 @@
+"""The trained network, and the student with its adapters injected."""

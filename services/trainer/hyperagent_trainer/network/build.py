@@ -1,0 +1,140 @@
+"""The network that a recipe asks for, and what it belongs to."""
+
+from __future__ import annotations
+
+import structlog
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from hyperagent.errors import ConfigError, CorruptRecord
+from hyperagent.identity import DataIdentity
+from hyperagent.model.adapter import LoRAPair
+from hyperagent.model.bundle import hypernetwork_of
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.manifest import Mode, NetworkManifest
+from hyperagent.model.peft_io import ImportedAdapter, read_adapter
+from hyperagent.model.static_lora import StaticLoRA
+from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.distributed import Ranks, whole
+from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
+from hyperagent_trainer.student.student import Student
+
+log = structlog.get_logger()
+
+# FSDP2 looks for a module's output tensors, to know when its backward pass begins, and would not look into these.
+pytree.register_dataclass(LoRAPair)
+
+
+def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
+    """The static adapter that the recipe's hypernetwork starts from, if it names one.
+
+    Raises:
+        ConfigError: it is no plain LoRA, or its rank or alpha is not the hypernetwork's.
+        CorruptRecord: its files are damaged.
+    """
+    if recipe.warm_start is None:
+        return None
+    read, config = read_adapter(recipe.warm_start), recipe.hypernetwork
+    if (read.rank, read.alpha) != (config.rank, config.alpha):
+        raise ConfigError(
+            f"the adapter in {recipe.warm_start} has rank {read.rank} and alpha {read.alpha:g}, the recipe's hypernetwork "
+            f"{config.rank} and {config.alpha:g}; give the hypernetwork those of the adapter"
+        )
+    return read
+
+
+def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdaptedStudent:
+    """The recipe's network at its start, on the student's device and in front of it.
+
+    Raises:
+        ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
+    """
+    network = make_network(recipe, student, warm_start)
+    log.info(
+        "network made",
+        arm=recipe.arm,
+        warm_start=None if warm_start is None else warm_start.fingerprint,
+        layers=len(network.layers),
+        adapter_parameters=num_adapter_parameters(network.layers, recipe.hypernetwork.rank),
+        trained_parameters=_num_trained(network),
+    )
+    return AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
+
+
+def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdapterNetwork:
+    """The recipe's network at its start, on the student's device.
+
+    Raises:
+        ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
+    """
+    config = recipe.hypernetwork
+    layers = discover_target_layers(student.model, recipe.targets)
+    network: AdapterNetwork
+    if recipe.arm == "static":
+        network = StaticLoRA(layers, rank=config.rank, alpha=config.alpha)
+    else:
+        base = None if warm_start is None else warm_start.weights
+        network = AgenticHyperNetwork(config, layers, student.embeddings.shape[1], warm_start=base)
+    return network.to(student.embeddings.device)
+
+
+def shard_network(network: AdapterNetwork, ranks: Ranks) -> None:
+    """Shard the network over the ranks, whose gradients are then summed by its backward pass."""
+    fully_shard(network, mesh=ranks.mesh)
+    # The loss is divided by the rows of all ranks already; by default FSDP2 takes the mean.
+    network.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    # Or it would ask for a scaled sum, which Gloo lacks.
+    network.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def whole_network(
+    network: AdapterNetwork, recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None
+) -> AdapterNetwork:
+    """The network in one piece, which of a sharded one is a copy; every rank has to ask."""
+    state = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    if not any(isinstance(p, DTensor) for p in network.parameters()):
+        return network
+    copy = make_network(recipe, student, warm_start)
+    copy.load_state_dict(state, strict=True)
+    return copy
+
+
+def restore_network(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AdapterNetwork:
+    """The network that a checkpoint holds, without its student.
+
+    Raises:
+        CorruptRecord: the weights are not of the network that the manifest describes.
+    """
+    config = manifest.hypernetwork
+    try:
+        if manifest.mode != "static":
+            return hypernetwork_of(manifest, weights)
+        static = StaticLoRA(manifest.layers, rank=config.rank, alpha=config.alpha)
+        static.load_state_dict(weights, strict=True)
+    except (KeyError, RuntimeError) as error:
+        raise CorruptRecord(
+            f"the checkpoint's weights do not fit its manifest: {' '.join(str(error).split())}"
+        ) from error
+    return static
+
+
+def describe(
+    recipe: TrainRecipe, adapted: AdaptedStudent, warm_start: ImportedAdapter | None, *, data: DataIdentity
+) -> NetworkManifest:
+    """What the network's checkpoints and its export say that they belong to."""
+    mode: Mode = "static" if recipe.arm == "static" else "from_zero" if warm_start is None else "warm_start"
+    return NetworkManifest(
+        student_weights=adapted.student.weights,
+        data=data,
+        mode=mode,
+        warm_start=None if warm_start is None else warm_start.fingerprint,
+        hypernetwork=recipe.hypernetwork,
+        layers=adapted.network.layers,
+    )
+
+
+def _num_trained(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)

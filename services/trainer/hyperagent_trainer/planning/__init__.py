@@ -1,0 +1,1 @@
+"""Predicts the memory, operations and time of a run before it starts."""

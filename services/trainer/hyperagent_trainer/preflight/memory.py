@@ -1,0 +1,183 @@
+"""What a training step will hold in memory, estimated before the first one.
+
+Weights, optimiser state, adapters and the loss's workspace are exact arithmetic. Activations are not: what autograd
+keeps for the backward pass is counted on two short probes, and the slope is carried on to the step's tokens. That
+leaves out what a kernel needs for itself while it runs, so the sum is a lower estimate.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hyperagent.model.adapter import LoRAPair
+from hyperagent_trainer.preflight.probe import Probe
+from hyperagent_trainer.report import Check
+
+# Two and four chunks of the Gated DeltaNet's 64 tokens, to which its reference implementation pads.
+_PROBE_TOKENS = (128, 256)
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The size of a step."""
+
+    batch_size: int
+    """Trajectories that are computed at once."""
+    tokens_per_sample: int
+    """Of the longest trajectory, in the student's view."""
+    loss_workspace_bytes: int
+    recomputes: bool = False
+    """Whether decoder layers keep their inputs alone and are run again, one at a time, in the backward pass."""
+    averages: bool = False
+    """Whether an average of the trained weights is kept."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of each part."""
+
+    student: int
+    network: int
+    """Weights, and for those that are trained gradients, AdamW's two moments, and their average if one is kept."""
+    adapters: int
+    """Factors of a batch and their gradients."""
+    activations: int
+    """What the student's forward pass keeps for its backward pass."""
+    loss_workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def estimate_memory(probe: Probe, budget: MemoryBudget) -> MemoryEstimate:
+    """The parts of one step on this student; runs two short forward passes."""
+    parameters = list(probe.adapted.network.parameters())
+    with torch.no_grad():
+        pairs = [LoRAPair(pair.a[:1], pair.b[:1]) for pair in probe.generate().values()]
+    of_sample = sum(side.numel() * side.element_size() for pair in pairs for side in (pair.a, pair.b))
+    tokens = budget.batch_size * budget.tokens_per_sample
+    copies = 5 if budget.averages else 4
+    return MemoryEstimate(
+        student=sum(bytes_by_dtype(probe.student.model).values()),
+        network=sum((copies if p.requires_grad else 1) * p.numel() * p.element_size() for p in parameters),
+        adapters=2 * budget.batch_size * of_sample,
+        activations=round(_activation_bytes_per_token(probe, recomputes=budget.recomputes) * tokens),
+        loss_workspace=budget.loss_workspace_bytes,
+    )
+
+
+def check_memory(probe: Probe, budget: MemoryBudget) -> Check:
+    """Whether the estimate fits into the memory of the machine that computes."""
+    estimate, available = estimate_memory(probe, budget), machine_bytes(probe.student.head.device)
+    return _memory_check(
+        {
+            **{f"student in {name}": gib(size) for name, size in bytes_by_dtype(probe.student.model).items()},
+            "network with AdamW and gradients": gib(estimate.network),
+            "adapters": gib(estimate.adapters),
+            "activations": gib(estimate.activations),
+            "loss": gib(estimate.loss_workspace),
+            "estimated sum": gib(estimate.total),
+            "machine": gib(available),
+        },
+        estimate.total <= available,
+    )
+
+
+def check_weights_fit(skeleton: nn.Module, device: torch.device) -> Check:
+    """Whether the weights of a model on the meta device would fit, to be asked before they are read."""
+    sizes, available = bytes_by_dtype(skeleton), machine_bytes(device)
+    return _memory_check(
+        {**{f"student in {name}": gib(size) for name, size in sizes.items()}, "machine": gib(available)},
+        sum(sizes.values()) <= available,
+    )
+
+
+def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    """Bytes of a model's parameters, of sharded ones this rank's part; tied ones count once."""
+    sizes: Counter[str] = Counter()
+    for p in model.parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        sizes[str(p.dtype).removeprefix("torch.")] += local.numel() * p.element_size()
+    return dict(sizes)
+
+
+def machine_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the host as far as this process's control group may use it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = int(psutil.virtual_memory().total)
+    if not _CGROUP_LIMIT.is_file():
+        return total
+    limit = _CGROUP_LIMIT.read_text().strip()
+    return total if limit == "max" else min(total, int(limit))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that this process has held so far, of the GPU's memory or of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes (man page getrusage(2)).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def saved_bytes(probe: Probe, num_tokens: int) -> int:
+    """Bytes that autograd keeps of one forward pass of one sample, without the student's own weights."""
+    # Sharded weights are gathered into memory of their own; they count alike whatever the number of tokens.
+    owned = {p.untyped_storage().data_ptr() for p in probe.student.model.parameters() if not isinstance(p, DTensor)}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+            # A freed storage's address would be given out again, and two tensors would count as one.
+            held.append(tensor)
+        return tensor
+
+    leaves = {name: LoRAPair(pair.a[:1], pair.b[:1]) for name, pair in probe.zero_leaves().items()}
+    ids_1T = torch.arange(num_tokens, device=probe.student.head.device)[None] % probe.student.vocab_size
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), probe.adapted.injector.inject(leaves):
+        hidden_1TD = probe.student.hidden_states(ids_1T)
+    del hidden_1TD
+    return sum(kept.values())
+
+
+def _activation_bytes_per_token(probe: Probe, *, recomputes: bool) -> float:
+    saved = _saved_bytes_per_token(probe)
+    if not recomputes:
+        return saved
+    # Every layer's input, and all that one of them keeps while it is run again.
+    num_layers = len(probe.student.model.get_decoder().layers)
+    return num_layers * probe.student.head.shape[1] * probe.student.head.element_size() + saved / num_layers
+
+
+def _saved_bytes_per_token(probe: Probe) -> float:
+    short, long = (saved_bytes(probe, n) for n in _PROBE_TOKENS)
+    return (long - short) / (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
+
+
+def _memory_check(measured: dict[str, str], fits: bool) -> Check:
+    return Check(
+        "memory",
+        fits,
+        measured,
+        "an estimate no larger than the machine's memory",
+        "the step would be ended by the system; take a smaller batch, shorter trajectories or a larger machine",
+    )

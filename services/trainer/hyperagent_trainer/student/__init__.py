@@ -1,0 +1,1 @@
+"""The frozen student: loading, sharding, attention kernels, activation checkpointing."""

@@ -1,0 +1,92 @@
+"""The frozen student."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_flash_linear_attention_available
+
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.errors import ConfigError
+from hyperagent.identity import weights_fingerprint
+from hyperagent_trainer.student.sharding import load_sharded
+
+
+class Student:
+    """A frozen causal language model with its tokenizer, split into body and head.
+
+    The body's output at index t predicts token t + 1.
+    """
+
+    def __init__(
+        self, folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None
+    ) -> None:
+        """Load from a folder of safetensors weights and tokenizer files.
+
+        Args:
+            dtype: of the weights, whatever the folder holds.
+            mesh: what the student is sharded over; whole without.
+
+        Raises:
+            ConfigError: the folder lacks a file, the model's vocabulary is smaller than the tokenizer's, or on a GPU the
+                kernels of Gated DeltaNet layers cannot be imported.
+        """
+        self.folder = folder
+        self.weights = weights_fingerprint(folder)
+        self.tokenizer = ChatTokenizer(folder)
+        self.model: PreTrainedModel = (
+            _load_whole(folder, device, dtype)
+            if mesh is None
+            else load_sharded(folder, mesh, device=device, dtype=dtype)
+        )
+        _require_kernels(self.model, device)
+        self.embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
+        self.head: Tensor = self.model.get_output_embeddings().weight
+        self.vocab_size = self.tokenizer.vocab_size
+        if self.vocab_size > self.head.shape[0]:
+            raise ConfigError(
+                f"the tokenizer in {folder} has {self.vocab_size} entries, its model only {self.head.shape[0]}; "
+                "put the student's own tokenizer beside its weights"
+            )
+
+    def hidden_states(self, token_ids_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, D].
+
+        Padding stands on the right and needs no mask: every layer is causal, so nothing before it can see it.
+        """
+        output: Tensor = self.model.get_decoder()(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        return output
+
+
+def _load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+    )
+    model.to(device=device)  # type: ignore[call-arg]  # transformers' wrapper hides torch's signature
+    return model.eval().requires_grad_(False)
+
+
+def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
+    """transformers falls back to a loop in PyTorch with no more than a warning; at 131,072 tokens it takes hours."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if device.type != "cuda" or "linear_attention" not in layer_types:
+        return
+    why = "flash-linear-attention is not installed, or too old"
+    if is_flash_linear_attention_available():
+        try:
+            # transformers does the same when it defines the layer, and takes every error for "not installed".
+            kernels = import_module("fla.ops.gated_delta_rule")
+        except (ImportError, OSError, RuntimeError) as error:
+            why = f"importing them fails with {type(error).__name__}: {error}"
+        else:
+            if hasattr(kernels, "chunk_gated_delta_rule"):
+                return
+    raise ConfigError(
+        f"the student has Gated DeltaNet layers, whose kernels for a GPU cannot be used: {why}; "
+        "install them with `pip install 'hyperagent-trainer[gpu]'`"
+    )

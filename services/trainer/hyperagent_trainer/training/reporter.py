@@ -1,0 +1,161 @@
+"""What a training run says about itself while it runs: `metrics.jsonl` and `status.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hyperagent.errors import CorruptRecord
+from hyperagent.files import write_atomically
+from hyperagent_trainer.evaluation.adapter_statistics import AdapterStatistics
+from hyperagent_trainer.evaluation.evaluate import HeldOut
+from hyperagent_trainer.runs.folder import RunFolder, RunState, RunStatus
+from hyperagent_trainer.training.loggers import Loggers
+
+# Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
+_WINDOW_STEPS = 20
+# A status is an fsync; a fast tiny run would otherwise spend its time on them.
+_STATUS_INTERVAL_S = 0.5
+
+
+class RunReporter:
+    """Writes a run's metrics and status; a context manager."""
+
+    def __init__(
+        self, folder: RunFolder, *, num_steps: int, first_step: int, loggers: Loggers, is_first: bool = True
+    ) -> None:
+        """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
+
+        Args:
+            loggers: what else is told every line of the metrics, and closed in the end.
+            is_first: whether this is the rank that writes; on others nothing is, and `loggers` has to be empty.
+        """
+        self._folder = folder
+        self._is_first = is_first
+        self._loggers = loggers
+        self._status = RunStatus(state="loading", step=first_step, num_steps=num_steps)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS + 1)
+        self._written_at = 0.0
+        self._skipped = 0
+        if is_first:
+            _keep_until(folder.metrics, first_step)
+        self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
+        self._restart_clock()
+
+    def __enter__(self) -> RunReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._loggers.close()
+
+    def state(self, state: RunState, reason: str = "") -> None:
+        """Change the run's state; the time it had another does not count as training."""
+        self._restart_clock()
+        self._update(state=state, reason=reason, eta_s=None, force=True)
+
+    def step(self, step: int, *, loss: float, num_tokens: int, **values: Any) -> None:
+        """Report one optimiser step; `num_tokens` counts context too."""
+        self._recent.append((time.monotonic(), num_tokens))
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        steps = len(self._recent) - 1
+        tokens_per_s = sum(tokens for _, tokens in list(self._recent)[1:]) / seconds
+        eta_s = (self._status.num_steps - step) * seconds / steps
+        self._line(step=step, loss=loss, tokens_per_s=tokens_per_s, **values)
+        self._update(step=step, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
+
+    def skipped(self, step: int, trajectory_ids: Sequence[str]) -> None:
+        """Report a step that has left the network as it was."""
+        self._skipped += 1
+        self._line(step=step, skipped=list(trajectory_ids))
+        self._update(step=step, skipped_steps=self._skipped)
+
+    def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics) -> None:
+        """Report an evaluation; the time it took does not count as training."""
+        conditioning = {
+            split: {"gain": asdict(report.conditioning_gain), "verdict": report.verdict}
+            for split, report in held_out.conditioning.items()
+        }
+        self._line(
+            step=step,
+            held_out_kl=held_out.kl,
+            conditioning=conditioning,
+            adapter_relative_norm=adapters.relative_norm,
+            adapter_cosine=adapters.cosine,
+        )
+        self._restart_clock()
+        verdicts = {split: report.verdict for split, report in held_out.conditioning.items()}
+        self._update(
+            held_out_kl=held_out.kl, conditioning=verdicts, adapters_collapsed=adapters.has_collapsed, force=True
+        )
+
+    def _restart_clock(self) -> None:
+        self._recent.clear()
+        self._recent.append((time.monotonic(), 0))
+
+    def _line(self, **values: Any) -> None:
+        self._metrics.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+        self._metrics.flush()
+        self._loggers.log(values)
+
+    def _update(self, *, force: bool = False, **changes: Any) -> None:
+        self._status = self._status.model_copy(update={**changes, "updated_at": time.time()})
+        if self._is_first and (force or time.monotonic() - self._written_at >= _STATUS_INTERVAL_S):
+            self._folder.write_status(self._status)
+            self._written_at = time.monotonic()
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for every number in it that is not finite; JSON has no word for those."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(metrics: Path, last_step: int) -> None:
+    """Cut lines of later steps, and what a killed process left of a line; from step 0 on, everything is done again."""
+    if not metrics.exists():
+        return
+    kept = [line for line in _whole_lines(metrics) if last_step > 0 and json.loads(line)["step"] <= last_step]
+    write_atomically(metrics, "".join(kept).encode())
+
+
+@dataclass(frozen=True)
+class HeldOutKL:
+    """What one evaluation found."""
+
+    step: int
+    """Optimiser steps done before it."""
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+
+
+def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
+    """Of the last evaluation at `step` or before it; the run may be writing meanwhile.
+
+    Raises:
+        CorruptRecord: the metrics cannot be read, or tell of none.
+    """
+    try:
+        lines = [json.loads(line) for line in _whole_lines(metrics)]
+    except (OSError, ValueError) as error:
+        raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
+    for line in reversed(lines):
+        if line["step"] <= step and "held_out_kl" in line:
+            found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
+            return HeldOutKL(line["step"], found)
+    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
+
+
+def _whole_lines(metrics: Path) -> list[str]:
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,117 @@
+"""One optimiser step: which rank computes what of it, and the gradient of all of it together.
+
+The loss of a step is the mean over the supervised rows of all its trajectories, wherever they are computed. That number
+is known from the data, so every rank divides by it from the start, and gradients are summed and never averaged: the
+result is the same for any number of ranks and any size of micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hyperagent.errors import DataError, InvalidRequest
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.data.dataset import Batch, DistillationData
+from hyperagent_trainer.distributed import Ranks
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank computes at once."""
+
+    indices: tuple[int, ...]
+    """Trajectories, in their split."""
+    counts: bool
+    """False for one that a rank computes for company only: a sharded student needs all ranks for every pass."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's part of an optimiser step; every rank has equally many micro-batches."""
+
+    indices: tuple[int, ...]
+    """Trajectories of all ranks."""
+    micro_batches: tuple[MicroBatch, ...]
+    efficiency: float
+    """Mean over maximum of the ranks' predicted costs: the share of the step in which a rank does not wait."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's passes found, over all ranks."""
+
+    loss: float
+    """Nats per supervised row."""
+    num_tokens: int
+    """Context included, padding not."""
+    data_wait_s: float
+    """Longest that a rank waited for its batches."""
+    hot_hits: int
+    hot_misses: int
+    hot_degraded: bool
+    """Whether the cache's hot tier failed and the disk stood in."""
+
+
+def accumulate_gradients(
+    plan: StepPlan,
+    batches: Iterator[Batch],
+    adapted: AdaptedStudent,
+    data: DistillationData,
+    recipe: TrainRecipe,
+    ranks: Ranks,
+) -> StepResult:
+    """Leave the gradient of the step's loss in the network's parameters, on every rank the same.
+
+    Raises:
+        DataError: the teacher's rows of a trajectory hold NaN, or are not normalised.
+        CorruptRecord: the cache's record of one is damaged.
+    """
+    num_rows = sum(len(data.trajectories[i].positions) for i in plan.indices)
+    adapted.network.zero_grad(set_to_none=True)
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    wait_s, tokens, hits, misses, degraded = 0.0, 0, 0, 0, False
+    for micro in plan.micro_batches:
+        asked_at = time.monotonic()
+        batch = next(batches)
+        wait_s += time.monotonic() - asked_at
+        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
+        try:
+            loss += adapted.backward(batch, adapters, recipe.loss, scale=1 / num_rows if micro.counts else 0.0)
+        except InvalidRequest as error:
+            names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
+            raise DataError(f"the teacher's rows of {names} cannot be trained on: {error}") from error
+        tokens += batch.num_tokens if micro.counts else 0
+        hits, misses = hits + batch.hot_use.hits, misses + batch.hot_use.misses
+        degraded |= batch.hot_use.is_degraded
+    ranks.sum_gradients_(adapted.network.parameters())
+    sums = torch.tensor([tokens, hits, misses, degraded], dtype=torch.float64, device=ranks.device)
+    tokens, hits, misses, failed = map(int, ranks.sum_(sums).tolist())
+    return StepResult(float(ranks.sum_(loss)), tokens, ranks.max(wait_s), hits, misses, failed > 0)
+
+
+def plan_step(step: Sequence[int], costs: Sequence[float], *, rank: int, num_ranks: int, size: int) -> StepPlan:
+    """One rank's part of a step.
+
+    Args:
+        step: its trajectories.
+        costs: of each trajectory of the split.
+        size: most trajectories of a micro-batch.
+    """
+    # The dearest first and always to the rank with the least (longest processing time, Graham 1969).
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for index in sorted(step, key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(index)
+        loads[least] += costs[index]
+    num_micro = max(-(-len(share) // size) for share in shares)
+    own = [tuple(shares[rank][i : i + size]) for i in range(0, len(shares[rank]), size)]
+    cheapest = (min(step, key=lambda i: costs[i]),)
+    for_company = [MicroBatch(cheapest, counts=False)] * (num_micro - len(own))
+    micro = (*(MicroBatch(indices, counts=True) for indices in own), *for_company)
+    return StepPlan(tuple(step), micro, sum(loads) / num_ranks / max(loads))

@@ -1,0 +1,211 @@
+"""Reading a cache, wherever its records are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import structlog
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from hyperagent.cache.format.convert import decode_rows, to_top_k_rows
+from hyperagent.cache.format.keys import trajectory_key
+from hyperagent.cache.format.manifest import Manifest
+from hyperagent.cache.format.record import (
+    BlockOfTrajectory,
+    Header,
+    StoredRows,
+    check_record,
+    decode_trajectory,
+)
+from hyperagent.cache.hot_tier import HotTier, HotUse
+from hyperagent.errors import CorruptRecord, IdentityMismatch, NotFound
+from hyperagent.identity import DataIdentity
+from hyperagent.topk import TopKRows, concatenate
+
+_DIGEST_DOMAIN = b"hyperagent-topk-digest-2"
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRecord:
+    """What the cache holds of one trajectory."""
+
+    rows: TopKRows
+    num_tokens: int
+    """Tokens of the trajectory, context included."""
+
+
+@dataclass(frozen=True)
+class StoredTrajectory:
+    """What a trajectory consists of."""
+
+    key: str
+    num_tokens: int
+    num_rows: int
+    blocks: tuple[BlockOfTrajectory, ...]
+
+
+class ReadableCache(ABC):
+    """A teacher's top-k rows by trajectory; safe to read from several threads, and to hand to another process."""
+
+    def __init__(self, name: str, manifest: Manifest, hot: HotTier | None) -> None:
+        """Of its subclasses: `name` is the folder or the address, for people."""
+        self.name = name
+        self.identity = manifest.identity
+        self.settings = manifest.settings
+        self._hot = hot
+        self._settings_digest = manifest.settings.digest()[:16]
+
+    @abstractmethod
+    def trajectory_keys(self) -> list[str]:
+        """Every trajectory in the cache, by its key, sorted."""
+
+    @abstractmethod
+    def data_fingerprints(self) -> list[str]:
+        """Fingerprints of all data that trajectories were put in of, sorted."""
+
+    @abstractmethod
+    def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
+        """Headers and bytes of whole records, checked; raises as `rows_of`."""
+
+    @property
+    def hot_use(self) -> HotUse:
+        """What the hot tier was good for until now, in this process; nothing if there is none."""
+        return self._hot.use if self._hot else HotUse()
+
+    def close(self) -> None:
+        """Let go of what is open, of the hot tier too."""
+        if self._hot:
+            self._hot.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def require_data(self, data: DataIdentity) -> None:
+        """Refuse data that the cache was not populated from.
+
+        Raises:
+            IdentityMismatch: it was not; says of what it was.
+        """
+        if data.fingerprint not in self.data_fingerprints():
+            raise IdentityMismatch(
+                f"the cache in {self.name} was not populated from data {data.fingerprint} but from "
+                f"{', '.join(self.data_fingerprints()) or 'none'}; run `hyperagent cache populate` with this tokens file"
+            )
+
+    def key(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> str:
+        """Digest (hex) of all that decides a trajectory: the teacher, the tokens [T], the supervised positions [N]."""
+        return trajectory_key(self.identity.fingerprint, token_ids, positions)
+
+    def contains(self, key: str) -> bool:
+        """Whether a whole trajectory is on disk; a damaged one does not count, so populating again mends it."""
+        return self.stored_digest(key) is not None
+
+    def stored_digest(self, key: str) -> str | None:
+        """Digest (hex) of a whole trajectory on disk; None where there is none, or a damaged one."""
+        try:
+            trajectory = self.trajectory(key)
+            digest = blake3(_DIGEST_DOMAIN + bytes.fromhex(key) + trajectory.num_tokens.to_bytes(8, "little"))
+            for block in trajectory.blocks:
+                digest.update(block.key + self._read_one(block.key)[0].checksum)
+        except NotFound:
+            return None
+        except CorruptRecord as error:
+            log.warning("damaged record will be written again", trajectory=key, reason=str(error))
+            return None
+        return digest.hexdigest()
+
+    def trajectory(self, key: str) -> StoredTrajectory:
+        """What one trajectory consists of.
+
+        Raises:
+            NotFound: there is none.
+            CorruptRecord: its record is damaged; says which and how to mend it.
+            StorageError: the file system refused.
+        """
+        header, content = self._read_one(bytes.fromhex(key))
+        blocks = decode_trajectory(header, header.payload(content))
+        return StoredTrajectory(key, header.num_tokens, header.num_rows, blocks)
+
+    def rows_of(self, block_keys: Sequence[bytes]) -> Iterator[StoredRows]:
+        """Blocks' rows as they are stored, from the hot tier where it has them.
+
+        Raises:
+            NotFound: there is no such block.
+            CorruptRecord: it is damaged; says which and how to mend it.
+            StorageError: the file system refused.
+        """
+        for header, payload in self.records_of(block_keys):
+            yield decode_rows(header, payload, self.identity)
+
+    def records_of(self, block_keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
+        """Blocks' records, for who decodes them elsewhere; from the hot tier where it has them.
+
+        Raises:
+            As `rows_of`.
+        """
+        found = self._copies(block_keys)
+        missing = self._read([key for key, copy in zip(block_keys, found, strict=True) if copy is None])
+        for copy in found:
+            header, content = copy or next(missing)
+            if copy is None and self._hot:
+                self._hot.put({self._hot_name(header.key): bytes(content)})
+            yield header, header.payload(content)
+
+    def get(self, key: str) -> CachedRecord:
+        """Read one trajectory.
+
+        Raises:
+            NotFound: there is none.
+            CorruptRecord: it is damaged; says which and how to mend it.
+            StorageError: the file system refused.
+        """
+        trajectory = self.trajectory(key)
+        parts = self.rows_of([block.key for block in trajectory.blocks])
+        return CachedRecord(
+            concatenate([to_top_k_rows(part, self.identity.top_k) for part in parts]), trajectory.num_tokens
+        )
+
+    def record(self, key: bytes) -> bytes:
+        """A whole record's bytes, checked.
+
+        Raises:
+            As `rows_of`.
+        """
+        return bytes(self._read_one(key)[1])
+
+    def _read_one(self, key: bytes) -> tuple[Header, memoryview]:
+        (found,) = self._read([key])
+        return found
+
+    def _copies(self, keys: Sequence[bytes]) -> list[tuple[Header, memoryview] | None]:
+        """What the hot tier has of whole records; None in the place of each other."""
+        if self._hot is None:
+            return [None] * len(keys)
+        copies = self._hot.get([self._hot_name(key) for key in keys])
+        return [None if copy is None else self._checked_copy(key, copy) for key, copy in zip(keys, copies, strict=True)]
+
+    def _checked_copy(self, key: bytes, copy: bytes) -> tuple[Header, memoryview] | None:
+        assert self._hot is not None
+        content = memoryview(copy)
+        try:
+            header, _ = check_record(content)
+            if header.key != key:
+                raise CorruptRecord(f"it is the record of another key, {header.key.hex()}")
+        except CorruptRecord as error:
+            log.warning("damaged value in the hot tier dropped", key=key.hex(), reason=str(error))
+            self._hot.drop(self._hot_name(key))
+            return None
+        return header, content
+
+    def _hot_name(self, key: bytes) -> str:
+        # A key covers the teacher's fingerprint, and the name how rows are stored, so one Redis can serve many caches.
+        return f"hyperagent:topk:{self._settings_digest}:{key.hex()}"

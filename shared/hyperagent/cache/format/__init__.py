@@ -1,0 +1,1 @@
+"""The bytes of the cache: records, shards, codecs, the manifest."""

@@ -1,0 +1,119 @@
+"""A cache's manifest: whose rows it holds, and how they are stored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field
+
+from hyperagent.cache.format.codecs import CODECS, COMPACT, Codec
+from hyperagent.errors import ConfigError, CorruptRecord, StorageError
+from hyperagent.files import write_once
+from hyperagent.identity import TeacherIdentity
+
+FORMAT_VERSION = 2
+_NAME = "manifest.json"
+
+
+class CacheSettings(BaseModel):
+    """How rows are stored; decided when a cache is made, and the same for all of its records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    codec: Annotated[str, Field(pattern=f"^({'|'.join(CODECS)})$")] = COMPACT.name
+    """exact, compact or archive; see `hyperagent.cache.format.codecs`."""
+    kept_mass: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of a row, the most likely ids are kept whose probabilities reach this; 1 keeps all that the teacher gave."""
+    min_k: Annotated[int, Field(ge=1)] = 8
+    """The fewest ids that a row keeps all the same, if the teacher gave so many."""
+    block_tokens: Annotated[int, Field(ge=16, le=8192)] = 1024
+    """Tokens whose rows make one record, which is what is shared, checked and resumed at."""
+
+    @property
+    def row_codec(self) -> Codec:
+        """The codec by its name."""
+        return CODECS[self.codec]
+
+    def digest(self) -> str:
+        """Digest (hex) of all settings."""
+        return blake3(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module."""
+
+    identity: TeacherIdentity
+    settings: CacheSettings
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write a new cache's manifest; does nothing if there is one.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "identity": asdict(manifest.identity),
+        "fingerprint": manifest.identity.fingerprint,
+        "settings": manifest.settings.model_dump(),
+    }
+    # Of two teachers that start at once one makes the cache.
+    write_once(manifest_path(root), json.dumps(content, indent=2).encode() + b"\n")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of an existing cache.
+
+    Raises:
+        ConfigError: there is none, or it is of an unknown format version.
+        CorruptRecord: it is damaged.
+        StorageError: the file system refused.
+    """
+    path = manifest_path(root)
+    try:
+        return parse_manifest(path.read_bytes(), str(root))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no cache in {root}; fill one with `hyperagent cache populate`") from None
+    except OSError as error:
+        raise StorageError(f"could not read {path}: {error.strerror}; check the disk and its permissions") from error
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """The manifest of the cache `name` from its bytes.
+
+    Raises:
+        ConfigError: it is of an unknown format version.
+        CorruptRecord: it is damaged.
+    """
+    try:
+        fields = json.loads(content)
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"the cache in {name} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
+            )
+        identity = TeacherIdentity.from_fields(fields["identity"])
+        settings = CacheSettings(**fields["settings"])
+        is_whole = identity.fingerprint == fields["fingerprint"]
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, pydantic.ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise CorruptRecord(f"{name}/{_NAME} is damaged: {reason}; restore it, or populate a new cache") from error
+    if not is_whole:
+        raise CorruptRecord(
+            f"{name}/{_NAME} is damaged: its fingerprint is not that of its identity; restore it, or populate a new cache"
+        )
+    return Manifest(identity, settings)
+
+
+def manifest_path(root: Path) -> Path:
+    """Where a cache's manifest stands."""
+    return root / _NAME

@@ -1,0 +1,1 @@
+"""Verify, measure, compact, repair, merge and publish a cache."""

@@ -1,0 +1,79 @@
+"""Mending a cache after damage: nothing that is whole is lost, and what is damaged is set aside, never served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyperagent.cache.format.manifest import read_manifest
+from hyperagent.cache.format.shard import OPEN
+from hyperagent.cache.index_rebuild import rebuild_index
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.locks import held_alone
+from hyperagent.cache.maintenance.compact import copy_records, owned_shards
+from hyperagent.cache.maintenance.verify import Damage, Progress, verify
+from hyperagent.errors import StorageError
+from hyperagent.files import fsync_directory, is_aside, remedy_of
+
+SET_ASIDE = "set-aside"
+"""Where damaged shards go, for whoever wants to look at them; safe to delete."""
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was found, and what there is now."""
+
+    damaged: tuple[Damage, ...]
+    set_aside: tuple[Path, ...]
+    """The shards that held damage, as they were."""
+    to_populate: tuple[str, ...]
+    """Trajectories (keys) that damage has taken blocks of; populating again computes those and nothing else."""
+    trajectories: int
+    """Those that are whole."""
+
+
+def repair(root: Path, progress: Progress = lambda _done, _total: None) -> RepairReport:
+    """Make the index again, copy what is whole out of damaged shards, and set those aside.
+
+    Raises:
+        ConfigError: there is no cache.
+        CorruptRecord: its manifest is damaged.
+        Conflict: somebody has it open.
+        StorageError: the file system refused.
+    """
+    fingerprint = read_manifest(root).identity.fingerprint
+    with held_alone(root / "readers.lock"):
+        try:
+            rebuild_index(root, fingerprint)
+        except OSError as error:
+            raise StorageError(
+                f"could not make the index again: {error.strerror or error}; {remedy_of(error)}"
+            ) from error
+    with TopKCache.open(root, alone=True) as cache:
+        found = verify(cache, progress)
+        lost = {bytes.fromhex(damage.key) for damage in found.damaged if damage.key}
+        with cache.index.transaction():
+            cache.index.remove([*lost, *(bytes.fromhex(key) for key in found.incomplete)])
+        damaged = [path for path in sorted({damage.path for damage in found.damaged}) if path.exists()]
+        # Owned, so that nothing is copied into what is about to go.
+        with owned_shards(cache, [path for path in damaged if path.suffix == OPEN]):
+            set_aside = [_set_aside(cache, path) for path in damaged]
+        for path in root.rglob("*"):
+            if is_aside(path):
+                path.unlink()
+        return RepairReport(found.damaged, tuple(set_aside), found.incomplete, verify(cache).trajectories)
+
+
+def _set_aside(cache: TopKCache, path: Path) -> Path:
+    copy_records(cache, cache.index.entries(path.stem))
+    with cache.index.transaction():
+        cache.index.remove_shard(path.stem)
+    target = cache.root / SET_ASIDE / path.name
+    try:
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        fsync_directory(target.parent)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"could not set {path} aside: {error.strerror}; {remedy_of(error)}") from error
+    return target

@@ -1,0 +1,217 @@
+"""A cache's sealed shards in an object store, or anywhere else that fsspec reaches: written once, read by anybody.
+
+    URL/manifest.json, URL/data/<fingerprint>.json, URL/shards/<name>.shard      as in a cache's own folder
+
+A published cache is only read. There is no index: the shards' footers say where each record stands, and records are
+fetched by ranges of bytes, those of one trajectory together. A folder on a read-only file system is one too
+(file:///path).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import numpy as np
+
+from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.format.manifest import Manifest, manifest_path, parse_manifest, read_manifest
+from hyperagent.cache.format.record import Header, Kind, check_record
+from hyperagent.cache.format.shard import SEALED, parse_footer, shard_paths
+from hyperagent.cache.hot_tier import HotTier
+from hyperagent.cache.local import TopKCache
+from hyperagent.cache.maintenance.compact import compact
+from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, StorageError
+from hyperagent.identity import TeacherIdentity
+
+_UPLOAD_BYTES = 8 << 20
+
+
+class PublishedCache(ReadableCache):
+    """A cache that is read by address, such as "s3://bucket/cache" or "file:///mnt/cache"."""
+
+    def __init__(self, url: str, files: fsspec.AbstractFileSystem, folder: str, hot: HotTier | None) -> None:
+        """Use `open`."""
+        super().__init__(url, _manifest(url, files, folder), hot)
+        self._files = files
+        with _storage_errors(url):
+            # Fingerprints come from names: an object store has no cheaper way to hold a set.
+            self._data = sorted(Path(name).stem for name in files.glob(f"{folder}/data/*.json"))
+            self._shards = sorted(files.glob(f"{folder}/shards/*{SEALED}"))
+            self._footers = [self._footer(path) for path in self._shards]
+
+    @classmethod
+    def open(cls, url: str, *, hot: HotTier | None = None) -> Self:
+        """Read a published cache's manifest and footers.
+
+        Raises:
+            ConfigError: there is no cache, or the package that speaks the address's protocol is not installed.
+            CorruptRecord: its manifest or a shard's footer is damaged.
+            StorageError: the store refused.
+        """
+        files, folder = _file_system(url)
+        return cls(url, files, folder, hot)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it for itself."""
+        return _reopen, (self.name, self._hot)
+
+    def trajectory_keys(self) -> list[str]:
+        """See `ReadableCache.trajectory_keys`."""
+        keys = {key for footer in self._footers for key in footer["key"][footer["kind"] == Kind.TRAJECTORY].tolist()}
+        return sorted(key.hex() for key in keys)
+
+    def data_fingerprints(self) -> list[str]:
+        """See `ReadableCache.data_fingerprints`."""
+        return self._data
+
+    def contains(self, key: str) -> bool:
+        """Whether a trajectory has been published; that its blocks were not damaged since, reading them tells."""
+        try:
+            self._at(bytes.fromhex(key))
+        except NotFound:
+            return False
+        return True
+
+    def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
+        at = [self._at(key) for key in keys]
+        with _storage_errors(self.name):
+            contents = self._files.cat_ranges(
+                [path for path, _, _ in at], [start for _, start, _ in at], [end for _, _, end in at], on_error="raise"
+            )
+        for key, (path, start, _), content in zip(keys, at, contents, strict=True):
+            whole = memoryview(content)
+            try:
+                header, _ = check_record(whole)
+                if header.key != key:
+                    raise CorruptRecord(f"it is the record of another key, {header.key.hex()}")
+            except CorruptRecord as error:
+                raise CorruptRecord(
+                    f"record {key.hex()} in {path} at byte {start} is damaged: {error}; publish the cache again"
+                ) from error
+            yield header, whole
+
+    def _at(self, key: bytes) -> tuple[str, int, int]:
+        """The shard, and from where to where in it a record stands; the first in the order of names counts."""
+        for path, footer in zip(self._shards, self._footers, strict=True):
+            place = int(np.searchsorted(footer["key"].view("S32"), np.bytes_(key)))
+            if place < len(footer) and bytes(footer["key"][place]) == key:
+                start = int(footer["offset"][place])
+                return path, start, start + int(footer["length"][place])
+        raise NotFound(f"the cache in {self.name} has no record {key.hex()}; populate it, and publish it again")
+
+    def _footer(self, path: str) -> np.ndarray[Any, np.dtype[np.void]]:
+        try:
+            footer, _ = parse_footer(
+                lambda start, end: self._files.cat_file(path, start=start, end=end), int(self._files.size(path))
+            )
+        except CorruptRecord as error:
+            raise CorruptRecord(f"{path} is damaged: {error}; publish the cache again") from error
+        return footer
+
+
+def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> ReadableCache:
+    """A published cache if `location` is an address, otherwise the cache in the folder of that name.
+
+    Raises:
+        As `PublishedCache.open` and `TopKCache.open`.
+    """
+    if "://" in str(location):
+        return PublishedCache.open(str(location), hot=hot)
+    return TopKCache.open(Path(location), hot=hot)
+
+
+def read_identity(location: str | Path) -> TeacherIdentity:
+    """Whose rows are in the cache of that address or folder; its manifest alone is read.
+
+    Raises:
+        ConfigError: there is none, or the package that speaks the address's protocol is not installed.
+        CorruptRecord: its manifest is damaged.
+        StorageError: the store, or the file system, refused.
+    """
+    if "://" in str(location):
+        return _manifest(str(location), *_file_system(str(location))).identity
+    return read_manifest(Path(location)).identity
+
+
+def publish(cache: TopKCache, url: str, progress: Callable[[int, int], None] = lambda _done, _total: None) -> int:
+    """Compact and seal a cache's shards and copy what `url` does not have yet; returns the bytes copied.
+
+    The manifest goes last, so that who finds one finds all of it. A shard that compaction has replaced stays at `url`,
+    and does no harm: its records are the same.
+
+    Raises:
+        ConfigError: another cache is published there.
+        Conflict: somebody writes into the cache, so that what is published would not be all of it.
+        StorageError: the store, or the file system, refused; run again, it goes on.
+    """
+    files, folder = _file_system(url)
+    manifest = manifest_path(cache.root).read_bytes()
+    with _storage_errors(url):
+        there = files.cat_file(f"{folder}/{manifest_path(cache.root).name}") if _has_manifest(files, folder) else None
+    if there is not None and parse_manifest(there, url) != Manifest(cache.identity, cache.settings):
+        raise ConfigError(f"another cache is published at {url}; name another address")
+    compact(cache)
+    shards = shard_paths(cache.shards)
+    if growing := [path.name for path in shards if path.suffix != SEALED]:
+        raise Conflict(f"somebody writes into {cache.root} ({growing[0]}); publish when they have ended")
+    total, done, copied = sum(path.stat().st_size for path in shards), 0, 0
+    with _storage_errors(url):
+        files.makedirs(f"{folder}/shards", exist_ok=True)
+        files.makedirs(f"{folder}/data", exist_ok=True)
+        for path in shards:
+            target, size = f"{folder}/shards/{path.name}", path.stat().st_size
+            # A sealed shard never changes, and an upload that broke off is shorter.
+            if not files.exists(target) or files.size(target) != size:
+                _upload(path, files, target)
+                copied += size
+            done += size
+            progress(done, total)
+        for fingerprint in cache.data_fingerprints():
+            name = f"data/{fingerprint}.json"
+            files.pipe_file(f"{folder}/{name}", (cache.root / name).read_bytes())
+        files.pipe_file(f"{folder}/{manifest_path(cache.root).name}", manifest)
+    return copied
+
+
+def _upload(path: Path, files: fsspec.AbstractFileSystem, target: str) -> None:
+    with path.open("rb") as source, files.open(target, "wb") as sink:
+        while part := source.read(_UPLOAD_BYTES):
+            sink.write(part)
+
+
+def _has_manifest(files: fsspec.AbstractFileSystem, folder: str) -> bool:
+    return bool(files.exists(f"{folder}/manifest.json"))
+
+
+def _manifest(url: str, files: fsspec.AbstractFileSystem, folder: str) -> Manifest:
+    with _storage_errors(url):
+        if not _has_manifest(files, folder):
+            raise ConfigError(f"there is no cache in {url}; put one there with `hyperagent cache publish`")
+        content = files.cat_file(f"{folder}/manifest.json")
+    return parse_manifest(content, url)
+
+
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        files, folder = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{url} cannot be opened: {error}") from error
+    return files, str(folder).rstrip("/")
+
+
+@contextmanager
+def _storage_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"could not reach {url}: {error.strerror or error}; check the address and its rights"
+        ) from error
+
+
+def _reopen(url: str, hot: HotTier | None) -> PublishedCache:
+    return PublishedCache.open(url, hot=hot)

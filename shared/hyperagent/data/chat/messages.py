@@ -1,0 +1,183 @@
+"""A row's messages and tools as chat templates expect them.
+
+The traps of the data set are dealt with here. Arrow pads every tool's parameters with the keys of all other tools,
+which a template would print as phantom parameters: nulls are pruned, recursively. Arguments are JSON text where
+templates iterate a mapping: they are parsed. `tool_calls` may be null, missing, empty or the string "None".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hyperagent.data.files.reader import Row
+from hyperagent.errors import DataError, RowRefused
+
+Message = dict[str, Any]
+Tool = dict[str, Any]
+
+MAX_CHARACTERS = 4 << 20
+"""Of one message. A trajectory of 131,072 tokens has about 500,000 characters in all its messages."""
+
+_ROLES = {"system", "user", "assistant", "tool"}
+_ISSUE = re.compile(r"<(issue_description|pr_description)>(.*?)</\1>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A row's conversation, clean."""
+
+    messages: list[Message]
+    tools: list[Tool]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, which is the first message, if there is one."""
+        first = self.messages[0]
+        return str(first["content"]) if first["role"] == "system" else None
+
+    @property
+    def task(self) -> str:
+        """The task's text, which is the first user message.
+
+        Raises:
+            DataError: there is none.
+        """
+        return str(self.messages[self.task_index]["content"])
+
+    @property
+    def task_index(self) -> int:
+        """Where the task stands among the messages.
+
+        Raises:
+            DataError: there is none.
+        """
+        for index, message in enumerate(self.messages):
+            if message["role"] == "user" and message["content"].strip():
+                return index
+        raise DataError("it has no user message with a text, so no task")
+
+    def first(self, num_messages: int) -> Dialogue:
+        """The dialogue cut after some messages."""
+        return replace(self, messages=self.messages[:num_messages])
+
+
+def dialogue_of(row: Row) -> Dialogue:
+    """Check and clean a row's messages and tools.
+
+    Raises:
+        DataError: the row has no id or no repository, is empty, starts with the assistant, or a value in it is of the
+            wrong type, unknown or too large.
+    """
+    if missing := [name for name in ("trajectory_id", "repo") if row[name] is None or row[name] == ""]:
+        raise DataError(f"it has no {' and no '.join(missing)}")
+    for name in ("trajectory_id", "repo"):
+        _require(row[name], str, f"its {name}")
+    messages = [_message(index, message) for index, message in enumerate(_list(row["trajectory"], "its trajectory"))]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise DataError("it has no assistant message, so nothing to learn from")
+    if roles[0] == "assistant":
+        raise DataError("its first message is the assistant's, so nothing leads up to it")
+    tools = _list(row["tools"], "its tools")
+    for index, tool in enumerate(tools):
+        _require(tool, Mapping, f"tool {index}")
+    return Dialogue(messages, prune_nulls(tools))
+
+
+def name_of(row: Row, number: int) -> str:
+    """What to call a row: its id, or its number (from 0) if it has none."""
+    trajectory_id = row["trajectory_id"]
+    return trajectory_id if isinstance(trajectory_id, str) and trajectory_id else f"row {number}"
+
+
+@contextmanager
+def refused_as(name: str) -> Iterator[None]:
+    """Turn what stops a row into the refusal of the row called `name`.
+
+    Raises:
+        RowRefused: the block met a DataError, or a value nested deeper than Python can follow.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise RowRefused(name, str(error), type(error)) from error
+    except RecursionError as error:
+        raise RowRefused(name, "a tool call's arguments are nested too deeply") from error
+
+
+def issue_text(task: str) -> str:
+    """The issue within a task's text, white space and case evened out, so that two prompts about it compare equal.
+
+    Agent frameworks wrap the issue in a prompt of their own that names the repository's folder; where there is no
+    such wrapping the whole task is the issue.
+    """
+    found = _ISSUE.search(task)
+    return " ".join((found.group(2) if found else task).split()).casefold()
+
+
+def prune_nulls(value: Any) -> Any:
+    """`value` without the null entries of its mappings, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: prune_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [prune_nulls(item) for item in value]
+    return value
+
+
+def _message(index: int, message: Any) -> Message:
+    what = f"message {index}"
+    _require(message, Mapping, what)
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        raise DataError(f"{what} has the unknown role {role!r}")
+    content = "" if content is None else content
+    _require(content, str, f"the content of {what}")
+    calls = message.get("tool_calls")
+    if calls == "None":
+        calls = None
+    clean = [_call(what, call) for call in _list(calls, f"tool_calls of {what}")]
+    arguments = sum(len(str(call["function"]["arguments"])) for call in clean)
+    if len(content) + arguments > MAX_CHARACTERS:
+        raise DataError(f"{what} has {len(content) + arguments:,} characters, the limit is {MAX_CHARACTERS:,}")
+    return {"role": role, "content": content} | ({"tool_calls": clean} if clean else {})
+
+
+def _call(what: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not name:
+        raise DataError(f"{what} has a tool call without a name")
+    _require(name, str, f"a tool's name in {what}")
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise DataError(f"{what} calls {name} with arguments that are not JSON: {error}") from error
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"{what} calls {name} with arguments that are not a JSON object")
+    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def _refuse_constant(name: str) -> float:
+    # Python reads NaN and Infinity, which are not JSON (RFC 8259, section 6).
+    raise ValueError(f"{name} is no number")
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if value is None:
+        return []
+    _require(value, list, what)
+    return list(value)
+
+
+def _require(value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        wanted = "text" if kind is str else "a list" if kind is list else "an object"
+        shown = repr(value)
+        raise DataError(f"{what} is {shown if len(shown) <= 40 else type(value).__name__}, not {wanted}")

@@ -1,0 +1,278 @@
+"""A tokenizer folder as this project uses it: its ids, its chat template, its identity.
+
+Untrusted text must not be able to open or close a turn (see `guard`). So the rendered text is cut at the control tokens
+that the template itself wrote, and what stands between them is encoded as plain text. For text without literals of
+control tokens the ids equal those of `apply_chat_template(tokenize=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
+
+from hyperagent.data.chat.control_tokens import Guard, any_of
+from hyperagent.errors import ConfigError, DataError
+from hyperagent.identity import TokenizerIdentity, tokenizer_sha256
+
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+
+
+class Encoded:
+    """Token ids of a rendered text, and where in it they came from."""
+
+    def __init__(self, pieces: list[_Piece], firsts: list[int]) -> None:
+        """Made by `Conversation.encode`.
+
+        Args:
+            firsts: index of each piece's first character.
+        """
+        self.ids: NDArray[np.uint32] = np.concatenate([piece.ids for piece in pieces])
+        """[T]."""
+        self._pieces = pieces
+        self._firsts = np.asarray(firsts)
+        self._tokens_before = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
+
+    def first_token_from(self, character: int) -> int:
+        """Index of the first token whose characters all stand at `character` or behind it."""
+        place, inside = self._locate(character)
+        starts = self._pieces[place].offsets()[:, 0]
+        return int(self._tokens_before[place] + np.searchsorted(starts, inside, side="left"))
+
+    def tokens_within(self, character: int) -> int:
+        """Number of tokens from the first on whose characters all stand before `character`."""
+        place, inside = self._locate(character)
+        ends = self._pieces[place].offsets()[:, 1]
+        return int(self._tokens_before[place] + np.searchsorted(ends, inside, side="right"))
+
+    def character_behind(self, token: int) -> int:
+        """Index of the character behind a token."""
+        place = int(np.searchsorted(self._tokens_before, token, side="right")) - 1
+        return int(self._firsts[place] + self._pieces[place].offsets()[token - self._tokens_before[place], 1])
+
+    def _locate(self, character: int) -> tuple[int, int]:
+        """The piece that `character` stands in or behind, and where in it."""
+        place = int(np.searchsorted(self._firsts, character, side="right")) - 1
+        return place, character - int(self._firsts[place])
+
+
+class _Piece:
+    """A control token, or a text without any."""
+
+    def __init__(self, ids: NDArray[np.uint32], offsets: Callable[[], NDArray[np.int64]]) -> None:
+        self.ids = ids
+        """[T]."""
+        # Few pieces are ever asked, and making arrays of the library's lists takes as long as finding the tokens.
+        self._make_offsets = offsets
+        self._offsets: NDArray[np.int64] | None = None
+
+    def offsets(self) -> NDArray[np.int64]:
+        """[T, 2], of each token the first character within the piece and the one behind the last."""
+        if self._offsets is None:
+            self._offsets = self._make_offsets()
+        return self._offsets
+
+
+_MarkedText = tuple[str, str]
+"""A text without control tokens, and the marker in it, empty if there is none."""
+
+
+class _PieceCache:
+    """The pieces used last; trajectories of one data set share their system prompts, and so do the views of one."""
+
+    _MAX_CHARACTERS = 1 << 20
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[_MarkedText, _Piece] = OrderedDict()
+        self._num_characters = 0
+
+    def __contains__(self, text: _MarkedText) -> bool:
+        return text in self._pieces
+
+    def __getitem__(self, text: _MarkedText) -> _Piece:
+        self._pieces.move_to_end(text)
+        return self._pieces[text]
+
+    def add(self, text: _MarkedText, piece: _Piece) -> None:
+        self._pieces[text] = piece
+        self._num_characters += len(text[0])
+        while self._num_characters > self._MAX_CHARACTERS:
+            self._num_characters -= len(self._pieces.popitem(last=False)[0][0])
+
+
+class Conversation:
+    """Messages and tools, ready to be rendered by a tokenizer's chat template and encoded."""
+
+    def __init__(self, tokenizer: ChatTokenizer, messages: list[Message], tools: list[Tool]) -> None:
+        """Made by `ChatTokenizer.conversation`."""
+        self._tokenizer = tokenizer
+        self._untouched = (messages, tools)
+        self._marker = tokenizer.guard.marker_for([messages, tools])
+        self._guarded = self._untouched
+        if self._marker is not None:
+            self._guarded = tokenizer.guard.broken(messages, self._marker), tokenizer.guard.broken(tools, self._marker)
+
+    def render(
+        self, indices: Iterable[int] | None = None, *, add_generation_prompt: bool = False, with_tools: bool = True
+    ) -> str:
+        """The template's text for the messages at `indices`, or for all, with markers (see `guard`).
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        messages, tools = self._guarded
+        chosen = messages if indices is None else [messages[index] for index in indices]
+        return self._tokenizer.apply_template(
+            chosen, tools if with_tools else [], add_generation_prompt=add_generation_prompt
+        )
+
+    def stock_text(self, rendered: str, indices: Iterable[int]) -> str:
+        """A text from `render` without its markers, proved to be what the template makes of the untouched messages.
+
+        Raises:
+            DataError: the template made something else of a text because a literal in it was broken.
+        """
+        if self._marker is None:
+            return rendered
+        messages, tools = self._untouched
+        stock = self._tokenizer.apply_template(
+            [messages[index] for index in indices], tools, add_generation_prompt=False
+        )
+        if self.plain(rendered) != stock:
+            raise DataError(
+                "the chat template treats a literal of a control token in its texts in a way of its own, so that it "
+                "cannot be kept as text; remove the literal"
+            )
+        return stock
+
+    def plain(self, rendered: str) -> str:
+        """A text from `render` without its markers."""
+        return rendered if self._marker is None else rendered.replace(self._marker, "")
+
+    def encode(self, rendered: str) -> Encoded:
+        """Token ids of a text from `render`, with character offsets into that very text."""
+        return self._tokenizer.encode(rendered, marker=self._marker)
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template, read from a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load `tokenizer.json` and the chat template.
+
+        Raises:
+            ConfigError: a file is missing or broken, or there is no chat template or no control token.
+        """
+        digest = tokenizer_sha256(folder)
+        try:
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the readers of both libraries fail with whatever a broken file makes of them
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"cannot load a tokenizer from {folder}: {why}; copy the model's own files") from error
+        template = self._tokenizer.chat_template
+        if not isinstance(template, str):
+            raise ConfigError(
+                f"the tokenizer in {folder} has no chat template; put chat_template.jinja beside tokenizer.json"
+            )
+        self.folder = folder
+        self.identity = TokenizerIdentity(digest, hashlib.sha256(template.encode()).hexdigest())
+        self.vocab_size = len(self._tokenizer)
+        """Number of real entries, added tokens included."""
+        # encode_special_tokens: control tokens' literals become plain text (tokenizers >= 0.19).
+        self._plain = self._tokenizer.backend_tokenizer
+        self._plain.encode_special_tokens = True
+        added = self._plain.get_added_tokens_decoder()
+        self.control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        """Ids of the control tokens by their literals; only a template can write them, never a row's text."""
+        if not self.control_ids:
+            raise ConfigError(f"the tokenizer in {folder} has no control token, so turns cannot be told from text")
+        self.control = re.compile(any_of(self.control_ids))
+        """Finds their literals."""
+        self.guard = Guard(self.control_ids)
+        self._pieces = _PieceCache()
+
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Path]]:
+        # A worker process reads the folder itself.
+        return type(self), (self.folder,)
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
+        """A conversation ready to be rendered, in whole or in part.
+
+        Raises:
+            DataError: a text holds half of a surrogate pair.
+        """
+        return Conversation(self, list(messages), list(tools))
+
+    def apply_template(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
+        """The stock rendering.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # jinja runs the template's own code: anything may come out of it
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"the chat template refuses the conversation: {why}") from error
+        return str(text)
+
+    def encode(self, rendered: str, *, marker: str | None = None) -> Encoded:
+        """Token ids of a text in which every literal of a control token is one, with character offsets.
+
+        Args:
+            marker: what breaks the literals that are not; it is no part of the text, but the offsets count it.
+        """
+        controls = list(self.control.finditer(rendered))
+        bounds = [0, *(bound for control in controls for bound in control.span()), len(rendered)]
+        texts = [rendered[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+        plain = self._encode_pieces([(text, marker if marker and marker in text else "") for text in texts])
+        # The plain pieces stand at even places, the control tokens between them.
+        pieces = [piece for pair in zip_longest(plain, map(self._control_piece, controls)) for piece in pair if piece]
+        return Encoded(pieces, bounds[:-1])
+
+    def _control_piece(self, control: re.Match[str]) -> _Piece:
+        ids = np.asarray([self.control_ids[control.group()]], np.uint32)
+        return _Piece(ids, lambda: np.asarray([[0, len(control.group())]]))
+
+    def _encode_pieces(self, texts: list[_MarkedText]) -> list[_Piece]:
+        new = list(dict.fromkeys(text for text in texts if text not in self._pieces))
+        plain = [text.replace(marker, "") if marker else text for text, marker in new]
+        encodings = self._plain.encode_batch(plain, add_special_tokens=False)
+        encoded = {
+            key: _Piece(np.asarray(encoding.ids, np.uint32), partial(_offsets, encoding, *key))
+            for key, encoding in zip(new, encodings, strict=True)
+        }
+        # A piece may be forgotten while others are added, so known ones are taken first.
+        pieces = [encoded[text] if text in encoded else self._pieces[text] for text in texts]
+        for key, piece in encoded.items():
+            self._pieces.add(key, piece)
+        return pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _offsets(encoding: Encoding, text: str, marker: str) -> NDArray[np.int64]:
+    """[T, 2], character offsets into `text`, whose markers the encoding has not seen."""
+    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+    if not marker:
+        return offsets
+    marks = [match.start() - number * len(marker) for number, match in enumerate(re.finditer(re.escape(marker), text))]
+    return offsets + len(marker) * np.searchsorted(marks, offsets, side="right")

@@ -1,0 +1,57 @@
+"""Files that say something more about tasks, joined by instance id: licences, extra texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hyperagent.data.files.reader import JSON_LINES
+from hyperagent.errors import DataError
+
+
+def read_joined(path: Path, column: str) -> dict[str, str]:
+    """`column` by `instance_id`, from Parquet or JSON Lines, such as the rows of nebius/SWE-rebench.
+
+    Raises:
+        DataError: the file is missing or damaged, lacks a column, holds something else than text, or says two
+            different things about one instance.
+    """
+    pairs = _json_lines(path, column) if path.suffix == JSON_LINES else _parquet(path, column)
+    found: dict[str, str] = {}
+    for instance_id, value in pairs:
+        if not isinstance(instance_id, str) or not isinstance(value, str):
+            raise DataError(f"{path} has the instance {instance_id!r} with {column} {value!r}; both must be text")
+        if found.setdefault(instance_id, value) != value:
+            raise DataError(f"{path} says two different things about {instance_id}; keep one")
+    return found
+
+
+def _parquet(path: Path, column: str) -> list[tuple[object, object]]:
+    try:
+        table = pq.read_table(path, columns=["instance_id", column])
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        raise DataError(
+            f"{path} is no Parquet file with instance_id and {column}: {' '.join(str(error).split())}; "
+            f"JSON Lines must be named *{JSON_LINES}"
+        ) from error
+    if set(table.column_names) != {"instance_id", column}:
+        raise DataError(f"{path} needs the columns instance_id and {column}")
+    return list(zip(table["instance_id"].to_pylist(), table[column].to_pylist(), strict=True))
+
+
+def _json_lines(path: Path, column: str) -> list[tuple[object, object]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return [(row["instance_id"], row[column]) for row in rows]
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} must hold a JSON object with instance_id and {column} in every line: {type(error).__name__} {error}"
+        ) from error

@@ -1,0 +1,251 @@
+"""A data file to a tokens file: choose rows, split by repository, make the views, count what was refused and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperagent.config import StrictModel
+from hyperagent.data.chat.messages import dialogue_of, refused_as
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.reader import Row, read_rows_or_refusals
+from hyperagent.data.files.side_tables import read_joined
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, TokenisedTrajectory, write_tokens
+from hyperagent.data.pipeline.parallel import map_rows
+from hyperagent.data.pipeline.selection import NOT_SAMPLED, RowFacts, Selected, Selection, select_rows
+from hyperagent.data.pipeline.split import SplitSettings, split_rows
+from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
+from hyperagent.errors import DataError, RowRefused, TooLong
+from hyperagent.identity import DataIdentity, file_fingerprint
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, rows done, rows to do)."""
+
+
+class TokeniseSettings(StrictModel):
+    """Everything that decides what a tokens file holds, besides the data and the tokenizer."""
+
+    views: ViewSettings = ViewSettings()
+    selection: Selection = Selection()
+    split: SplitSettings = SplitSettings()
+
+
+@dataclass(frozen=True)
+class JoinedFiles:
+    """Files with more about the tasks."""
+
+    licences: Path | None = None
+    """`instance_id` and `license_name`."""
+    extra: Path | None = None
+    """`instance_id` and `text`, for the condition."""
+
+
+@dataclass(frozen=True)
+class TokeniseReport:
+    """What became of a data file."""
+
+    rows: int
+    """Rows in the file."""
+    chosen: int
+    """Rows that were wanted and looked at."""
+    splits: Mapping[str, int]
+    """Trajectories written, by split."""
+    tokens: int
+    supervised_tokens: int
+    student_tokens: int
+    prompt_tokens: int
+    left_out: Mapping[str, int]
+    """Rows that were not wanted, by reason."""
+    refused: tuple[RowRefused, ...]
+    """Rows that were wanted and cannot be used."""
+    fingerprint: str
+    """Of the tokens file's identity."""
+
+    @property
+    def too_long(self) -> int:
+        """How many of the refused rows have more tokens than asked for."""
+        return sum(refusal.kind is TooLong for refusal in self.refused)
+
+
+def tokenise_file(
+    source: Path,
+    target: Path,
+    tokenizer: ChatTokenizer,
+    settings: TokeniseSettings,
+    *,
+    joined: JoinedFiles = JoinedFiles(),
+    strict: bool = False,
+    num_workers: int | None = None,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> TokeniseReport:
+    """Tokenise `source` (trajectories) into `target` (a tokens file), whole or not at all.
+
+    A row that cannot be used is left out and named in the report.
+
+    Args:
+        strict: stop at the first row that cannot be used.
+        num_workers: processes to use (see `workers.map_rows`).
+
+    Raises:
+        DataError: a file is unusable, or no row of training's or the held-out split is left.
+        ConfigError: the chat template cannot be used.
+        RowRefused: in strict mode.
+        StorageError: the file system refused.
+    """
+    maker = ViewMaker(tokenizer)
+    licence_of = read_joined(joined.licences, "license_name") if joined.licences else None
+    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
+    if bool(joined.extra) != ("extra" in settings.views.condition):
+        raise DataError("the condition reads an extra text if and only if a file with extra texts is given")
+    identity = _identity(source, tokenizer, settings, joined)
+    selected = select_rows(
+        source,
+        settings.selection,
+        licence_of=licence_of,
+        strict=strict,
+        progress=lambda done, total: progress("reading", done, total),
+    )
+    splits = split_rows(selected.rows, settings.split)
+
+    counts: Counter[str] = Counter()
+    refused = list(selected.refused)
+    tasks = _tasks(source, selected.rows, splits, extra_of)
+    results = map_rows(
+        RowTokeniser(maker, settings.views), tasks, num_items=len(selected.rows), num_workers=num_workers
+    )
+    with write_tokens(target, identity) as writer:
+        for done, result in enumerate(results, start=1):
+            progress("tokenising", done, len(selected.rows))
+            if isinstance(result, RowRefused):
+                if strict:
+                    raise result
+                refused.append(result)
+                continue
+            writer.write(result)
+            counts.update(_counts(result))
+        _require_both_sides(source, counts, selected, refused)
+    return TokeniseReport(
+        rows=selected.num_rows,
+        chosen=len(selected.rows) + len(selected.refused),
+        splits={split: counts[split] for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)},
+        tokens=counts["tokens"],
+        supervised_tokens=counts["supervised_tokens"],
+        student_tokens=counts["student_tokens"],
+        prompt_tokens=counts["prompt_tokens"],
+        left_out=selected.left_out,
+        refused=tuple(refused),
+        fingerprint=identity.fingerprint,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRows:
+    """Lengths of a sample of a file's rows; a row that cannot be used has 0 of everything."""
+
+    num_wanted: int
+    """Rows that the sample stands for."""
+    tokens: NDArray[np.int64]
+    """[n], in the teacher's view."""
+    supervised: NDArray[np.int64]
+    """[n]."""
+    student_tokens: NDArray[np.int64]
+    """[n]."""
+
+
+def measure_rows(
+    source: Path,
+    tokenizer: ChatTokenizer,
+    views: ViewSettings,
+    selection: Selection,
+    *,
+    num_workers: int | None = None,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> MeasuredRows:
+    """Tokenise the rows that `selection` chooses and keep their lengths only.
+
+    Raises:
+        DataError: the file is unusable.
+        ConfigError: the chat template cannot be used.
+    """
+    function = RowTokeniser(ViewMaker(tokenizer), views)
+    selected = select_rows(source, selection, progress=lambda done, total: progress("reading", done, total))
+    tasks = _tasks(source, selected.rows, dict.fromkeys((row.number for row in selected.rows), TRAIN), {})
+    lengths = np.zeros((len(selected.rows), 3), dtype=np.int64)
+    results = map_rows(function, tasks, num_items=len(selected.rows), num_workers=num_workers)
+    for number, result in enumerate(results):
+        progress("tokenising", number + 1, len(selected.rows))
+        if isinstance(result, TokenisedTrajectory):
+            lengths[number] = len(result.token_ids), len(result.positions), len(result.student_ids)
+    wanted = len(selected.rows) + selected.left_out.get(NOT_SAMPLED, 0)
+    return MeasuredRows(wanted, *lengths.T)
+
+
+class RowTask(NamedTuple):
+    """One row and what is decided about it."""
+
+    row: Row
+    name: str
+    split: str
+    extra: str | None
+
+
+class RowTokeniser:
+    """Makes a row's views; a row that cannot be used comes back as its refusal."""
+
+    def __init__(self, maker: ViewMaker, settings: ViewSettings) -> None:
+        self._maker = maker
+        self._settings = settings
+
+    def __call__(self, task: RowTask) -> TokenisedTrajectory | RowRefused:
+        try:
+            with refused_as(task.name):
+                dialogue = dialogue_of(task.row)
+                return self._maker.make(
+                    task.name, task.row["repo"], task.split, dialogue, settings=self._settings, extra=task.extra
+                )
+        except RowRefused as refusal:
+            return refusal
+
+
+def _tasks(
+    source: Path, rows: tuple[RowFacts, ...], splits: Mapping[int, str], extra_of: Mapping[str, str]
+) -> Iterator[RowTask]:
+    chosen = {fact.number: fact for fact in rows}
+    for number, row in enumerate(read_rows_or_refusals(source)):
+        if (fact := chosen.get(number)) is not None:
+            assert not isinstance(row, RowRefused)
+            yield RowTask(row, fact.name, splits[number], extra_of.get(fact.instance_id))
+
+
+def _counts(trajectory: TokenisedTrajectory) -> dict[str, int]:
+    return {
+        trajectory.split: 1,
+        "tokens": len(trajectory.token_ids),
+        "supervised_tokens": len(trajectory.positions),
+        "student_tokens": len(trajectory.student_ids),
+        "prompt_tokens": len(trajectory.prompt_ids),
+    }
+
+
+def _require_both_sides(source: Path, counts: Counter[str], selected: Selected, refused: list[RowRefused]) -> None:
+    for split in (TRAIN, HELD_OUT):
+        if counts[split] == 0:
+            why = f"; the first refusal: {refused[0]}" if refused else ""
+            raise DataError(
+                f"no usable trajectory of {source} is left in the {split} split ({len(refused)} of "
+                f"{selected.num_rows} refused, {sum(selected.left_out.values())} left out){why}"
+            )
+
+
+def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokeniseSettings, joined: JoinedFiles) -> DataIdentity:
+    chosen: dict[str, Any] = settings.model_dump(mode="json")
+    for name, path in (("licences_file", joined.licences), ("extra_file", joined.extra)):
+        if path is not None:
+            chosen[name] = file_fingerprint(path)
+    return DataIdentity(tokenizer.identity, file_fingerprint(source), chosen)

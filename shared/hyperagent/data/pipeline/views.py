@@ -1,0 +1,233 @@
+"""The three views of one trajectory, as token ids.
+
+The teacher sees the whole conversation. The hypernetwork reads the condition. The student sees the whole
+conversation, or is spared what the adapter is to carry: conditioning can only pay where the adapter knows something
+that the student does not see.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from hyperagent.config import StrictModel
+from hyperagent.data.chat.mask_by_rendering import assistant_spans, supervised_by_spans
+from hyperagent.data.chat.mask_by_scanning import TurnScanner, turn_shape
+from hyperagent.data.chat.messages import Dialogue
+from hyperagent.data.chat.tokenizer import ChatTokenizer, Conversation
+from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.errors import DataError, MaskDisagreement, TooLong
+
+Part = Literal["system", "tools", "task", "extra"]
+_ORDER: tuple[Part, ...] = ("system", "tools", "task", "extra")
+
+
+class ViewSettings(StrictModel):
+    """Who sees what of a trajectory, and how much of it."""
+
+    condition: tuple[Part, ...] = ("system", "tools", "task")
+    """What the hypernetwork reads; the task is always a part of it."""
+    internalised: tuple[Part, ...] = ()
+    """What the student does not see; nothing is the *full* view."""
+    max_tokens: int = Field(131_072, ge=2)
+    """Longest trajectory in the teacher's view."""
+    max_prompt_tokens: int = Field(32_768, ge=1)
+    """Longest condition."""
+    cut: bool = False
+    """Cut a longer trajectory behind the last assistant's turn that fits, instead of refusing it."""
+
+    @field_validator("condition", "internalised")
+    @classmethod
+    def _in_order(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple(part for part in _ORDER if part in parts)
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if "task" not in self.condition:
+            raise ValueError("the condition must hold the task; add it")
+        if "extra" in self.internalised:
+            raise ValueError("the extra text is never shown to the student, so it cannot be internalised; leave it out")
+        if unknown := [part for part in self.internalised if part not in self.condition]:
+            raise ValueError(
+                f"{' and '.join(unknown)} cannot be hidden from the student and missing in the condition: the adapter "
+                "could not know it; add it to the condition"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Everything that a condition can be made of."""
+
+    task: str
+    system: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Without nulls, as templates take them."""
+    extra: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedText:
+    """A conversation rendered, tokenised and masked."""
+
+    dialogue: Dialogue
+    text: str
+    """What the stock template makes of it."""
+    ids: NDArray[np.uint32]
+    """[T]."""
+    positions: NDArray[np.uint32]
+    """[N], strictly increasing, at least 1: what the assistant wrote, both ways to find it agreeing."""
+
+
+class ViewMaker:
+    """Makes the views of trajectories with one tokenizer."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        """Learn the template's turns.
+
+        Raises:
+            ConfigError: the template cannot be used (see `turns.turn_shape`).
+        """
+        self.tokenizer = tokenizer
+        self._shape = turn_shape(tokenizer)
+        self._scanner = TurnScanner(tokenizer, self._shape)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[ChatTokenizer]]:
+        return type(self), (self.tokenizer,)
+
+    def make(
+        self,
+        trajectory_id: str,
+        repo: str,
+        split: str,
+        dialogue: Dialogue,
+        *,
+        settings: ViewSettings,
+        extra: str | None = None,
+    ) -> TokenisedTrajectory:
+        """The three views of one dialogue.
+
+        Raises:
+            DataError: the dialogue cannot be used; says why.
+        """
+        prompt_ids = condition_ids(
+            self.tokenizer,
+            Condition(dialogue.task, dialogue.system, dialogue.tools, extra),
+            parts=settings.condition,
+        )
+        if len(prompt_ids) > settings.max_prompt_tokens:
+            raise DataError(
+                f"its condition has {len(prompt_ids)} tokens, the limit for a prompt is {settings.max_prompt_tokens}"
+            )
+        teacher = self.masked(dialogue, max_tokens=settings.max_tokens, cut=settings.cut)
+        student = teacher
+        if settings.internalised:
+            student = self.masked(without(teacher.dialogue, settings.internalised))
+        trajectory = TokenisedTrajectory(
+            trajectory_id,
+            repo,
+            split,
+            token_ids=teacher.ids,
+            positions=teacher.positions,
+            prompt_ids=prompt_ids,
+            student_ids=student.ids,
+            student_positions=student.positions,
+        )
+        trajectory.require_aligned()
+        return trajectory
+
+    def masked(self, dialogue: Dialogue, *, max_tokens: int | None = None, cut: bool = False) -> MaskedText:
+        """Render, tokenise and mask a dialogue.
+
+        Raises:
+            DataError: the template refuses it, nothing is supervised, or an end of a turn is not.
+            TooLong: it has more tokens than asked for.
+            MaskDisagreement: the two masks differ.
+        """
+        conversation = self.tokenizer.conversation(dialogue.messages, dialogue.tools)
+        rendered = conversation.render()
+        encoded = conversation.encode(rendered)
+        if max_tokens is not None and len(encoded.ids) > max_tokens:
+            if not cut:
+                raise TooLong(f"it has {len(encoded.ids)} tokens, the limit is {max_tokens}")
+            fitting = _messages_that_fit(dialogue, conversation, encoded.character_behind(max_tokens - 1))
+            dialogue = dialogue.first(fitting)
+            rendered = conversation.render(range(fitting))
+            encoded = conversation.encode(rendered)
+        text = conversation.stock_text(rendered, range(len(dialogue.messages)))
+        spans = assistant_spans(dialogue.messages, conversation, rendered, end=self._shape.end)
+        positions = supervised_by_spans(encoded, spans)
+        self._require_agreement(encoded.ids, positions)
+        self._require_ends(encoded.ids, positions, num_turns=len(spans))
+        return MaskedText(dialogue, text, encoded.ids, positions)
+
+    def _require_agreement(self, ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> None:
+        by_turns = self._scanner.supervised(ids)
+        if np.array_equal(by_turns, positions):
+            return
+        first = int(np.setxor1d(by_turns, positions)[0])
+        nearby = self.tokenizer.decode(ids[max(0, first - 4) : first + 4].tolist())
+        raise MaskDisagreement(
+            f"the two ways to find the assistant's tokens disagree first at token {first}, near {nearby!r}"
+        )
+
+    def _require_ends(self, ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, num_turns: int) -> None:
+        """Every turn's end is supervised, so something is; the first token has no context to be predicted from."""
+        ends = int((ids[positions] == self._shape.end_id).sum())
+        if ends != num_turns:
+            raise DataError(f"{ends} ends of turns are supervised, but the assistant speaks {num_turns} times")
+        if positions[0] == 0:
+            raise DataError("its first token is the assistant's, so nothing leads up to it")
+
+
+def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iterable[str]) -> NDArray[np.uint32]:
+    """[P]: what the hypernetwork reads, in training and in use: at most a system turn with tools and a user turn.
+
+    Raises:
+        DataError: the extra text is a part but there is none, or a text cannot be read.
+    """
+    parts = set(parts)
+    text = condition.task
+    if "extra" in parts:
+        if not condition.extra:
+            raise DataError("it has no extra text, which the condition asks for")
+        text = f"{text}\n\n{condition.extra}"
+    messages = [{"role": "user", "content": text}]
+    if "system" in parts and condition.system is not None:
+        messages.insert(0, {"role": "system", "content": condition.system})
+    tools = list(condition.tools) if "tools" in parts else []
+    conversation = tokenizer.conversation(messages, tools)
+    rendered = conversation.render()
+    conversation.stock_text(rendered, range(len(messages)))
+    return conversation.encode(rendered).ids
+
+
+def without(dialogue: Dialogue, parts: Iterable[str]) -> Dialogue:
+    """A dialogue without some of its parts.
+
+    Of the task only the text goes: many templates ask for a user's turn before the assistant's, and chat servers for
+    a user's message.
+    """
+    parts = set(parts)
+    messages = list(dialogue.messages)
+    if "task" in parts:
+        messages[dialogue.task_index] = {"role": "user", "content": ""}
+    if "system" in parts and dialogue.system is not None:
+        messages = messages[1:]
+    return replace(dialogue, messages=messages, tools=[] if "tools" in parts else dialogue.tools)
+
+
+def _messages_that_fit(dialogue: Dialogue, conversation: Conversation, num_characters: int) -> int:
+    """Number of whole messages within `num_characters` of rendered text, up to and including an assistant message."""
+    ends = [index + 1 for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+    # Renderings grow with the number of messages, so the first that is too long can be searched for.
+    fitting = bisect_right(ends, num_characters, key=lambda count: len(conversation.render(range(count))))
+    if fitting == 0:
+        raise TooLong("its first assistant turn ends beyond the limit of tokens")
+    return ends[fitting - 1]

@@ -1,0 +1,1 @@
+"""Reports about a data set: inspect, show, plan, plot."""

@@ -1,0 +1,230 @@
+"""What a data file holds and what becomes of it: every row rendered, tokenised, masked and checked, none written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hyperagent.data.chat.messages import Dialogue, dialogue_of, issue_text, name_of, prune_nulls, refused_as
+from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals, read_schema_differences
+from hyperagent.data.pipeline.parallel import map_rows
+from hyperagent.data.pipeline.views import ViewMaker
+from hyperagent.errors import MaskDisagreement, RowRefused
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What one rendered row holds."""
+
+    trajectory_id: str
+    repo: str
+    issue: str
+    tokens: int
+    supervised_tokens: int
+    roles: dict[str, tuple[int, int]]
+    """Messages and characters, calls included, by role."""
+    is_stock: bool
+    """Whether the rendered text is what the stock template makes of the messages, byte for byte."""
+    phantom_parameters: int
+    """Parameters that a tool of the row declares as null and that its rendering shows."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `inspect_file` found."""
+
+    rows: int
+    rendered: tuple[RowReport, ...]
+    refused: tuple[RowRefused, ...]
+    schema_differences: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rendered)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(row.supervised_tokens for row in self.rendered)
+
+    @property
+    def mask_disagreements(self) -> int:
+        """Rows refused because the two ways to find the assistant's tokens differ."""
+        return sum(refusal.kind is MaskDisagreement for refusal in self.refused)
+
+    @property
+    def phantom_parameters(self) -> int:
+        return sum(row.phantom_parameters for row in self.rendered)
+
+    @property
+    def template_mismatches(self) -> int:
+        """Rows whose text is not the stock template's."""
+        return sum(not row.is_stock for row in self.rendered)
+
+    @property
+    def duplicates(self) -> int:
+        """Rows whose issue occurred in another repository before; tokenising leaves them out."""
+        repo_of_issue: dict[str, str] = {}
+        return sum(repo_of_issue.setdefault(row.issue, row.repo) != row.repo for row in self.rendered)
+
+    def roles(self) -> dict[str, dict[str, int]]:
+        """Messages and characters of all rows, by role."""
+        messages: Counter[str] = Counter()
+        characters: Counter[str] = Counter()
+        for row in self.rendered:
+            for role, (num_messages, num_characters) in row.roles.items():
+                messages[role] += num_messages
+                characters[role] += num_characters
+        return {role: {"messages": messages[role], "characters": characters[role]} for role in sorted(messages)}
+
+
+def inspect_file(
+    path: Path,
+    tokenizer: ChatTokenizer,
+    *,
+    strict: bool = False,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> FileReport:
+    """Render, tokenise, mask and check every row of a file, of any length.
+
+    Args:
+        strict: stop at the first row that cannot be used.
+        num_workers: processes to use (see `workers.map_rows`).
+
+    Raises:
+        DataError: the file cannot be read.
+        ConfigError: the chat template cannot be used.
+        RowRefused: in strict mode.
+    """
+    inspector = RowInspector(ViewMaker(tokenizer))
+    differences = tuple(read_schema_differences(path))
+    total = count_rows(path)
+    rendered: list[RowReport] = []
+    refused: list[RowRefused] = []
+    names: set[str] = set()
+    for done, result in enumerate(
+        map_rows(inspector, _numbered(path), num_items=total, num_workers=num_workers), start=1
+    ):
+        progress(done, total)
+        if isinstance(result, RowReport) and result.trajectory_id in names:
+            result = RowRefused(result.trajectory_id, f"row {done - 1} has the id of an earlier row")
+        if isinstance(result, RowReport):
+            names.add(result.trajectory_id)
+            rendered.append(result)
+        elif strict:
+            raise result
+        else:
+            refused.append(result)
+    return FileReport(total, tuple(rendered), tuple(refused), differences)
+
+
+class NumberedRow(NamedTuple):
+    """A row, or its refusal by the reader, and its number from 0."""
+
+    number: int
+    row: Row | RowRefused
+
+
+class RowInspector:
+    """Reports on a row; a row that cannot be used comes back as its refusal."""
+
+    def __init__(self, maker: ViewMaker) -> None:
+        self._maker = maker
+
+    def __call__(self, numbered: NumberedRow) -> RowReport | RowRefused:
+        number, row = numbered
+        if isinstance(row, RowRefused):
+            return row
+        name = name_of(row, number)
+        try:
+            with refused_as(name):
+                return self._report(name, row)
+        except RowRefused as refusal:
+            return refusal
+
+    def _report(self, name: str, row: Row) -> RowReport:
+        dialogue = dialogue_of(row)
+        masked = self._maker.masked(dialogue)
+        tokenizer = self._maker.tokenizer
+        stock = tokenizer.apply_template(dialogue.messages, dialogue.tools, add_generation_prompt=False)
+        return RowReport(
+            trajectory_id=name,
+            repo=row["repo"],
+            issue=issue_text(dialogue.task),
+            tokens=len(masked.ids),
+            supervised_tokens=len(masked.positions),
+            roles=_roles(dialogue),
+            is_stock=masked.text == stock,
+            phantom_parameters=count_phantom_parameters(row["tools"] or [], dialogue, tokenizer),
+        )
+
+
+def count_phantom_parameters(raw_tools: list[dict[str, Any]], dialogue: Dialogue, tokenizer: ChatTokenizer) -> int:
+    """Parameters that a tool declares as null and that the template shows all the same.
+
+    Judged by the rendered text: what a tool's parameters add to it may hold a padded parameter's name no more often
+    than the tool's own declarations do.
+    """
+    count = 0
+    for raw, tool in zip(raw_tools, dialogue.tools, strict=True):
+        own = {name: declared for name, declared in _properties(raw).items() if declared is not None}
+        padded = _properties(raw).keys() - own.keys()
+        if not padded:
+            continue
+        shown = _render_tool(tokenizer, tool)
+        bare = _render_tool(tokenizer, _without_parameters(tool))
+        declared = " ".join(_texts(prune_nulls(own)))
+        count += sum(_words(shown, name) - _words(bare, name) > _words(declared, name) for name in padded)
+    return count
+
+
+def _numbered(path: Path) -> Iterator[NumberedRow]:
+    return (NumberedRow(number, row) for number, row in enumerate(read_rows_or_refusals(path)))
+
+
+def _roles(dialogue: Dialogue) -> dict[str, tuple[int, int]]:
+    roles: dict[str, tuple[int, int]] = {}
+    for message in dialogue.messages:
+        messages, characters = roles.get(message["role"], (0, 0))
+        calls = sum(len(text) for text in _texts(message.get("tool_calls", [])))
+        roles[message["role"]] = (messages + 1, characters + len(message["content"]) + calls)
+    return roles
+
+
+def _properties(tool: Any) -> dict[str, Any]:
+    value = tool
+    for key in ("function", "parameters", "properties"):
+        # A tool of another shape declares nothing that could be padded.
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _without_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool["function"]
+    return {**tool, "function": {**function, "parameters": {**function.get("parameters", {}), "properties": {}}}}
+
+
+def _render_tool(tokenizer: ChatTokenizer, tool: dict[str, Any]) -> str:
+    return tokenizer.apply_template([{"role": "user", "content": ""}], [tool], add_generation_prompt=False)
+
+
+def _words(text: str, word: str) -> int:
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every key and every leaf of a JSON value, as text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    else:
+        yield str(value)

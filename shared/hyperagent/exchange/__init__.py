@@ -1,1 +1,0 @@
-"""The cache's rows in other people's file formats, and back."""

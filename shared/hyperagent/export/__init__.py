@@ -1,0 +1,1 @@
+"""Exports a cache to other formats and reads them."""

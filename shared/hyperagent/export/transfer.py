@@ -1,0 +1,141 @@
+"""A cache's trajectories as a folder of files.
+
+FOLDER/export.json         format, the teacher's identity and fingerprint, the data's identity
+FOLDER/<key>.<suffix>      a trajectory each, see `hyperagent.export.formats`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hyperagent.cache.local import TopKCache
+from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
+from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, NotFound
+from hyperagent.export.formats import FORMATS, ExportedTrajectory
+from hyperagent.files import write_atomically
+from hyperagent.identity import DataIdentity, TeacherIdentity
+
+DESCRIPTION = "export.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """What has been written, or read."""
+
+    trajectories: int
+    supervised_tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportDescription:
+    """What `export.json` tells."""
+
+    format: str
+    identity: TeacherIdentity
+    data: DataIdentity
+
+
+def export(
+    cache: TopKCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = lambda _done, _total: None
+) -> ExchangeReport:
+    """Write the trajectories of a tokens file, each with its rows; run again, it writes the same files again.
+
+    Raises:
+        IdentityMismatch: the cache was not populated from this tokens file.
+        ConfigError: the folder holds another export.
+        DataError: the cache lacks a trajectory; names it.
+        CorruptRecord: a record is damaged; says which and how to mend it.
+        StorageError: the file system refused; files that were written stay.
+    """
+    data = read_data_identity(tokens)
+    cache.require_data(data)
+    description = {
+        "format": file_format,
+        "identity": asdict(cache.identity),
+        "fingerprint": cache.identity.fingerprint,
+        "data": json.loads(data.to_json()),
+    }
+    content = json.dumps(description, indent=2).encode() + b"\n"
+    if (folder / DESCRIPTION).exists() and (folder / DESCRIPTION).read_bytes() != content:
+        raise ConfigError(f"{folder} holds the export of another cache, data or format; name another folder")
+    write_atomically(folder / DESCRIPTION, content)
+    target = FORMATS[file_format]
+    total, rows, size = count_tokens_rows(tokens), 0, 0
+    for done, trajectory in enumerate(read_tokens(tokens)):
+        progress(done, total)
+        key = cache.key(trajectory.token_ids, trajectory.positions)
+        try:
+            record = cache.get(key)
+        except NotFound as error:
+            raise DataError(
+                f"the cache lacks trajectory {trajectory.trajectory_id!r}; run `hyperagent cache populate` first"
+            ) from error
+        encoded = target.encode(ExportedTrajectory(trajectory.token_ids, record.rows))
+        write_atomically(folder / f"{key}{target.suffix}", encoded)
+        rows += record.rows.num_rows
+        size += len(encoded)
+    progress(total, total)
+    return ExchangeReport(total, rows, size)
+
+
+def read_description(folder: Path) -> ExportDescription:
+    """What a folder that `export` wrote says of itself.
+
+    Raises:
+        ConfigError: there is none.
+        CorruptRecord: it is damaged.
+    """
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(path.read_bytes())
+        identity = TeacherIdentity.from_fields(content["identity"])
+        data = DataIdentity.from_json(json.dumps(content["data"]))
+        file_format = content["format"]
+        is_whole = identity.fingerprint == content["fingerprint"] and file_format in FORMATS
+    except OSError as error:
+        raise ConfigError(f"{folder} is neither a cache nor an export: {error.strerror}: {path.name}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptRecord(f"{path} is damaged: {' '.join(str(error).split())}; export again") from error
+    if not is_whole:
+        raise CorruptRecord(f"{path} is damaged: its fingerprint or format does not fit; export again")
+    return ExportDescription(file_format, identity, data)
+
+
+def import_files(folder: Path, cache: TopKCache, progress: Progress = lambda _done, _total: None) -> ExchangeReport:
+    """Put every trajectory of an exported folder into the cache of its teacher; what is there already stays.
+
+    Raises:
+        DataError: a file is damaged or its rows are not distributions; names the file. What was put in stays.
+        StorageError: the file system refused; what was put in stays.
+    """
+    description = read_description(folder)
+    source = FORMATS[description.format]
+    paths = sorted(folder.glob(f"*{source.suffix}"))
+    rows = size = 0
+    for done, path in enumerate(paths):
+        progress(done, len(paths))
+        try:
+            content = path.read_bytes()
+            trajectory = source.decode(content, cache.identity.top_k)
+            trajectory.rows.validate(
+                num_tokens=len(trajectory.token_ids),
+                vocab_size=cache.identity.vocab_size,
+                temperatures=cache.identity.temperatures,
+            )
+            key = cache.key(trajectory.token_ids, trajectory.rows.positions)
+            if key != path.stem:
+                raise DataError(f"its tokens and positions are those of {key}")
+        except (HyperagentError, OSError) as error:
+            raise DataError(f"{path} was not imported: {error}; export it again, or remove it") from error
+        cache.put(trajectory.token_ids, trajectory.rows)
+        rows += trajectory.rows.num_rows
+        size += len(content)
+    # Only now is all of it there.
+    cache.record_data(description.data)
+    progress(len(paths), len(paths))
+    return ExchangeReport(len(paths), rows, size)

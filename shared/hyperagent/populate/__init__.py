@@ -1,0 +1,1 @@
+"""Fills a cache from one or many teachers, through a work queue."""

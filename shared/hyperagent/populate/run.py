@@ -1,0 +1,188 @@
+"""Filling the cache from a tokens file, with one teacher or many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from hyperagent.cache.format.codecs import CODECS
+from hyperagent.cache.format.size_estimate import bytes_per_row
+from hyperagent.cache.maintenance.verify import cache_digest
+from hyperagent.data.files.tokens_file import TokensFile, read_data_identity, read_tokens
+from hyperagent.errors import HyperagentError
+from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
+from hyperagent.populate.queue import QueueCounts, WorkItem, WorkQueue
+from hyperagent.populate.redis_queue import RedisQueue
+from hyperagent.populate.sqlite_queue import SqliteQueue
+from hyperagent.populate.worker import Worker
+from hyperagent.wire.client import TeacherClient, TeacherFacts
+from hyperagent.wire.outcome import Outcome
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class PopulateReport:
+    """What a round has come to, whoever worked in it."""
+
+    written: int
+    present: int
+    refused: tuple[str, ...]
+    """Trajectory and reason of each that cannot be scored."""
+    set_aside: tuple[str, ...]
+    """Trajectory, tries and last reason of each that failed too often."""
+    supervised_tokens: int
+    digest: str
+    """`cache_digest` of the records of this population."""
+
+
+@dataclass(frozen=True)
+class PopulatePlan:
+    """What a population would be, before anything runs."""
+
+    trajectories: int
+    tokens: int
+    supervised_tokens: int
+    cache_bytes: dict[str, int]
+    """Of all rows, by codec."""
+    too_long: tuple[str, ...]
+    """Trajectories that the teacher would refuse for their length."""
+
+
+async def find_teachers(clients: Sequence[TeacherClient], *, wait_s: float) -> TeacherFacts:
+    """Wait for all teachers; they must be one and the same, with the lowest of their limits.
+
+    Raises:
+        ServiceError: one does not answer.
+        IdentityMismatch: two differ.
+    """
+    await asyncio.gather(*(client.wait_until_serving(wait_s) for client in clients))
+    facts = await asyncio.gather(*(client.get_teacher() for client in clients))
+    for client, other in zip(clients[1:], facts[1:], strict=True):
+        require_same(
+            f"the teacher at {client.address}",
+            expected=facts[0].identity.fingerprint,
+            found=other.identity.fingerprint,
+            remedy="populate one cache with equal teachers only",
+        )
+    return TeacherFacts(facts[0].identity, min(f.max_tokens for f in facts), min(f.max_pending_requests for f in facts))
+
+
+def open_queue(
+    place: str, *, data: DataIdentity, teacher: TeacherIdentity, max_tries: int, lease_s: float
+) -> WorkQueue:
+    """The queue in a file or, for a redis:// address, in Redis, of one file's rows by one teacher.
+
+    Raises:
+        StorageError, ConfigError, ServiceError: it cannot be used.
+    """
+    name = blake3(bytes.fromhex(data.fingerprint + teacher.fingerprint)).hexdigest()
+    if place.startswith(("redis://", "rediss://", "unix://")):
+        return RedisQueue(place, name=name, max_tries=max_tries, lease_s=lease_s)
+    return SqliteQueue(Path(place), name=name, max_tries=max_tries, lease_s=lease_s)
+
+
+def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
+    """Count what a population would do.
+
+    Raises:
+        DataError: the file cannot be used.
+    """
+    num_tokens = num_rows = trajectories = 0
+    too_long = []
+    for item in work_items(tokens):
+        trajectories += 1
+        if item.num_tokens > teacher.max_tokens:
+            too_long.append(f"{item.trajectory_id}: {item.num_tokens:,} tokens, {teacher.max_tokens:,} at most")
+            continue
+        num_tokens += item.num_tokens
+        num_rows += item.num_rows
+    facts = teacher.identity
+    row = {"top_k": facts.top_k, "vocab_size": facts.vocab_size, "num_temperatures": len(facts.temperatures)}
+    sizes = {codec: round(num_rows * bytes_per_row(codec, **row)) for codec in CODECS}
+    return PopulatePlan(trajectories, num_tokens, num_rows, sizes, tuple(too_long))
+
+
+def work_items(tokens: Path) -> Iterator[WorkItem]:
+    """Every trajectory of a tokens file; equal ones share their id."""
+    for row, trajectory in enumerate(read_tokens(tokens)):
+        digest = blake3(len(trajectory.token_ids).to_bytes(8, "little"))
+        digest.update(trajectory.token_ids.astype("<u4", copy=False).tobytes())
+        digest.update(trajectory.positions.astype("<u4", copy=False).tobytes())
+        yield WorkItem(
+            digest.hexdigest(), row, trajectory.trajectory_id, len(trajectory.token_ids), len(trajectory.positions)
+        )
+
+
+async def populate(
+    tokens: Path,
+    clients: Sequence[TeacherClient],
+    queue: WorkQueue,
+    *,
+    calls_per_teacher: int,
+    lease_s: float,
+    teacher_wait_s: float,
+    progress: Callable[[QueueCounts], None] = lambda _counts: None,
+) -> PopulateReport:
+    """Work, beside whoever shares the queue, until all of it is over.
+
+    A teacher that is lost is done without as long as another one is there.
+
+    Args:
+        calls_per_teacher: trajectories that a teacher holds at once.
+        lease_s, teacher_wait_s: see `Worker`.
+        progress: called now and then.
+
+    Raises:
+        HyperagentError: what ended the last worker, if something is left to do.
+    """
+    data = await asyncio.to_thread(read_data_identity, tokens)
+    await asyncio.to_thread(lambda: queue.fill(work_items(tokens)))
+    file = TokensFile(tokens)
+    workers = [
+        Worker(queue, file, client, data, lease_s=lease_s, teacher_wait_s=teacher_wait_s)
+        for client in clients
+        for _ in range(calls_per_teacher)
+    ]
+    working = asyncio.gather(*(worker.run() for worker in workers), return_exceptions=True)
+    try:
+        while not working.done():
+            await asyncio.wait({working}, timeout=_POLL_S)
+            progress(await asyncio.to_thread(queue.counts))
+        ends = working.result()
+    finally:
+        working.cancel()
+        await asyncio.wait({working})
+    failures = [end for end in ends if end is not None]
+    for failure in failures:
+        if not isinstance(failure, HyperagentError):
+            raise failure
+    if failures and not (await asyncio.to_thread(queue.counts)).is_over:
+        raise failures[0]
+    return await asyncio.to_thread(_report, queue)
+
+
+def _report(queue: WorkQueue) -> PopulateReport:
+    outcomes: Counter[str] = Counter()
+    refused, digests, rows = [], {}, 0
+    for finished in queue.finished():
+        outcomes[finished.outcome] += 1
+        rows += finished.item.num_rows
+        if finished.cache_key:
+            digests[finished.cache_key] = finished.record_digest
+        else:
+            refused.append(f"{finished.item.trajectory_id}: {finished.reason}")
+    aside = [f"{s.item.trajectory_id}: failed {s.tries} times, last: {s.reason}" for s in queue.set_aside()]
+    return PopulateReport(
+        written=outcomes[Outcome.WRITTEN],
+        present=outcomes[Outcome.PRESENT],
+        refused=tuple(refused),
+        set_aside=tuple(aside),
+        supervised_tokens=rows,
+        digest=cache_digest(digests),
+    )

@@ -1,0 +1,71 @@
+"""A training process that is killed at random moments, again and again, and one that never was: the same run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from tiny_runs import last_checkpoint, losses, metrics, run
+
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.training.trainer import train
+
+NUM_KILLS = int(os.environ.get("HYPERAGENT_TEST_KILLS", "50"))
+NUM_STEPS = 4 * NUM_KILLS
+
+
+def _life(recipe: TrainRecipe, root: Path) -> None:
+    train(recipe, RunFolder(root), threading.Event())
+
+
+def _wait_for_progress(folder: RunFolder, life: BaseProcess, draw: random.Random) -> None:
+    """Until the start has come to some point, or a few steps are done and a part of one."""
+    num_steps = draw.randrange(4)
+    if num_steps == 0:
+        life.join(draw.uniform(0, 1))
+        return
+    size = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    for _ in range(num_steps):
+        while life.is_alive() and (not folder.metrics.exists() or folder.metrics.stat().st_size <= size):
+            time.sleep(0.001)
+        size = folder.metrics.stat().st_size
+    life.join(draw.uniform(0, 0.1))
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(recipe: TrainRecipe, tmp_path: Path) -> None:
+    # A checkpoint after every step, so that many a kill falls into one.
+    recipe = recipe.model_copy(
+        update={"num_steps": NUM_STEPS, "evaluate_every": NUM_STEPS, "checkpoint_every": 1, "learning_rate": 1e-3}
+    )
+    undisturbed = run(recipe, tmp_path / "undisturbed")
+
+    root = tmp_path / "killed"
+    root.mkdir()
+    folder = RunFolder(root)
+    draw = random.Random(0)
+    # Forked from a process that has imported everything, a life begins at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hyperagent_trainer.training.trainer", "transformers"])
+    for _ in range(NUM_KILLS):
+        life = context.Process(target=_life, args=(recipe, root))
+        life.start()
+        _wait_for_progress(folder, life, draw)
+        assert life.is_alive(), f"it ended by itself with {life.exitcode}"
+        life.kill()
+        life.join()
+    train(recipe, folder, threading.Event())
+
+    assert losses(folder) == losses(undisturbed)
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, NUM_STEPS + 1))
+    assert metrics(folder)[-1]["held_out_kl"] == metrics(undisturbed)[-1]["held_out_kl"]
+    for name in ("network.safetensors", "optimizer.safetensors"):
+        assert (last_checkpoint(folder) / name).read_bytes() == (last_checkpoint(undisturbed) / name).read_bytes()
+    assert folder.read_status().state == "done"

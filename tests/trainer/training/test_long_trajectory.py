@@ -1,0 +1,23 @@
+"""A long trajectory's memory: what benchmarks/long_trajectory.py measures at full length, from two lengths that take seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "long_trajectory.py"
+
+
+def test_a_trajectory_of_131072_tokens_fits_into_8_gib() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--tokens", "4096", "12288", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    short, long = json.loads(done.stdout)["results"]
+    # Memory is linear in the tokens, so both lengths lie on the line that leads to the longest.
+    per_token = (long["peak_rss_bytes"] - short["peak_rss_bytes"]) / (long["tokens"] - short["tokens"])
+    assert short["peak_rss_bytes"] + per_token * (131_072 - short["tokens"]) < 8 * 2**30
