@@ -43,7 +43,7 @@ from teacher_rows import entropy_nats, synthetic_rows, teacher_rows
 from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.hot_tier import HotTier
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import count
 from hyperagent.identity import TeacherIdentity
 from hyperagent.loader.rows import load_rows
@@ -92,7 +92,7 @@ def median_s(action: Callable[[], object], *, times: int = REPETITIONS) -> float
     return statistics.median(took)
 
 
-def read_block(cache: TopKCache, key: str, index: int) -> None:
+def read_block(cache: LocalCache, key: str, index: int) -> None:
     """Find one block of a trajectory and read its ids and log-probabilities."""
     (block,) = [block for block in cache.trajectory(key).blocks if block.index == index]
     (stored,) = cache.rows_of([block.key])
@@ -108,7 +108,7 @@ def look_at(array: np.ndarray) -> int:
 def measure_codec(root: Path, settings: CacheSettings, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float]:
     """Size, distortion and speed of one way to store `rows`."""
     token_ids = np.zeros(rows.num_rows + 1, np.uint32)
-    with TopKCache.create_or_open(root, identity, settings=settings) as cache:
+    with LocalCache.create_or_open(root, identity, settings=settings) as cache:
         started = time.perf_counter()
         key = cache.put(token_ids, rows)
         write_s = time.perf_counter() - started
@@ -169,18 +169,20 @@ def measure_redis(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict
     token_ids = np.zeros(rows.num_rows + 1, np.uint32)
     with redis_server(root) as url:
         hot = HotTier.connect(url)
-        with TopKCache.create_or_open(root / "cache", identity, hot=hot) as cache:
+        with LocalCache.create_or_open(root / "cache", identity, hot=hot) as cache:
             key = cache.put(token_ids, rows)
             load_rows(cache, key)
             hot.flush()
-            before = cache.hot_use
+            before = cache.hot_tier_stats
             middle = rows.num_rows // BLOCK // 2 * BLOCK
             found: dict[str, float | str] = {
                 "get_tokens_per_s": rows.num_rows / median_s(lambda: load_rows(cache, key)),
                 "get_random_load_ms": 1e3 * median_s(lambda: load_rows(cache, key, first_token=middle, end_token=middle + BLOCK)),
             }  # fmt: skip
-            assert cache.hot_use.since(before).misses == 0, "Redis did not have everything; this is not its figure"
-    with TopKCache.open(root / "cache") as cache:
+            assert cache.hot_tier_stats.since(before).misses == 0, (
+                "Redis did not have everything; this is not its figure"
+            )
+    with LocalCache.open(root / "cache") as cache:
         found["disk_tokens_per_s"] = rows.num_rows / median_s(lambda: load_rows(cache, key))
         found["disk_random_load_ms"] = 1e3 * median_s(
             lambda: load_rows(cache, key, first_token=middle, end_token=middle + BLOCK)
@@ -216,7 +218,7 @@ def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[di
         part = replace(rows.at(chosen), positions=np.arange(1, len(chosen) + 1, dtype=np.uint32))
         line = {"from_nats": low, "to_nats": high if np.isfinite(high) else None, "share": len(chosen) / rows.num_rows}
         for codec in ("compact", "archive"):
-            with TopKCache.create_or_open(
+            with LocalCache.create_or_open(
                 root / f"{place}-{codec}", identity, settings=CacheSettings(codec=codec, **ADAPTIVE)
             ) as cache:
                 cache.put(np.zeros(part.num_rows + 1, np.uint32), part)

@@ -2,7 +2,7 @@
 
     python benchmarks/conditioning.py [--seeds 3] [--world prompt] [--sweep] [--plot FILE.png] [--json]
 
-A tiny frozen Qwen3-Next, the project's own hypernetwork, injector, loss and optimiser, and as the baseline a static LoRA of
+A tiny frozen Qwen3-Next, the project's own hypernetwork, injector, loss and optimizer, and as the baseline a static LoRA of
 the same rank and targets, at several learning rates of which the best on the held-out samples counts. A seed draws the
 world, the hypernetwork's start and every batch. `--sweep` trains the hypernetwork at other learning rates as well.
 tests/trainer/worlds.py describes the worlds. One core.
@@ -75,9 +75,9 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     bars, gains = figure.subplots(1, 2)
     labels = [f"{r['world']}\nseed {r['seed']}" for r in results]
-    for offset, (arm, colour) in enumerate(arms.items()):
+    for offset, (arm, color) in enumerate(arms.items()):
         places = [i + (offset - 1) * 0.27 for i in range(len(results))]
-        bars.bar(places, [100 * r["gap_closed"][arm] for r in results], 0.25, label=arm, color=colour)
+        bars.bar(places, [100 * r["gap_closed"][arm] for r in results], 0.25, label=arm, color=color)
     bars.axhline(0, color="black", linewidth=0.8)
     # A foreign prompt's adapter may do many times the harm of none.
     bars.set_ylim(-110, 110)

@@ -1,12 +1,12 @@
-"""Rendering, tokenising and masking trajectories, against the stock `apply_chat_template`; and the reader's memory.
+"""Rendering, tokenizing and masking trajectories, against the stock `apply_chat_template`; and the reader's memory.
 
     python benchmarks/data.py [--data FILE --tokenizer FOLDER] [--rows 60] [--repeats 3] [--json]
     python benchmarks/data.py --reader-gib 2.08 [--json]
 
 `plain` is `apply_chat_template(tokenize=True)`, row by row, on messages and tools that are clean already: no mask, no
 views, no check. `plain, batched` is the same on all rows at once, which lets the tokenizer use every core. `views` is what
-`hyperagent data tokenize` does to a row: clean it, render and tokenise the teacher's and the condition view, find what is
-supervised in two ways, compare them. `views, internalised` makes a third view; `views, N processes` spreads the rows,
+`hyperagent data tokenize` does to a row: clean it, render and tokenize the teacher's and the condition view, find what is
+supervised in two ways, compare them. `views, internalized` makes a third view; `views, N processes` spreads the rows,
 with the start of the processes counted. Each figure is the fastest of the repeats, the variants taking turns.
 
 Without `--data`, trajectories whose tools print Python's own library are made up, and a tokenizer is trained on them.
@@ -38,7 +38,7 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import Row, read_rows
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.pipeline.parallel import available_cores, map_rows
-from hyperagent.data.pipeline.tokenize_dataset import RowTask, RowTokeniser
+from hyperagent.data.pipeline.tokenize_dataset import RowTask, RowTokenizer
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 
 _PEAK_OF_READER = r"""
@@ -97,7 +97,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
     cores = available_cores()
     limits = {"max_tokens": 2**31, "max_prompt_tokens": 2**31}
     full = ViewSettings(**limits)
-    hidden = ViewSettings(internalised=("system", "tools", "task"), **limits)
+    hidden = ViewSettings(internalized=("system", "tools", "task"), **limits)
 
     def plain() -> int:
         return sum(
@@ -110,7 +110,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
 
     def views(settings: ViewSettings, processes: int) -> int:
         # A tokenizer of its own, so that no piece of text is known already from the repeat before.
-        function = RowTokeniser(ViewMaker(ChatTokenizer(tokenizer.folder)), settings)
+        function = RowTokenizer(ViewMaker(ChatTokenizer(tokenizer.folder)), settings)
         results = map_rows(function, tasks, num_items=len(tasks), num_workers=processes)
         return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr]
 
@@ -118,7 +118,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
         "plain": plain,
         "plain, batched": batched,
         "views": lambda: views(full, 1),
-        "views, internalised": lambda: views(hidden, 1),
+        "views, internalized": lambda: views(hidden, 1),
         f"views, {cores} processes": lambda: views(full, cores),
     }
     tokens = {name: variant() for name, variant in variants.items()}

@@ -33,7 +33,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 from hyperagent.wire.client import TeacherClient
@@ -225,7 +225,7 @@ def serve_replay(identity: TeacherIdentity, folder: str, chunk_kib: int, max_tok
 
     async def run() -> None:
         settings = TeacherSettings(model=Path(folder), cache=Path(folder) / "cache", port=0, chunk_kib=chunk_kib)
-        cache = TopKCache.create_or_open(settings.cache, identity)
+        cache = LocalCache.create_or_open(settings.cache, identity)
         server, place = await bind(settings, token=TOKEN)
         address.put(place)
         await answer(server, ReplayEngine(identity, max_tokens), cache, settings, stop=asyncio.Event())

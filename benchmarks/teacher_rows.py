@@ -14,7 +14,7 @@ from blake3 import blake3
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, read_tokens
 from hyperagent.data.pipeline.split import SplitSettings
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import DEFAULT_TEMPERATURES, TopKRows, concatenate
@@ -64,7 +64,7 @@ def teacher_rows(
         train_s: seconds of training.
     """
     store.mkdir(parents=True, exist_ok=True)
-    settings = TokeniseSettings(
+    settings = TokenizeSettings(
         views=ViewSettings(max_tokens=MAX_TOKENS, max_prompt_tokens=MAX_TOKENS, cut=True),
         split=SplitSettings(held_out_share=0.3),
     )
@@ -74,7 +74,7 @@ def teacher_rows(
     of_data = blake3(data.read_bytes() + (tokenizer / "tokenizer.json").read_bytes()).hexdigest()[:16]
     tokens, teacher = store / f"tokens-{of_data}.parquet", store / f"teacher-{of_data}-{train_s:g}s"
     if not tokens.is_file():
-        tokenise_file(data, tokens, ChatTokenizer(tokenizer), settings)
+        tokenize_file(data, tokens, ChatTokenizer(tokenizer), settings)
     if not (teacher / "pretraining.json").is_file():
         job = PretrainJob(
             role="teacher", config=config, tokens=tokens, tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=0, target=teacher

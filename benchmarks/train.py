@@ -1,4 +1,4 @@
-"""One optimiser step of the laptop recipe beside the same step with PEFT's layers and transformers' own logits.
+"""One optimizer step of the laptop recipe beside the same step with PEFT's layers and transformers' own logits.
 
     python benchmarks/train.py [--tokens 1024] [--vocab 151936] [--steps 5] [--json]
 
@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.utils import logging
 
-from hyperagent.cache.hot_tier import HotUse
+from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
@@ -100,7 +100,7 @@ def make_batch(options: argparse.Namespace, batch_size: int) -> Batch:
         logprobs_NK=(0.95 * kept / kept.sum(1, keepdim=True)).log(),
         tail_logmass_N=torch.full((len(sample_N),), 0.05).log(),
         temperature=1.0,
-        hot_use=HotUse(),
+        hot_tier_stats=HotTierStats(),
     )
 
 

@@ -18,7 +18,7 @@ class PretrainConfig(StrictModel):
     num_layers: int = Field(ge=1)
     num_experts: int = Field(ge=2)
     num_steps: int = Field(ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = Field(ge=1)
     """Trajectories per step."""
     learning_rate: float = Field(gt=0)

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import CacheStats, count, verify
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
@@ -33,7 +33,7 @@ from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseReport, TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.errors import ConfigError, DataError, ServiceError
 from hyperagent.files import new_directory, write_atomically
 from hyperagent.http.client import ApiClient
@@ -56,7 +56,7 @@ class LoopResult:
     """What the loop measured."""
 
     source: Path
-    tokenised: TokeniseReport
+    tokenized: TokenizeReport
     models: PretrainedModels
     cache: CacheStats
     run: dict[str, Any]
@@ -84,12 +84,12 @@ def run_loop(
     _start_afresh(out, config)
     source, tokenizer = _trajectories(config, data, tokenizer, out, stages)
     tokens = out / "tokens.parquet"
-    with stages.stage("tokenise") as bar:
-        tokenised = tokenise_file(
+    with stages.stage("tokenize") as bar:
+        tokenized = tokenize_file(
             source,
             tokens,
             ChatTokenizer(tokenizer),
-            TokeniseSettings(
+            TokenizeSettings(
                 views=config.views,
                 selection=Selection(sample=config.max_rows, seed=config.seed),
                 split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
@@ -114,7 +114,7 @@ def run_loop(
         job_file = out / "logs" / "peft_check.json"
         write_atomically(job_file, job.model_dump_json().encode())
         peft = run_worker("hyperagent_demo.peft_check", job_file, log=out / "logs" / "peft_check.txt", threads=2)
-    return LoopResult(source, tokenised, models, cache, run, metrics, prompt, peft)
+    return LoopResult(source, tokenized, models, cache, run, metrics, prompt, peft)
 
 
 def _start_afresh(out: Path, config: DemoConfig) -> None:
@@ -152,7 +152,7 @@ def _populate(config: DemoConfig, teacher: Path, tokens: Path, out: Path, token:
     with service("teacher", arguments, log=out / "logs" / "teacher.txt", token=token) as process:
         process.wait_until_ready(lambda timeout_s: asyncio.run(_wait_until_serving(address, token, timeout_s)))
         asyncio.run(_populate_over_grpc(address, tokens, token, bar))
-    with TopKCache.open(cache) as opened:
+    with LocalCache.open(cache) as opened:
         if damaged := verify(opened).damaged:
             raise DataError(f"{len(damaged)} records of the cache are damaged, the first is {damaged[0]}")
         return count(opened)

@@ -48,7 +48,7 @@ class CompactVocabulary:
 
 
 def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_tokens: int) -> PreTrainedModel:
-    """A randomly initialised tiny model: the teacher is a Qwen3-MoE, the student a Qwen3-Next."""
+    """A randomly initialized tiny model: the teacher is a Qwen3-MoE, the student a Qwen3-Next."""
     shared = {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens
+from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajectory, read_tokens
 from hyperagent.files import new_directory
 from hyperagent.model.bundle import TOKENIZER_FILES
 from hyperagent_demo.config import PretrainConfig, Role
@@ -87,11 +87,11 @@ def _train(
     job: PretrainJob,
     model: PreTrainedModel,
     vocabulary: CompactVocabulary,
-    train: Sequence[TokenisedTrajectory],
+    train: Sequence[TokenizedTrajectory],
     *,
     deadline: float,
 ) -> int:
-    """Run the optimiser steps; returns how many there was time for."""
+    """Run the optimizer steps; returns how many there was time for."""
     config = job.config
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
@@ -116,11 +116,11 @@ def _train(
 
 
 def _batches(
-    trajectories: Sequence[TokenisedTrajectory], batch_size: int, generator: np.random.Generator
-) -> Iterator[list[TokenisedTrajectory]]:
+    trajectories: Sequence[TokenizedTrajectory], batch_size: int, generator: np.random.Generator
+) -> Iterator[list[TokenizedTrajectory]]:
     """Endless batches of similar lengths, in random order."""
     while True:
-        # Neighbours in length share a batch; the noise makes them other neighbours in every epoch.
+        # Neighbors in length share a batch; the noise makes them other neighbors in every epoch.
         noisy = sorted(trajectories, key=lambda t: len(t.token_ids) * generator.uniform(0.8, 1.25))
         groups = [noisy[i : i + batch_size] for i in range(0, len(noisy), batch_size)]
         for place in generator.permutation(len(groups)):
@@ -140,7 +140,7 @@ def _logits(model: PreTrainedModel, vocabulary: CompactVocabulary, ids: Tensor) 
 
 @torch.no_grad()
 def _supervised_nll(
-    model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenisedTrajectory]
+    model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenizedTrajectory]
 ) -> float:
     """Mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
     model.eval()

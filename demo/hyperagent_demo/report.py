@@ -34,19 +34,19 @@ def build_report(
     config: DemoConfig, result: LoopResult, *, seconds: dict[str, float], peak_rss_bytes: int
 ) -> dict[str, Any]:
     """The content of report.json."""
-    tokenised, cache, pretrained = result.tokenised, result.cache, result.models.results
+    tokenized, cache, pretrained = result.tokenized, result.cache, result.models.results
     return {
         "data": {
             "path": str(result.source),
-            "rows": sum(tokenised.splits.values()),
-            "fingerprint": tokenised.fingerprint,
-            "tokens": tokenised.tokens,
-            "supervised_tokens": tokenised.supervised_tokens,
-            "rows_in_file": tokenised.rows,
-            "rows_chosen": tokenised.chosen,
-            "rows_refused": len(tokenised.refused),
-            "train": tokenised.splits[TRAIN],
-            "held_out": tokenised.splits[HELD_OUT],
+            "rows": sum(tokenized.splits.values()),
+            "fingerprint": tokenized.fingerprint,
+            "tokens": tokenized.tokens,
+            "supervised_tokens": tokenized.supervised_tokens,
+            "rows_in_file": tokenized.rows,
+            "rows_chosen": tokenized.chosen,
+            "rows_refused": len(tokenized.refused),
+            "train": tokenized.splits[TRAIN],
+            "held_out": tokenized.splits[HELD_OUT],
         },
         "held_out_kl": result.run["held_out_kl"],
         "peft_max_abs_diff": result.peft["max_abs_diff"],
@@ -120,7 +120,7 @@ def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]
 
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_kl" in line]
-    colours = {"frozen": "#767676", "adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c"}
+    colors = {"frozen": "#767676", "adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c"}
     figure, (curve, bars) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
     curve.plot(
         [s["step"] for s in steps], [s["loss"] for s in steps], color="#9ecae1", lw=1, label="training, per batch"
@@ -129,17 +129,17 @@ def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]
         curve.plot(
             [e["step"] for e in evaluations],
             [e["held_out_kl"][arm] for e in evaluations],
-            color=colours[arm],
+            color=colors[arm],
             marker="o",
             ms=4,
             ls="--" if arm == "adapter_shuffled_prompt" else "-",
             label=f"held out, {arm}",
         )
-    curve.set(xlabel="optimiser step", ylabel="KL(teacher || student), nats per supervised token", ylim=(0, None))
+    curve.set(xlabel="optimizer step", ylabel="KL(teacher || student), nats per supervised token", ylim=(0, None))
     curve.set_title("Distillation")
     curve.legend(frameon=False, fontsize=8)
     kl = report["held_out_kl"]
-    drawn = bars.bar(range(len(_ARMS)), [kl[arm] for arm in _ARMS], color=[colours[arm] for arm in _ARMS])
+    drawn = bars.bar(range(len(_ARMS)), [kl[arm] for arm in _ARMS], color=[colors[arm] for arm in _ARMS])
     bars.bar_label(drawn, fmt="%.3f", padding=2)
     bars.set_xticks(range(len(_ARMS)), ["frozen", "adapter", "adapter,\nshuffled prompt"])
     bars.set_title("Held-out repositories")

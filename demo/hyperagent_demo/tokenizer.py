@@ -20,7 +20,7 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 _CONTROL = re.compile("|".join(re.escape(token) for token in (_END_OF_TEXT, _TURN_START, _TURN_END)))
 _TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
-# The splitter in the tokenizer.json of Qwen2.5 and Qwen3. Qwen also normalises to NFC, which is left out here:
+# The splitter in the tokenizer.json of Qwen2.5 and Qwen3. Qwen also normalizes to NFC, which is left out here:
 # without it decoding gives back the very bytes.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -67,7 +67,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = 204
 def tokenizer_texts(path: Path) -> Iterator[str]:
     """What stands between the control tokens of every rendered trajectory of a Parquet file.
 
-    A row that tokenisation will refuse, naming it, is passed over here.
+    A row that tokenization will refuse, naming it, is passed over here.
 
     Raises:
         DataError: the file is unusable.

@@ -68,7 +68,7 @@ def _make_token_file() -> None:
         Path(aside).unlink()
 
 
-def is_authorised(header: str | None, token: str) -> bool:
+def is_authorized(header: str | None, token: str) -> bool:
     """Whether an `Authorization` header carries the token (RFC 6750), compared in constant time."""
     if header is None or not header.startswith(BEARER):
         return False

@@ -6,7 +6,7 @@
     │   ├── TooLong            ... because it has more tokens than asked for       (ValueError)
     │   ├── MaskDisagreement   ... because its two masks differ                    (ValueError)
     │   └── RowRefused         one trajectory cannot be used; names it             (ValueError)
-    ├── IdentityMismatch       two artefacts do not belong together                (ValueError)
+    ├── IdentityMismatch       two artifacts do not belong together                (ValueError)
     ├── InvalidRequest         a request's arguments are wrong                     (ValueError)
     │   └── LimitExceeded      ... because it is larger than the service allows    (ValueError)
     ├── NotFound               no such adapter, run or record                      (LookupError)
@@ -63,7 +63,7 @@ class RowRefused(DataError):
 
 
 class IdentityMismatch(HyperagentError, ValueError):
-    """Two artefacts were made for different models, tokenizers or settings."""
+    """Two artifacts were made for different models, tokenizers or settings."""
 
 
 class InvalidRequest(HyperagentError, ValueError):

@@ -1,4 +1,4 @@
-"""Who made what: fingerprints that an artefact carries and every reader compares.
+"""Who made what: fingerprints that an artifact carries and every reader compares.
 
 A fingerprint is a lower-case hexadecimal digest of content, never of a path or a date, so that two
 machines with the same files agree.
@@ -36,7 +36,7 @@ class DataIdentity:
     source: str
     """`file_fingerprint` of the data file."""
     settings: Mapping[str, Any]
-    """Every setting of tokenising it, as JSON values; joined files stand in it by their fingerprints."""
+    """Every setting of tokenizing it, as JSON values; joined files stand in it by their fingerprints."""
 
     @property
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Digest of what `tokenizer.json` does to text: vocabulary, merges, added tokens, normaliser, splitter.
+    """Digest of what `tokenizer.json` does to text: vocabulary, merges, added tokens, normalizer, splitter.
 
     Truncation and padding are left out: they are settings of a caller and this project never uses them.
 

@@ -19,9 +19,7 @@ _WAIT_S = 30.0
 class Database:
     """One connection; its threads take turns."""
 
-    def __init__(
-        self, path: Path, *, schema: str, version: int, what: str, remedy: str, survives_power_cut: bool
-    ) -> None:
+    def __init__(self, path: Path, *, schema: str, version: int, what: str, remedy: str, synchronous: bool) -> None:
         """Open the file, or make it.
 
         Args:
@@ -29,7 +27,7 @@ class Database:
             version: of the schema, kept in the file.
             what: names the file in errors.
             remedy: how to mend a file that cannot be used.
-            survives_power_cut: whether a transaction is on the disk once it has ended.
+            synchronous: whether a transaction is on the disk once it has ended.
 
         Raises:
             ConfigError: the file is of another version.
@@ -44,7 +42,7 @@ class Database:
             # Two that change the journal's mode at once do not wait for each other: SQLite answers "locked" at once.
             with self._refusals(), FileLock(f"{path}.lock", timeout=_WAIT_S):
                 self._connection.execute("PRAGMA journal_mode = WAL")
-                self._connection.execute(f"PRAGMA synchronous = {'FULL' if survives_power_cut else 'NORMAL'}")
+                self._connection.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
             self._make_or_check(schema, version)
         except BaseException:
             self._connection.close()

@@ -22,7 +22,7 @@ class TopKRows:
     at least 1, and a causal model's logits for the row are its output at `positions[n] - 1`.
 
     All log-probabilities are natural, under the teacher's full softmax over its real vocabulary (never
-    renormalised over the kept ids). Ids in a row are ordered by descending log-probability, ties by id.
+    renormalized over the kept ids). Ids in a row are ordered by descending log-probability, ties by id.
 
     A row may keep fewer than K ids, but at least one: it then ends in padding, which repeats the row's first id with a
     log-probability of -inf.

@@ -12,7 +12,7 @@ from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.tokens_file import read_tokens
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewMaker
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
@@ -75,7 +75,7 @@ def test_what_is_supervised_is_what_the_assistant_wrote(sample_path: Path, token
 
 
 @pytest.mark.parametrize(
-    "text", ["naïve café\r\n\ttabs", "日本語 и кириллица", "👩‍🔬 1234567890", "e\u0301 not normalised", " \n\n  x  \n"]
+    "text", ["naïve café\r\n\ttabs", "日本語 и кириллица", "👩‍🔬 1234567890", "e\u0301 not normalized", " \n\n  x  \n"]
 )
 def test_any_text_survives_encoding(tokenizer: ChatTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids.tolist()) == text
@@ -93,7 +93,7 @@ def test_no_text_holds_a_control_token(sample_path: Path, folder: Path) -> None:
 
 
 def test_whole_repositories_are_held_out(sample_path: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    report = tokenise_file(sample_path, tmp_path / "tokens.parquet", tokenizer, TokeniseSettings())
+    report = tokenize_file(sample_path, tmp_path / "tokens.parquet", tokenizer, TokenizeSettings())
     assert report.refused == ()
     assert (report.rows, sum(report.splits.values())) == (72, 72)
     train, held_out = (

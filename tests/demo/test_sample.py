@@ -208,7 +208,7 @@ def test_outputs_are_what_really_running_the_calls_gives(kind: str, seed: int, t
 
 @pytest.mark.parametrize(("module", "function"), FUNCTIONS, ids=[function.name for _, function in FUNCTIONS])
 def test_faults_fail_the_first_case_and_fragments_are_unique(module: str, function: Function) -> None:
-    source = "\n\n".join(neighbour.source for neighbour in ALGORITHMS[module])
+    source = "\n\n".join(neighbor.source for neighbor in ALGORITHMS[module])
     assert source.count(function.right) == 1
     assert f"{function.name}(" not in source.replace(f"{function.name}(", f"{function.other_name}(")
     outcomes = []

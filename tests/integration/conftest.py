@@ -15,7 +15,7 @@ import torch
 from world import Run, Start, World
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.bundle import TOKENIZER_FILES
 from hyperagent_demo.config import PretrainConfig, Role
@@ -33,8 +33,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_sample(sample, seed=0, rows=24, progress=lambda _done, _total: None)
     train_tokenizer(tokenizer_texts(sample), tokenizer, vocab_size=768)
     chat = ChatTokenizer(tokenizer)
-    views = ViewSettings(condition=("task",), internalised=("task",), max_tokens=4096, max_prompt_tokens=512)
-    tokenise_file(sample, tokens, chat, TokeniseSettings(views=views))
+    views = ViewSettings(condition=("task",), internalized=("task",), max_tokens=4096, max_prompt_tokens=512)
+    tokenize_file(sample, tokens, chat, TokenizeSettings(views=views))
     config = PretrainConfig(
         hidden_size=32, num_layers=4, num_experts=4, num_steps=1, batch_size=1, learning_rate=1e-3, max_seconds=1
     )

@@ -12,10 +12,10 @@ import torch
 from world import World
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, read_data_identity, read_tokens
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent_teacher.engines.transformers import TransformersEngine
@@ -39,7 +39,7 @@ def engine(world: World) -> TransformersEngine:
 
 def populated(engine: TransformersEngine, student: Student, tokens: Path, root: Path) -> DistillationData:
     """The held-out trajectories of a tokens file, with their rows in a cache of the engine's."""
-    cache = TopKCache.create_or_open(root, engine.identity, settings=CacheSettings(codec="exact"))
+    cache = LocalCache.create_or_open(root, engine.identity, settings=CacheSettings(codec="exact"))
 
     async def populate() -> None:
         populator = Populator(engine, cache, RowMemory(1 << 30), data_dir=None)
@@ -66,8 +66,8 @@ def kl(student: Student, batch: Batch) -> float:
     return float(total) / batch.num_rows
 
 
-def tokenised(world: World, path: Path, views: ViewSettings) -> Path:
-    tokenise_file(world.sample, path, ChatTokenizer(world.tokenizer), TokeniseSettings(views=views))
+def tokenized(world: World, path: Path, views: ViewSettings) -> Path:
+    tokenize_file(world.sample, path, ChatTokenizer(world.tokenizer), TokenizeSettings(views=views))
     return path
 
 
@@ -75,7 +75,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     world: World, engine: TransformersEngine, student: Student, tmp_path: Path
 ) -> None:
     """And shifting rows, outputs or tokens by one, either way, is seen at once."""
-    tokens = tokenised(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
+    tokens = tokenized(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
     data = populated(engine, student, tokens, tmp_path / "cache")
     chosen = [0, 1, 2]
     batch = data[chosen]
@@ -92,7 +92,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
 def test_without_the_caches_rounding_next_to_nothing_is_left(
     world: World, engine: TransformersEngine, student: Student, tmp_path: Path
 ) -> None:
-    tokens = tokenised(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
+    tokens = tokenized(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
     data = populated(engine, student, tokens, tmp_path / "cache")
     (one, *_) = data.trajectories
 
@@ -109,12 +109,12 @@ def test_without_the_caches_rounding_next_to_nothing_is_left(
     assert abs(kl(student, exact)) < 1e-7
 
 
-def test_an_internalised_view_is_aligned(
+def test_an_internalized_view_is_aligned(
     world: World, engine: TransformersEngine, student: Student, tmp_path: Path
 ) -> None:
     """The student no longer sees the task, so its KL is not zero; it is least where the rows belong."""
-    views = ViewSettings(internalised=("task",), max_tokens=4096)
-    data = populated(engine, student, tokenised(world, tmp_path / "t.parquet", views), tmp_path / "cache")
+    views = ViewSettings(internalized=("task",), max_tokens=4096)
+    data = populated(engine, student, tokenized(world, tmp_path / "t.parquet", views), tmp_path / "cache")
     batch = data[[0, 1, 2]]
     aligned = kl(student, batch)
     for one in data.trajectories:

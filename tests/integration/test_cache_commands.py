@@ -11,7 +11,7 @@ import pytest
 from world import Run, World, one_line
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import read_data_identity, read_tokens
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
@@ -38,7 +38,7 @@ def filled(world: World, tmp_path: Path) -> dict[str, int]:
     """A cache `cache` with the trajectories of the world's tokens and one more; supervised tokens by key."""
     identity = TeacherIdentity("t", "0" * 64, "float32", "x", "1" * 64, "2" * 64, VOCABULARY, TOP_K)
     rows: dict[str, int] = {}
-    with TopKCache.create_or_open(tmp_path / "cache", identity, settings=CacheSettings(codec="exact")) as cache:
+    with LocalCache.create_or_open(tmp_path / "cache", identity, settings=CacheSettings(codec="exact")) as cache:
         cache.record_data(read_data_identity(world.tokens))
         for trajectory in read_tokens(world.tokens):
             key = cache.put(trajectory.token_ids, uniform_rows(trajectory.positions))
@@ -82,7 +82,7 @@ def test_what_no_file_names_is_collected_and_damage_repaired(
     assert (collected["trajectories_removed"], collected["bytes_freed"] > 0) == (1, True)
     assert as_json(run, "compact", "cache")["bytes_freed"] == 0
     assert as_json(run, "verify", "cache")["trajectories"] == len(filled) - 1
-    with TopKCache.open(tmp_path / "cache"):
+    with LocalCache.open(tmp_path / "cache"):
         assert "has it open" in one_line(run("cache", "gc", "cache"))
 
     (shard,) = (tmp_path / "cache" / "shards").glob("*.shard")

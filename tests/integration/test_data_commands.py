@@ -45,7 +45,7 @@ def test_showing_a_row(world: World, run: Run) -> None:
     assert all(segment["text"].endswith("<|im_end|>") for segment in spoken)
     assert as_json(run, "show", world.sample, "3", "--tokenizer", world.tokenizer) == whole
 
-    student = as_json(run, *arguments, "--view", "student", "--internalise", "task", "--internalise", "system")
+    student = as_json(run, *arguments, "--view", "student", "--internalize", "task", "--internalize", "system")
     assert student["supervised_tokens"] == whole["supervised_tokens"]
     assert student["tokens"] < whole["tokens"]
     condition = as_json(run, *arguments, "--view", "condition", "--condition", "task")
@@ -58,7 +58,7 @@ def test_showing_a_row(world: World, run: Run) -> None:
     assert "no row 'nobody'" in one_line(run("data", "show", world.sample, "nobody", "--tokenizer", world.tokenizer))
 
 
-def test_splitting_says_what_tokenising_does(world: World, run: Run, tmp_path: Path) -> None:
+def test_splitting_says_what_tokenizing_does(world: World, run: Run, tmp_path: Path) -> None:
     options = ["--held-out-share", "0.3", "--seed", "3", "--sample", "20"]
     split = as_json(run, "split", world.sample, *options)
     tokens = as_json(run, "tokenize", world.sample, "t.parquet", "--tokenizer", world.tokenizer, *options)
@@ -74,9 +74,9 @@ def test_splitting_says_what_tokenising_does(world: World, run: Run, tmp_path: P
 def test_options_that_make_no_sense_are_one_line(world: World, run: Run, tmp_path: Path) -> None:
     tokenize = ["data", "tokenize", world.sample, "t.parquet", "--tokenizer", world.tokenizer]
     assert "must hold the task" in one_line(run(*tokenize, "--condition", "system"))
-    assert "'system', 'tools', 'task' or 'extra'" in one_line(run(*tokenize, "--internalise", "weather"))
-    assert "could not know it" in one_line(run(*tokenize, "--condition", "task", "--internalise", "tools"))
-    assert "give a file that does with --licences" in one_line(run(*tokenize, "--licence", "MIT"))
+    assert "'system', 'tools', 'task' or 'extra'" in one_line(run(*tokenize, "--internalize", "weather"))
+    assert "could not know it" in one_line(run(*tokenize, "--condition", "task", "--internalize", "tools"))
+    assert "give a file that does with --licenses" in one_line(run(*tokenize, "--license", "MIT"))
     assert "if and only if a file with extra texts" in one_line(
         run(*tokenize, "--condition", "task", "--condition", "extra")
     )

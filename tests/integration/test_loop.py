@@ -14,7 +14,7 @@ import yaml
 from safetensors import safe_open
 from world import Run, Start, World
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_tokens
@@ -48,18 +48,18 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
     teacher = start(*serve)
     assert run("wait", "teacher", "--address", address).returncode == 0
     populating = start("cache", "populate", world.tokens, "--teacher", address)
-    with TopKCache.open(cache) as opened:
+    with LocalCache.open(cache) as opened:
         while len(opened.trajectory_keys()) < 3:
             assert populating.poll() is None
             time.sleep(0.002)
     teacher.send_signal(signal.SIGKILL)
     teacher.wait()
-    with TopKCache.open(cache) as opened:
+    with LocalCache.open(cache) as opened:
         assert 3 <= len(opened.trajectory_keys()) < total
 
     teacher = start(*serve)
     assert populating.wait(120) == 0  # it has waited for the teacher
-    with TopKCache.open(cache) as opened:
+    with LocalCache.open(cache) as opened:
         assert len(opened.trajectory_keys()) == total
     planned = result(run("cache", "populate", world.tokens, "--teacher", address, "--dry-run", "--json"))
     assert (planned["trajectories"], planned["too_long"]) == (total, [])
@@ -81,7 +81,7 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
     # The cache holds log-probabilities in 256 steps.
     assert 0 < drift["logprob_difference"]["max"] < 0.1
     assert drift["kl_nats"]["mean"] < 1e-3
-    opened = TopKCache.open(cache)
+    opened = LocalCache.open(cache)
     assert opened.trajectory_keys() == sorted(opened.key(t.token_ids, t.positions) for t in read_tokens(world.tokens))
     for trajectory in read_tokens(world.tokens):
         record = opened.get(opened.key(trajectory.token_ids, trajectory.positions))

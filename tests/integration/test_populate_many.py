@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from world import Run, Start, World
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_tokens
 from hyperagent.topk import TopKRows
 
@@ -76,7 +76,7 @@ def test_teachers_that_differ_are_refused_and_a_drift_is_found(
     assert not list(cache.glob("shards/*"))
 
     assert run("cache", "populate", world.tokens, "--teacher", address).returncode == 0
-    with TopKCache.open(cache) as opened, TopKCache.create_or_open(tmp_path / "bent", opened.identity) as bent:
+    with LocalCache.open(cache) as opened, LocalCache.create_or_open(tmp_path / "bent", opened.identity) as bent:
         for trajectory in read_tokens(world.tokens):
             rows = opened.get(opened.key(trajectory.token_ids, trajectory.positions)).rows
             bent.put(trajectory.token_ids, at_temperature(rows, 2.0))

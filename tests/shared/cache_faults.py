@@ -27,7 +27,7 @@ import numpy as np
 from cache_rows import IDENTITY, random_rows
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import count, verify
 from hyperagent.errors import CorruptRecord, StorageError
 
@@ -65,8 +65,8 @@ def rows(number: int):
     return random_rows(20 + number % 20, 8, seed=number)
 
 
-def open_cache(root: Path) -> TopKCache:
-    return TopKCache.create_or_open(root, IDENTITY, settings=SETTINGS, shard_bytes=SHARD_BYTES)
+def open_cache(root: Path) -> LocalCache:
+    return LocalCache.create_or_open(root, IDENTITY, settings=SETTINGS, shard_bytes=SHARD_BYTES)
 
 
 def put(root: Path, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 
@@ -18,7 +18,7 @@ IDENTITY = TeacherIdentity(
 TOKENS = np.arange(40, dtype=np.uint32)
 
 
-def filled(cache: TopKCache, count: int = 3) -> list[str]:
+def filled(cache: LocalCache, count: int = 3) -> list[str]:
     """Put trajectories of 10, 11 ... rows in; returns their keys."""
     return [cache.put(TOKENS + number, random_rows(10 + number % 10, 8, seed=number)) for number in range(count)]
 

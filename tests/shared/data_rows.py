@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hyperagent.data.chat.messages import Dialogue, dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.schema import PARAMETER_NAMES, TRAJECTORY_SCHEMA
-from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 
 ROW = dict.fromkeys(TRAJECTORY_SCHEMA.names)
@@ -56,7 +56,7 @@ def dialogue(*messages: dict[str, Any], tools: list[Any] | None = None) -> Dialo
     return dialogue_of(row(*messages, tools=tools))
 
 
-def views(data: dict[str, Any], tokenizer: ChatTokenizer, **settings: Any) -> TokenisedTrajectory:
+def views(data: dict[str, Any], tokenizer: ChatTokenizer, **settings: Any) -> TokenizedTrajectory:
     """The views of one row, with the task alone as the condition unless told otherwise."""
     chosen = ViewSettings(**{"condition": ("task",), **settings})
     return ViewMaker(tokenizer).make(data["trajectory_id"], data["repo"], "train", dialogue_of(data), settings=chosen)

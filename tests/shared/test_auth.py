@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from hyperagent.auth import ensure_token, is_authorised, read_token
+from hyperagent.auth import ensure_token, is_authorized, read_token
 from hyperagent.errors import ConfigError
 
 
@@ -77,6 +77,6 @@ def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "header", [None, "", "secret", "Basic secret", "bearer secret", "Bearer secret ", "Bearer sécret"]
 )
-def test_other_headers_are_not_authorised(header: str | None) -> None:
-    assert not is_authorised(header, "secret")
-    assert is_authorised("Bearer secret", "secret")
+def test_other_headers_are_not_authorized(header: str | None) -> None:
+    assert not is_authorized(header, "secret")
+    assert is_authorized("Bearer secret", "secret")

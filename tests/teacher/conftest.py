@@ -19,7 +19,7 @@ from teacher_service import (
 )
 from tiny_models import write_models
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.identity import TokenizerIdentity
 from hyperagent.wire.client import TeacherClient
 from hyperagent_teacher.config import TeacherSettings
@@ -75,18 +75,18 @@ def settings(tmp_path: Path) -> TeacherSettings:
 
 
 @pytest.fixture
-def cache(settings: TeacherSettings, engine: ScoringEngine) -> TopKCache:
-    return TopKCache.create_or_open(settings.cache, engine.identity)
+def cache(settings: TeacherSettings, engine: ScoringEngine) -> LocalCache:
+    return LocalCache.create_or_open(settings.cache, engine.identity)
 
 
 @pytest.fixture
-def serve(settings: TeacherSettings, engine: ScoringEngine, cache: TopKCache) -> Serve:
+def serve(settings: TeacherSettings, engine: ScoringEngine, cache: LocalCache) -> Serve:
     """Runs a teacher and yields a client of it; by default the real engine, with the client waiting until it serves."""
 
     @asynccontextmanager
     async def run(
         engine: ScoringEngine = engine,
-        cache: TopKCache = cache,
+        cache: LocalCache = cache,
         *,
         stop: asyncio.Event | None = None,
         wait: bool = True,

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import verify
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.tokens_file import TRAIN, TokenisedTrajectory, read_data_identity, write_tokens
+from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, read_data_identity, write_tokens
 from hyperagent.identity import DataIdentity
 from hyperagent.populate.run import PopulateReport, find_teachers, open_queue, populate, work_items
 from hyperagent.wire.client import TeacherClient
@@ -73,7 +73,7 @@ def write_trajectories(path: Path, model: Path, *, count: int, num_tokens: int) 
         for number in range(count):
             ids = generator.integers(0, tokenizer.vocab_size, num_tokens).astype(np.uint32)
             positions = np.arange(num_tokens // 2, num_tokens, dtype=np.uint32)
-            file.write(TokenisedTrajectory(f"t{number}", "a/b", TRAIN, ids, positions, ids[:8], ids, positions))
+            file.write(TokenizedTrajectory(f"t{number}", "a/b", TRAIN, ids, positions, ids[:8], ids, positions))
 
 
 def run(model: Path, folder: Path, *, kills: int, trajectories: int, num_tokens: int, seed: int) -> Verdict:
@@ -97,8 +97,8 @@ def run(model: Path, folder: Path, *, kills: int, trajectories: int, num_tokens:
         done, with_work, rounds = done + round_kills, with_work + round_with_work, rounds + 1
         digests.add(report.digest)
     return _compare(
-        TopKCache.open(folder / "whole"),
-        TopKCache.open(folder / f"killed{rounds - 1}"),
+        LocalCache.open(folder / "whole"),
+        LocalCache.open(folder / f"killed{rounds - 1}"),
         tokens,
         kills=done,
         with_work=with_work,
@@ -109,8 +109,8 @@ def run(model: Path, folder: Path, *, kills: int, trajectories: int, num_tokens:
 
 
 def _compare(
-    whole: TopKCache,
-    killed: TopKCache,
+    whole: LocalCache,
+    killed: LocalCache,
     tokens: Path,
     *,
     kills: int,

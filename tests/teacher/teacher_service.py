@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 from hyperagent.auth import BEARER
-from hyperagent.cache.local import TopKCache
-from hyperagent.cache.trajectory_writer import Capture
+from hyperagent.cache.local import LocalCache
+from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.errors import (
     StorageError,
 )
@@ -81,10 +81,10 @@ class GatedEngine:
         self.stopped.clear()
 
 
-class FullDisk(TopKCache):
+class FullDisk(LocalCache):
     """A cache whose disk is full."""
 
-    def capture(self, *_args: object, **_options: object) -> Capture:
+    def capture(self, *_args: object, **_options: object) -> TrajectoryWriter:
         raise StorageError("could not write the record: the disk is full")
 
 

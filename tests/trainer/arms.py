@@ -33,7 +33,7 @@ class Settings:
     learning_rate: float
     b_head_learning_rate_factor: float
     static_learning_rates: tuple[float, ...]
-    """Each is tried, and the best on the held-out samples taken: the choice favours the baseline."""
+    """Each is tried, and the best on the held-out samples taken: the choice favors the baseline."""
     batch_size: int = 16
     warmup_steps: int = 20
 

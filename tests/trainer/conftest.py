@@ -11,12 +11,12 @@ from data_identity import data_identity
 from tiny_student import write_tiny_student
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import (
     HELD_OUT,
     TRAIN,
-    TokenisedTrajectory,
+    TokenizedTrajectory,
     read_data_identity,
     read_tokens,
     write_tokens,
@@ -54,7 +54,7 @@ def tokens_file(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         # Every second student is not shown the task, so that its positions are not the teacher's.
         hidden = len(prompt) - 2 if number % 2 else 0
         trajectories.append(
-            TokenisedTrajectory(
+            TokenizedTrajectory(
                 f"t{number}",
                 f"repo-{number}",
                 split,
@@ -88,7 +88,7 @@ def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pyte
         temperatures=(2.0,),
     )
     root = tmp_path_factory.mktemp("cache") / "cache"
-    cache = TopKCache.create_or_open(root, identity, settings=CacheSettings(codec="exact"))
+    cache = LocalCache.create_or_open(root, identity, settings=CacheSettings(codec="exact"))
     cache.record_data(read_data_identity(tokens_file))
     for trajectory in read_tokens(tokens_file):
         n = len(trajectory.positions)

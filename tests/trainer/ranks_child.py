@@ -16,7 +16,7 @@ from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import TRAIN
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import batches_from, load_split
-from hyperagent_trainer.distributed import Ranks, joined_ranks, whole
+from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.network.build import assemble, shard_network
 from hyperagent_trainer.student.step_memory import recomputation
 from hyperagent_trainer.student.student import Student
@@ -59,7 +59,9 @@ def run(recipe: TrainRecipe, ranks: Ranks) -> tuple[list[float], dict[str, torch
             batches = data.batches([m.indices for m in plan.micro_batches], ranks.device, workers=0)
             found.append(accumulate_gradients(plan, batches, adapted, data, recipe, ranks).loss)
             if len(found) == 1:
-                gradients = {n: whole(p.grad).clone() for n, p in network.named_parameters() if p.grad is not None}
+                gradients = {
+                    n: full_tensor(p.grad).clone() for n, p in network.named_parameters() if p.grad is not None
+                }
             optimizer.step()
     return found, gradients
 
@@ -67,7 +69,7 @@ def run(recipe: TrainRecipe, ranks: Ranks) -> tuple[list[float], dict[str, torch
 def main() -> None:
     recipe = TrainRecipe.model_validate_json(Path(sys.argv[1]).read_bytes())
     out = Path(sys.argv[2])
-    with joined_ranks() as ranks:
+    with init_distributed() as ranks:
         for way, changes in WAYS.items():
             losses, gradients = run(recipe.model_copy(update={"checkpoint_activations": False, **changes}), ranks)
             if ranks.is_first:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 run = Path(sys.argv[1])
 recipe = json.loads((run / "recipe.json").read_text())
-behaviour = Path(recipe["student"]).name
+behavior = Path(recipe["student"]).name
 
 
 def say(state: str, step: int = 0) -> None:
@@ -49,7 +49,7 @@ def ignore_sigterm(state: str) -> None:
         time.sleep(1)
 
 
-match behaviour:
+match behavior:
     case "trains":
         train_until_told()
     case "finishes":
@@ -77,4 +77,4 @@ match behaviour:
         (run / "child.pid").write_text(str(child.pid))
         os.kill(os.getpid(), signal.SIGKILL)
     case _:
-        sys.exit(f"unknown behaviour {behaviour}")
+        sys.exit(f"unknown behavior {behavior}")

@@ -35,7 +35,7 @@ from tiny_student import tiny_config, write_tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3NextForCausalLM
 
-from hyperagent.cache.hot_tier import HotUse
+from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent_trainer.data.dataset import Batch
 
 Kind = Literal["prompt", "constant"]
@@ -127,7 +127,7 @@ class World:
             logprobs_NK=torch.tensor(KEPT_PROBABILITIES).log().expand(n, k).contiguous(),
             tail_logmass_N=torch.full((n,), math.log(1 - sum(KEPT_PROBABILITIES))),
             temperature=1.0,
-            hot_use=HotUse(),
+            hot_tier_stats=HotTierStats(),
         )
 
     def mean_rows(self) -> Tensor:

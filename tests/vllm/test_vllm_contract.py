@@ -1,6 +1,6 @@
 """The tap against stock vLLM and against the Transformers engine, on a real vLLM.
 
-Stock rows come from the very same engine, whose tap leaves ordinary requests alone; they are normalised over the padded
+Stock rows come from the very same engine, whose tap leaves ordinary requests alone; they are normalized over the padded
 vocabulary, so they are compared after the padding's share has been taken out.
 """
 

@@ -57,7 +57,7 @@ class BundleBody(BaseModel):
     alpha: float
     num_layers: int = Field(description="Linear layers that an adapter changes.")
     max_prompt_tokens: int
-    step: int = Field(description="Optimiser steps the hypernetwork was trained for.")
+    step: int = Field(description="Optimizer steps the hypernetwork was trained for.")
 
 
 def _service(request: Request) -> AdapterService:

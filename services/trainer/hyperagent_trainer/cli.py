@@ -72,14 +72,14 @@ def preflight(
     from hyperagent.errors import ConfigError
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.config import TrainRecipe, load_recipe
-    from hyperagent_trainer.preflight.command import fly, show
+    from hyperagent_trainer.preflight.command import run, show
 
     if (student is None) == (recipe is None):
         raise ConfigError("give either --student FOLDER or --recipe FILE")
     # Only the student of a recipe is looked at here; the other two paths have to be named, and are not opened.
     chosen = load_recipe(recipe) if recipe else TrainRecipe(student=student, tokens=student, cache=student)
     configure_logging(service="preflight")
-    report = fly(chosen, tokens_per_sample=tokens)
+    report = run(chosen, tokens_per_sample=tokens)
     show(report, as_json=as_json)
     if not report.passed:
         raise typer.Exit(1)
@@ -98,8 +98,8 @@ def plan(
     """Say what a run will need of a machine: memory of each GPU, operations, days; exits 1 if it does not fit."""
     from hyperagent.errors import ConfigError
     from hyperagent_trainer.config import load_recipe
+    from hyperagent_trainer.planning.command import explain_shortfall, show
     from hyperagent_trainer.planning.command import plan as make
-    from hyperagent_trainer.planning.command import show, why_it_does_not_fit
 
     chosen = load_recipe(recipe)
     if data is not None:
@@ -107,7 +107,7 @@ def plan(
     found = make(chosen, machine, mfu=mfu)
     show(found, price=price_per_gpu_hour, as_json=as_json)
     if not found.fits:
-        raise ConfigError(why_it_does_not_fit(found))
+        raise ConfigError(explain_shortfall(found))
 
 
 def export(

@@ -19,7 +19,7 @@ class RunOverrides(StrictModel):
     """What `POST /v1/runs` may change of a named recipe, with the bounds it may change it within."""
 
     num_steps: int | None = Field(None, ge=1, le=1_000_000)
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int | None = Field(None, ge=1, le=256)
     """Trajectories per step."""
     learning_rate: float | None = Field(None, gt=0, le=1)
@@ -57,10 +57,10 @@ class TrainRecipe(StrictModel):
     """Longest prompt the hypernetwork reads; a longer one in the data stops the run before it starts."""
     full_view_share: float = Field(0.0, ge=0, le=1)
     """Share of the training trajectories, other ones in every epoch, that the student sees as the teacher does instead of
-    in the view that the tokens file has for it (`hyperagent data tokenize --internalise`)."""
+    in the view that the tokens file has for it (`hyperagent data tokenize --internalize`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     num_steps: int = Field(1000, ge=1)
-    """Optimiser steps, unless `num_epochs` is given."""
+    """Optimizer steps, unless `num_epochs` is given."""
     num_epochs: int | None = Field(None, ge=1)
     """Passes over the training split, instead of a number of steps."""
     batch_size: int = Field(8, ge=1)
@@ -79,7 +79,7 @@ class TrainRecipe(StrictModel):
     attention: AttentionName = "auto"
     """What computes the student's softmax attention on a GPU; by default the fastest there is, found out by trying."""
     shard_network: bool = False
-    """Shard the network with its optimiser state over the processes, instead of a copy on each."""
+    """Shard the network with its optimizer state over the processes, instead of a copy on each."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     b_head_learning_rate_factor: float = Field(1.0, gt=0)

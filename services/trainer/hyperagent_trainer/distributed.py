@@ -82,7 +82,7 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def init_distributed() -> Iterator[Ranks]:
     """Join the other processes for the length of the block, or be alone."""
     on_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -104,7 +104,7 @@ def joined_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor, gathered from all ranks if it is sharded; then every rank has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

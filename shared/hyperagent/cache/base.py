@@ -22,7 +22,7 @@ from hyperagent.cache.format.record import (
     check_record,
     decode_trajectory,
 )
-from hyperagent.cache.hot_tier import HotTier, HotUse
+from hyperagent.cache.hot_tier import HotTier, HotTierStats
 from hyperagent.errors import CorruptRecord, IdentityMismatch, NotFound
 from hyperagent.identity import DataIdentity
 from hyperagent.topk import TopKRows, concatenate
@@ -50,7 +50,7 @@ class StoredTrajectory:
     blocks: tuple[BlockOfTrajectory, ...]
 
 
-class ReadableCache(ABC):
+class CacheReader(ABC):
     """A teacher's top-k rows by trajectory; safe to read from several threads, and to hand to another process."""
 
     def __init__(self, name: str, manifest: Manifest, hot: HotTier | None) -> None:
@@ -74,9 +74,9 @@ class ReadableCache(ABC):
         """Headers and bytes of whole records, checked; raises as `rows_of`."""
 
     @property
-    def hot_use(self) -> HotUse:
+    def hot_tier_stats(self) -> HotTierStats:
         """What the hot tier was good for until now, in this process; nothing if there is none."""
-        return self._hot.use if self._hot else HotUse()
+        return self._hot.use if self._hot else HotTierStats()
 
     def close(self) -> None:
         """Let go of what is open, of the hot tier too."""

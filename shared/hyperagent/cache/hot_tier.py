@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 log = structlog.get_logger()
 
 
-class HotUse(NamedTuple):
+class HotTierStats(NamedTuple):
     """What a hot tier was good for."""
 
     hits: int = 0
@@ -40,9 +40,9 @@ class HotUse(NamedTuple):
     is_degraded: bool = False
     """Whether it is left alone at the moment."""
 
-    def since(self, earlier: HotUse) -> HotUse:
+    def since(self, earlier: HotTierStats) -> HotTierStats:
         """What has come after `earlier`."""
-        return HotUse(self.hits - earlier.hits, self.misses - earlier.misses, self.is_degraded)
+        return HotTierStats(self.hits - earlier.hits, self.misses - earlier.misses, self.is_degraded)
 
 
 class HotTier:
@@ -98,9 +98,9 @@ class HotTier:
         return time.monotonic() < self._left_alone_until
 
     @property
-    def use(self) -> HotUse:
+    def use(self) -> HotTierStats:
         """What it was good for until now."""
-        return HotUse(self.hits, self.misses, self.is_degraded)
+        return HotTierStats(self.hits, self.misses, self.is_degraded)
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         """The bytes under each name, where Redis has them and answers in time."""

@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.format.keys import BlockPlan, plan_blocks
 from hyperagent.cache.format.manifest import CacheSettings, Manifest, manifest_path, read_manifest, write_manifest
 from hyperagent.cache.format.record import (
@@ -32,7 +32,7 @@ from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.index_rebuild import open_index
 from hyperagent.cache.locks import hold
 from hyperagent.cache.shard_reader import ShardReader
-from hyperagent.cache.trajectory_writer import Capture
+from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
 from hyperagent.files import is_aside, write_atomically
@@ -42,18 +42,18 @@ from hyperagent.topk import TopKRows
 log = structlog.get_logger()
 
 
-class TopKCache(ReadableCache):
+class LocalCache(CacheReader):
     """A teacher's top-k rows by trajectory; safe to use from several threads and processes of one machine."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, *, hot: HotTier | None = None, shard_bytes: int, alone: bool = False
+        self, root: Path, manifest: Manifest, *, hot: HotTier | None = None, shard_bytes: int, exclusive: bool = False
     ) -> None:
         """Use `create_or_open` or `open`."""
         super().__init__(str(root), manifest, hot)
         self.root = root
         self.shards = root / "shards"
         self.shard_bytes = shard_bytes
-        self._lock = hold(root / "readers.lock", alone=alone)
+        self._lock = hold(root / "readers.lock", exclusive=exclusive)
         try:
             self.index = open_index(root, manifest.identity.fingerprint)
             """For the tools that look after a cache."""
@@ -106,11 +106,11 @@ class TopKCache(ReadableCache):
         return cls(root, manifest, hot=hot, shard_bytes=shard_bytes)
 
     @classmethod
-    def open(cls, root: Path, *, hot: HotTier | None = None, alone: bool = False) -> Self:
+    def open(cls, root: Path, *, hot: HotTier | None = None, exclusive: bool = False) -> Self:
         """An existing cache.
 
         Args:
-            alone: keep everybody else from opening it, to remove something.
+            exclusive: keep everybody else from opening it, to remove something.
 
         Raises:
             ConfigError: there is none, or it is of an unknown format version.
@@ -118,7 +118,7 @@ class TopKCache(ReadableCache):
             CorruptRecord: its manifest is damaged.
             StorageError: the file system refused.
         """
-        return cls(root, read_manifest(root), hot=hot, shard_bytes=SHARD_BYTES, alone=alone)
+        return cls(root, read_manifest(root), hot=hot, shard_bytes=SHARD_BYTES, exclusive=exclusive)
 
     def close(self) -> None:
         """Let go of all files, and of the hot tier."""
@@ -143,7 +143,7 @@ class TopKCache(ReadableCache):
             write_atomically(path, data.to_json() + b"\n")
 
     def data_fingerprints(self) -> list[str]:
-        """See `ReadableCache.data_fingerprints`."""
+        """See `CacheReader.data_fingerprints`."""
         return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_aside(path))
 
     def data_identities(self) -> list[DataIdentity]:
@@ -165,13 +165,13 @@ class TopKCache(ReadableCache):
                 raise CorruptRecord(f"{path} is damaged; remove it, and populate from its tokens file again")
         return found
 
-    def capture(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> Capture:
-        """Begin, or go on, to put a trajectory in: ask the teacher for its rows from `Capture.first_row` on."""
+    def capture(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> TrajectoryWriter:
+        """Begin, or go on, to put a trajectory in: ask the teacher for its rows from `TrajectoryWriter.first_row` on."""
         manifest = Manifest(self.identity, self.settings)
         blocks = list(
             plan_blocks(self.identity.fingerprint, token_ids, positions, block_tokens=self.settings.block_tokens)
         )
-        return Capture(
+        return TrajectoryWriter(
             self.key(token_ids, positions),
             blocks,
             manifest,
@@ -196,7 +196,7 @@ class TopKCache(ReadableCache):
         return capture.key
 
     def trajectory_keys(self) -> list[str]:
-        """See `ReadableCache.trajectory_keys`."""
+        """See `CacheReader.trajectory_keys`."""
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
 
     def write_again(self, records: Sequence[bytes]) -> None:
@@ -257,5 +257,5 @@ class TopKCache(ReadableCache):
         return self.root / "data" / f"{fingerprint}.json"
 
 
-def _reopen(root: Path, hot: HotTier | None) -> TopKCache:
-    return TopKCache.open(root, hot=hot)
+def _reopen(root: Path, hot: HotTier | None) -> LocalCache:
+    return LocalCache.open(root, hot=hot)

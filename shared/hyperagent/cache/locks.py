@@ -11,27 +11,27 @@ from pathlib import Path
 from hyperagent.errors import Conflict, StorageError
 
 
-def hold(path: Path, *, alone: bool) -> int:
+def hold(path: Path, *, exclusive: bool) -> int:
     """Take the lock at `path`, beside other readers or alone, until the descriptor that is returned is closed.
 
     Raises:
         Conflict: somebody holds it otherwise.
         StorageError: the file system refused.
     """
-    if alone:
+    if exclusive:
         return _hold(path, fcntl.LOCK_EX, "somebody has it open; stop trainers and teachers that use it first")
     return _hold(path, fcntl.LOCK_SH, "something is being removed from it; wait for that to end")
 
 
 @contextmanager
-def held_alone(path: Path) -> Iterator[None]:
+def held_exclusively(path: Path) -> Iterator[None]:
     """Hold the lock at `path` against all readers.
 
     Raises:
         Conflict: somebody reads.
         StorageError: the file system refused.
     """
-    descriptor = hold(path, alone=True)
+    descriptor = hold(path, exclusive=True)
     try:
         yield
     finally:

@@ -17,12 +17,12 @@ from typing import Any, Self
 import fsspec
 import numpy as np
 
-from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.format.manifest import Manifest, manifest_path, parse_manifest, read_manifest
 from hyperagent.cache.format.record import Header, Kind, check_record
 from hyperagent.cache.format.shard import SEALED, parse_footer, shard_paths
 from hyperagent.cache.hot_tier import HotTier
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.compact import compact
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, StorageError
 from hyperagent.identity import TeacherIdentity
@@ -30,7 +30,7 @@ from hyperagent.identity import TeacherIdentity
 _UPLOAD_BYTES = 8 << 20
 
 
-class PublishedCache(ReadableCache):
+class RemoteCache(CacheReader):
     """A cache that is read by address, such as "s3://bucket/cache" or "file:///mnt/cache"."""
 
     def __init__(self, url: str, files: fsspec.AbstractFileSystem, folder: str, hot: HotTier | None) -> None:
@@ -60,12 +60,12 @@ class PublishedCache(ReadableCache):
         return _reopen, (self.name, self._hot)
 
     def trajectory_keys(self) -> list[str]:
-        """See `ReadableCache.trajectory_keys`."""
+        """See `CacheReader.trajectory_keys`."""
         keys = {key for footer in self._footers for key in footer["key"][footer["kind"] == Kind.TRAJECTORY].tolist()}
         return sorted(key.hex() for key in keys)
 
     def data_fingerprints(self) -> list[str]:
-        """See `ReadableCache.data_fingerprints`."""
+        """See `CacheReader.data_fingerprints`."""
         return self._data
 
     def contains(self, key: str) -> bool:
@@ -113,15 +113,15 @@ class PublishedCache(ReadableCache):
         return footer
 
 
-def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> ReadableCache:
+def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> CacheReader:
     """A published cache if `location` is an address, otherwise the cache in the folder of that name.
 
     Raises:
-        As `PublishedCache.open` and `TopKCache.open`.
+        As `RemoteCache.open` and `LocalCache.open`.
     """
     if "://" in str(location):
-        return PublishedCache.open(str(location), hot=hot)
-    return TopKCache.open(Path(location), hot=hot)
+        return RemoteCache.open(str(location), hot=hot)
+    return LocalCache.open(Path(location), hot=hot)
 
 
 def read_identity(location: str | Path) -> TeacherIdentity:
@@ -137,7 +137,7 @@ def read_identity(location: str | Path) -> TeacherIdentity:
     return read_manifest(Path(location)).identity
 
 
-def publish(cache: TopKCache, url: str, progress: Callable[[int, int], None] = lambda _done, _total: None) -> int:
+def publish(cache: LocalCache, url: str, progress: Callable[[int, int], None] = lambda _done, _total: None) -> int:
     """Compact and seal a cache's shards and copy what `url` does not have yet; returns the bytes copied.
 
     The manifest goes last, so that who finds one finds all of it. A shard that compaction has replaced stays at `url`,
@@ -213,5 +213,5 @@ def _storage_errors(url: str) -> Iterator[None]:
         ) from error
 
 
-def _reopen(url: str, hot: HotTier | None) -> PublishedCache:
-    return PublishedCache.open(url, hot=hot)
+def _reopen(url: str, hot: HotTier | None) -> RemoteCache:
+    return RemoteCache.open(url, hot=hot)

@@ -17,7 +17,7 @@ _WRITE_BYTES = 8 << 20
 """How much is gathered before it is made durable."""
 
 
-class Capture:
+class TrajectoryWriter:
     """Takes a trajectory's rows in order and writes each block when it is whole; one thread at a time."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Capture:
         first_missing: int,
         write: Callable[[Sequence[bytes]], None],
     ) -> None:
-        """Use `TopKCache.capture`.
+        """Use `LocalCache.capture`.
 
         Args:
             first_missing: how many of `blocks`, from the first, the cache holds already.

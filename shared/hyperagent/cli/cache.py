@@ -91,10 +91,10 @@ def audit(
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
     """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance import verify
 
-    with progress_bars() as bars, TopKCache.open(root) as cache:
+    with progress_bars() as bars, LocalCache.open(root) as cache:
         task = bars.add_task("verifying", total=None, note="bytes")
         report = verify.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
     damaged = [
@@ -119,10 +119,10 @@ def verify(root: Root, as_json: Json = False) -> None:
 @app.command()
 def stats(root: Root, as_json: Json = False) -> None:
     """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance import verify
 
-    with progress_bars() as bars, TopKCache.open(root) as cache:
+    with progress_bars() as bars, LocalCache.open(root) as cache:
         task = bars.add_task("counting", total=None, note="shards")
         counted = verify.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
         print_result(
@@ -171,7 +171,7 @@ async def _populate(
             "the tokenizer of the tokens file",
             expected=facts.identity.tokenizer,
             found=data.tokenizer,
-            remedy="tokenise with the teacher's tokenizer folder",
+            remedy="tokenize with the teacher's tokenizer folder",
         )
         if dry_run:
             return {
@@ -212,11 +212,11 @@ async def _audit(
     root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Progress
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.populate.audit import audit
     from hyperagent.wire.client import TeacherClient
 
-    cache = TopKCache.open(root)
+    cache = LocalCache.open(root)
     task = bars.add_task("auditing", total=None, note="")
     async with TeacherClient(address, read_token(), tls_ca=tls_ca) as teacher:
         report = await audit(

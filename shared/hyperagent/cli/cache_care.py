@@ -20,9 +20,9 @@ Tokens = Annotated[Path, typer.Argument(help="Tokens file, made by `hyperagent d
 
 def ls(root: Root, as_json: Json = False) -> None:
     """List the trajectories: key, tokens, supervised tokens, blocks."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
 
-    with TopKCache.open(root) as cache:
+    with LocalCache.open(root) as cache:
         found = [cache.trajectory(key) for key in cache.trajectory_keys()]
     if as_json:
         listed = [
@@ -97,11 +97,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what killed writers left and, with --keep, every trajectory of no file that is named."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.compact import collect_garbage
     from hyperagent.data.files.tokens_file import read_tokens
 
-    with progress_bars() as bars, TopKCache.open(root, alone=True) as cache:
+    with progress_bars() as bars, LocalCache.open(root, exclusive=True) as cache:
         kept = keep and {cache.key(one.token_ids, one.positions) for file in keep for one in read_tokens(file)}
         task = bars.add_task("compacting", total=None, note="shards")
         report = collect_garbage(
@@ -113,10 +113,10 @@ def gc(
 
 def compact(root: Root, as_json: Json = False) -> None:
     """Free the bytes of records that do not count any more, and seal the shards."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance import compact as compaction
 
-    with progress_bars() as bars, TopKCache.open(root) as cache:
+    with progress_bars() as bars, LocalCache.open(root) as cache:
         task = bars.add_task("compacting", total=None, note="shards")
         report = compaction.compact(cache, lambda done, total: bars.update(task, completed=done, total=total))
     print_result(_compacted(report), as_json=as_json)

@@ -22,10 +22,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the rows of a tokens file's trajectories for other tools; `import` takes them back."""
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.export import transfer as exchange
 
-    with progress_bars() as bars, TopKCache.open(root) as cache:
+    with progress_bars() as bars, LocalCache.open(root) as cache:
         task = bars.add_task("exporting", total=None, note="trajectories")
         report = exchange.export(
             cache,
@@ -52,7 +52,7 @@ def import_(
 ) -> None:
     """Bring the rows of another cache of the same teacher, or of exported files, into a cache."""
     from hyperagent.cache.format.manifest import CacheSettings, manifest_path
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.merge import merge
     from hyperagent.export.transfer import import_files, read_description
 
@@ -65,15 +65,15 @@ def import_(
             bars.update(task, completed=done, total=total)
 
         if manifest_path(source).exists():
-            with TopKCache.open(source) as other:
+            with LocalCache.open(source) as other:
                 # A cache that is there already stores rows as it does, whatever the source does.
                 inherited = {} if manifest_path(root).exists() else other.settings.model_dump()
                 settings = CacheSettings(**{**inherited, **wanted})
-                with TopKCache.create_or_open(root, other.identity, settings=settings) as cache:
+                with LocalCache.create_or_open(root, other.identity, settings=settings) as cache:
                     result = asdict(merge(other, cache, progress))
         else:
             identity = read_description(source).identity
-            with TopKCache.create_or_open(root, identity, settings=CacheSettings(**wanted)) as cache:
+            with LocalCache.create_or_open(root, identity, settings=CacheSettings(**wanted)) as cache:
                 result = asdict(import_files(source, cache, progress))
     print_result(result, as_json=as_json)
 
@@ -85,9 +85,9 @@ def publish(
 ) -> None:
     """Copy a cache's sealed shards to an object store, from which trainers read it; run again, it copies what is new."""
     from hyperagent.cache import remote
-    from hyperagent.cache.local import TopKCache
+    from hyperagent.cache.local import LocalCache
 
-    with progress_bars() as bars, TopKCache.open(root) as cache:
+    with progress_bars() as bars, LocalCache.open(root) as cache:
         task = bars.add_task("publishing", total=None, note="bytes")
         copied = remote.publish(cache, url, lambda done, total: bars.update(task, completed=done, total=total))
     print_result({"url": url, "bytes_copied": copied}, as_json=as_json)

@@ -15,9 +15,9 @@ from hyperagent.cli.display import print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
     from hyperagent.data.pipeline.selection import Selected
-    from hyperagent.data.pipeline.tokenize_dataset import TokeniseReport
+    from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport
 
-app = typer.Typer(help="Get, look at, split and tokenise trajectories.", no_args_is_help=True)
+app = typer.Typer(help="Get, look at, split and tokenize trajectories.", no_args_is_help=True)
 app.command()(inspect)
 app.command()(show)
 app.command()(plan)
@@ -60,8 +60,8 @@ def split(
     source: opt.Source,
     resolved_only: opt.ResolvedOnly = False,
     exit_status: opt.ExitStatus = None,
-    licences: opt.Licences = None,
-    licence: opt.Licence = None,
+    licenses: opt.Licenses = None,
+    license: opt.License = None,
     sample: opt.Sample = None,
     held_out_share: opt.HeldOutShare = 0.2,
     held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
@@ -70,13 +70,13 @@ def split(
     strict: opt.Strict = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Say which rows `data tokenize` would train on and hold out with the same options, without tokenising."""
+    """Say which rows `data tokenize` would train on and hold out with the same options, without tokenizing."""
     from hyperagent.config import parse
     from hyperagent.data.files.side_tables import read_joined
     from hyperagent.data.pipeline.selection import Selection, select_rows
     from hyperagent.data.pipeline.split import SplitSettings, split_rows
 
-    selection = parse(_selection(resolved_only, exit_status, licence, sample, seed), Selection, source="the options")
+    selection = parse(_selection(resolved_only, exit_status, license, sample, seed), Selection, source="the options")
     settings = parse(
         {"held_out_share": held_out_share, "held_out_tasks_share": held_out_tasks_share, "by": by, "seed": seed},
         SplitSettings,
@@ -87,7 +87,7 @@ def split(
         selected = select_rows(
             source,
             selection,
-            licence_of=read_joined(licences, "license_name") if licences else None,
+            license_of=read_joined(licenses, "license_name") if licenses else None,
             strict=strict,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
@@ -118,12 +118,12 @@ def tokenize(
     max_prompt_tokens: opt.MaxPromptTokens = 32_768,
     cut: opt.Cut = False,
     condition: opt.Condition = None,
-    internalise: opt.Internalise = None,
+    internalize: opt.Internalize = None,
     extra: opt.Extra = None,
     resolved_only: opt.ResolvedOnly = False,
     exit_status: opt.ExitStatus = None,
-    licences: opt.Licences = None,
-    licence: opt.Licence = None,
+    licenses: opt.Licenses = None,
+    license: opt.License = None,
     sample: opt.Sample = None,
     held_out_share: opt.HeldOutShare = 0.2,
     held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
@@ -133,10 +133,10 @@ def tokenize(
     workers: opt.Workers = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Tokenise trajectories once; the teacher and the trainer both read the file this writes."""
+    """Tokenize trajectories once; the teacher and the trainer both read the file this writes."""
     from hyperagent.config import parse
     from hyperagent.data.chat.tokenizer import ChatTokenizer
-    from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokeniseSettings, tokenise_file
+    from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeSettings, tokenize_file
 
     settings = parse(
         {
@@ -144,10 +144,10 @@ def tokenize(
                 "max_tokens": max_tokens,
                 "max_prompt_tokens": max_prompt_tokens,
                 "cut": cut,
-                "internalised": internalise or (),
+                "internalized": internalize or (),
                 **({"condition": condition} if condition else {}),
             },
-            "selection": _selection(resolved_only, exit_status, licence, sample, seed),
+            "selection": _selection(resolved_only, exit_status, license, sample, seed),
             "split": {
                 "held_out_share": held_out_share,
                 "held_out_tasks_share": held_out_tasks_share,
@@ -155,25 +155,25 @@ def tokenize(
                 "seed": seed,
             },
         },
-        TokeniseSettings,
+        TokenizeSettings,
         source="the options",
     )
     with progress_bars() as bars:
-        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenising")}
-        report = tokenise_file(
+        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenizing")}
+        report = tokenize_file(
             source,
             target,
             ChatTokenizer(tokenizer),
             settings,
-            joined=JoinedFiles(licences, extra),
+            joined=JoinedFiles(licenses, extra),
             strict=strict,
             num_workers=workers,
             progress=lambda what, done, total: bars.update(tasks[what], completed=done, total=total),
         )
-    print_result(_tokenise_result(target, report, as_json=as_json), as_json=as_json)
+    print_result(_tokenize_result(target, report, as_json=as_json), as_json=as_json)
 
 
-def _tokenise_result(target: Path, report: TokeniseReport, *, as_json: bool) -> dict[str, Any]:
+def _tokenize_result(target: Path, report: TokenizeReport, *, as_json: bool) -> dict[str, Any]:
     return {
         "tokens_file": str(target),
         "fingerprint": report.fingerprint,
@@ -191,12 +191,12 @@ def _tokenise_result(target: Path, report: TokeniseReport, *, as_json: bool) -> 
 
 
 def _selection(
-    resolved_only: bool, exit_status: list[str] | None, licence: list[str] | None, sample: int | None, seed: int
+    resolved_only: bool, exit_status: list[str] | None, license: list[str] | None, sample: int | None, seed: int
 ) -> dict[str, Any]:
     return {
         "resolved_only": resolved_only,
         "exit_statuses": exit_status or (),
-        "licences": licence or (),
+        "licenses": license or (),
         "sample": sample,
         "seed": seed,
     }

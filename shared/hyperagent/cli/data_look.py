@@ -31,7 +31,7 @@ def inspect(
     workers: opt.Workers = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Render, tokenise, mask and check every row, whatever its length, and write nothing."""
+    """Render, tokenize, mask and check every row, whatever its length, and write nothing."""
     from hyperagent.data.chat.tokenizer import ChatTokenizer
     from hyperagent.data.reports.inspect import inspect_file
     from hyperagent.data.reports.plot import write_histogram
@@ -83,18 +83,18 @@ def show(
     tokenizer: opt.TokenizerFolder,
     view: Annotated[Literal["teacher", "condition", "student"], typer.Option(help="Whose view.")] = "teacher",
     condition: opt.Condition = None,
-    internalise: opt.Internalise = None,
+    internalize: opt.Internalize = None,
     extra: opt.Extra = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Show one row as its reader sees it: roles in colours, what is trained on set off."""
+    """Show one row as its reader sees it: roles in colors, what is trained on set off."""
     from hyperagent.config import parse
     from hyperagent.data.chat.tokenizer import ChatTokenizer
     from hyperagent.data.files.side_tables import read_joined
     from hyperagent.data.pipeline.views import ViewSettings
     from hyperagent.data.reports.show import find_row, show_row
 
-    views: dict[str, Any] = {"internalised": internalise or (), "max_tokens": 2**31, "max_prompt_tokens": 2**31}
+    views: dict[str, Any] = {"internalized": internalize or (), "max_tokens": 2**31, "max_prompt_tokens": 2**31}
     settings = parse(views | ({"condition": condition} if condition else {}), ViewSettings, source="the options")
     number, found = find_row(source, row)
     text = read_joined(extra, "text").get(str(found["instance_id"])) if extra else None
@@ -116,7 +116,7 @@ def _print_segments(segments: list[Segment]) -> None:
 
     text = Text()
     for segment in segments:
-        # What is trained on stands out without colours too, as underlined text.
+        # What is trained on stands out without colors too, as underlined text.
         style = "bold cyan underline" if segment.supervised else _STYLES.get(segment.role, "dim")
         text.append(segment.text.translate(_VISIBLE), style=style)
     console = Console(soft_wrap=True, highlight=False)
@@ -131,10 +131,10 @@ def plan(
     machine: Annotated[str, typer.Option(help="Such as 8xh200 or 1xh100.")] = "8xh200",
     epochs: Annotated[int, typer.Option(min=1, help="Passes of the student over the data.")] = 20,
     top_k: Annotated[int, typer.Option(min=1, help="Ids the cache keeps per supervised token.")] = 128,
-    sample: Annotated[int, typer.Option(min=2, help="Rows to tokenise; the rest is estimated from them.")] = 200,
+    sample: Annotated[int, typer.Option(min=2, help="Rows to tokenize; the rest is estimated from them.")] = 200,
     max_tokens: opt.MaxTokens = 131_072,
     cut: opt.Cut = False,
-    internalise: opt.Internalise = None,
+    internalize: opt.Internalize = None,
     resolved_only: opt.ResolvedOnly = False,
     exit_status: opt.ExitStatus = None,
     seed: opt.Seed = 0,
@@ -157,13 +157,13 @@ def plan(
 
     chosen = machine_named(machine)
     views = parse(
-        {"max_tokens": max_tokens, "max_prompt_tokens": 2**31, "cut": cut, "internalised": internalise or ()},
+        {"max_tokens": max_tokens, "max_prompt_tokens": 2**31, "cut": cut, "internalized": internalize or ()},
         ViewSettings,
         source="the options",
     )
     selection = Selection(resolved_only=resolved_only, exit_statuses=tuple(exit_status or ()), sample=sample, seed=seed)
     with progress_bars() as bars:
-        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenising")}
+        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenizing")}
         measured = measure_rows(
             source,
             ChatTokenizer(tokenizer),
@@ -191,7 +191,7 @@ def _plan_result(made: DataPlan, cache: Estimate, *, machine: str, epochs: int, 
     from hyperagent.data.reports.plan import STUDENT_UTILISATION, TEACHER_UTILISATION
 
     facts = {**asdict(made), "cache_bytes": asdict(cache), "teacher_fits": made.teacher_fits}
-    assumed = {"teacher_utilisation": TEACHER_UTILISATION, "student_utilisation": STUDENT_UTILISATION}
+    assumed = {"teacher_utilization": TEACHER_UTILISATION, "student_utilization": STUDENT_UTILISATION}
     if as_json:
         return {"machine": machine, "epochs": epochs, **facts, **assumed}
 
@@ -201,7 +201,7 @@ def _plan_result(made: DataPlan, cache: Estimate, *, machine: str, epochs: int, 
 
     needed = made.teacher_weight_bytes / made.machine_memory_bytes
     return {
-        "rows": f"{made.rows:,}, of which {made.sampled_rows:,} were tokenised",
+        "rows": f"{made.rows:,}, of which {made.sampled_rows:,} were tokenized",
         "tokens": f"{shown(made.tokens, 1e6)} million",
         "supervised": f"{shown(made.supervised_tokens, 1e6)} million",
         "student": f"{shown(made.student_tokens, 1e6)} million tokens an epoch",
@@ -210,7 +210,7 @@ def _plan_result(made: DataPlan, cache: Estimate, *, machine: str, epochs: int, 
         "teacher": f"{made.teacher_gpu_hours:,.1f} GPU-hours, {made.teacher_hours:,.1f} hours on {machine}, at "
         f"{TEACHER_UTILISATION:.0%} of the peak (an assumption)",
         "": f"its weights take {made.teacher_weight_bytes / 1e9:,.0f} GB in bfloat16, {needed:.0%} of the memory: "
-        + ("they fit" if made.teacher_fits else "they do not fit; quantise them or take more GPUs"),
+        + ("they fit" if made.teacher_fits else "they do not fit; quantize them or take more GPUs"),
         "training": f"{made.student_gpu_hours:,.1f} GPU-hours for {epochs} epochs, {made.student_hours:,.1f} hours on "
         f"{machine}, at {STUDENT_UTILISATION:.0%} of the peak (an assumption), recomputation included",
     }

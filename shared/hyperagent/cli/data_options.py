@@ -15,8 +15,8 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default 
 
 ResolvedOnly = Annotated[bool, typer.Option("--resolved-only", help="Only trajectories that solved their task.")]
 ExitStatus = Annotated[list[str] | None, typer.Option(help="Only this exit status, such as submit; repeatable.")]
-Licences = Annotated[Path | None, typer.Option(help="Parquet or JSON Lines with instance_id and license_name.")]
-Licence = Annotated[list[str] | None, typer.Option(help="Only tasks under this licence of --licences; repeatable.")]
+Licenses = Annotated[Path | None, typer.Option(help="Parquet or JSON Lines with instance_id and license_name.")]
+License = Annotated[list[str] | None, typer.Option(help="Only tasks under this license of --licenses; repeatable.")]
 Sample = Annotated[int | None, typer.Option(min=2, help="Take this many rows, drawn by the seed.")]
 Seed = Annotated[int, typer.Option(min=0, help="Draws the sample and what is held out.")]
 HeldOutShare = Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of repositories to hold out.")]
@@ -33,7 +33,7 @@ Condition = Annotated[
         help="What the hypernetwork reads: system, tools, task, extra; repeatable. By default the first three."
     ),
 ]
-Internalise = Annotated[
+Internalize = Annotated[
     list[str] | None,
     typer.Option(help="What the student does not see: system, tools, task; repeatable. By default nothing."),
 ]

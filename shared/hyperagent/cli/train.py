@@ -16,7 +16,7 @@ _FINAL = {"done", "failed", "stopped"}
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of one of the trainer's recipes.")],
     server: Annotated[str, typer.Option(help="The trainer's address.")] = "http://127.0.0.1:8702",
-    num_steps: Annotated[int | None, typer.Option(help="Override the recipe's number of optimiser steps.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Override the recipe's number of optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Override the recipe's trajectories per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Override the recipe's peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Override the recipe's seed.")] = None,

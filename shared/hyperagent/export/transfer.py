@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, NotFound
 from hyperagent.export.formats import FORMATS, ExportedTrajectory
@@ -41,7 +41,7 @@ class ExportDescription:
 
 
 def export(
-    cache: TopKCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = lambda _done, _total: None
+    cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = lambda _done, _total: None
 ) -> ExchangeReport:
     """Write the trajectories of a tokens file, each with its rows; run again, it writes the same files again.
 
@@ -106,7 +106,7 @@ def read_description(folder: Path) -> ExportDescription:
     return ExportDescription(file_format, identity, data)
 
 
-def import_files(folder: Path, cache: TopKCache, progress: Progress = lambda _done, _total: None) -> ExchangeReport:
+def import_files(folder: Path, cache: LocalCache, progress: Progress = lambda _done, _total: None) -> ExchangeReport:
     """Put every trajectory of an exported folder into the cache of its teacher; what is there already stays.
 
     Raises:

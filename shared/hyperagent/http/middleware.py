@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hyperagent.auth import is_authorised
+from hyperagent.auth import is_authorized
 from hyperagent.http.problems import MEDIA_TYPE, Problem, http_problem
 
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -90,7 +90,7 @@ class RequireToken:
         if scope["type"] != "http" or scope["path"] in self._public_paths:
             return await self._app(scope, receive, send)
         header = Headers(scope=scope).get("authorization")
-        if is_authorised(header, self._token):
+        if is_authorized(header, self._token):
             return await self._app(scope, receive, send)
         problem = http_problem(
             HTTPStatus.UNAUTHORIZED,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.format.convert import padded_rows
 from hyperagent.cache.format.record import BlockOfTrajectory, StoredRows
 from hyperagent.errors import ConfigError, InvalidRequest
@@ -96,7 +96,7 @@ def require_temperature(temperature: float, temperatures: Sequence[float]) -> No
 
 
 def load_rows(
-    cache: ReadableCache,
+    cache: CacheReader,
     key: str,
     *,
     first_token: int = 0,
@@ -135,7 +135,7 @@ def load_rows(
     return RowTensors(*rows, cache.identity.temperatures)
 
 
-def _decode_on_host(cache: ReadableCache, blocks: Sequence[BlockOfTrajectory], *, pinned: bool) -> DeviceRows:
+def _decode_on_host(cache: CacheReader, blocks: Sequence[BlockOfTrajectory], *, pinned: bool) -> DeviceRows:
     rows = _empty(sum(block.num_rows for block in blocks), cache.identity, _HOST, pinned=pinned)
     start = 0
     for stored in cache.rows_of([block.key for block in blocks]):
@@ -157,7 +157,7 @@ def _write(stored: StoredRows, rows: DeviceRows, start: int) -> None:
     rows.tail_logsumexps_NM.numpy()[part] = stored.tail_logsumexps_NM
 
 
-def _decode_on_device(cache: ReadableCache, blocks: Sequence[BlockOfTrajectory], device: torch.device) -> DeviceRows:
+def _decode_on_device(cache: CacheReader, blocks: Sequence[BlockOfTrajectory], device: torch.device) -> DeviceRows:
     vocab_size, num_temperatures = cache.identity.vocab_size, len(cache.identity.temperatures)
     parts = [
         decode_on_device(header, payload, vocab_size=vocab_size, num_temperatures=num_temperatures, device=device)

@@ -1,4 +1,4 @@
-"""What encoder and generator are built of: pre-normalised residual attention and MLP.
+"""What encoder and generator are built of: pre-normalized residual attention and MLP.
 
 Legend of shape suffixes: B samples, Q queries, C context vectors, D width.
 """
@@ -25,7 +25,7 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Multi-head attention from queries [B, Q, D] to a context [B, C, D]; pre-normalised, residual."""
+    """Multi-head attention from queries [B, Q, D] to a context [B, C, D]; pre-normalized, residual."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Pre-normalised residual MLP."""
+    """Pre-normalized residual MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class BundleManifest(NetworkManifest):
     max_prompt_tokens: int = Field(ge=1)
     """Longest prompt it was trained to read, in tokens."""
     step: int = Field(ge=0)
-    """Optimiser steps it was trained for."""
+    """Optimizer steps it was trained for."""
     files: dict[str, str] = Field(default_factory=dict)
     """BLAKE3 (hex) of every file but this and the model card, by path inside the bundle."""
 

@@ -165,7 +165,7 @@ class PromptEncoder(nn.Module):
 class _GeneratorBlock(nn.Module):
     """Queries read the latents, mix across layers and, where there is more than one, slots, and think.
 
-    The two mixing attentions are factorised, over M vectors and over S, as one over all M S would be quadratic in them.
+    The two mixing attentions are factorized, over M vectors and over S, as one over all M S would be quadratic in them.
     """
 
     def __init__(self, width: int, num_heads: int, *, num_slots: int) -> None:

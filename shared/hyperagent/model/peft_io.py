@@ -69,7 +69,7 @@ class AdapterFiles:
 def encode_adapter(
     weights: AdapterWeights, *, base_model: str, alpha: float, origin: Mapping[str, str]
 ) -> AdapterFiles:
-    """Serialise one adapter.
+    """Serialize one adapter.
 
     Args:
         base_model: name of the student it belongs to.

@@ -190,10 +190,10 @@ def _check_names(targets: Sequence[str], shapes: Mapping[str, Shape], model_type
 def _layer_info(name: str, module: nn.Module | None, shape: Shape) -> LayerInfo:
     if module is None:
         raise ConfigError(f"the student lacks {name}, which every layer of its kind must have; check its weights")
-    # A subclass (quantised, or adapted already) may compute something else than x @ W.T.
+    # A subclass (quantized, or adapted already) may compute something else than x @ W.T.
     if type(module) is not nn.Linear:
         raise ConfigError(
-            f"target {name} is a {type(module).__name__}, not a plain linear layer; load the student without quantisation or adapters"
+            f"target {name} is a {type(module).__name__}, not a plain linear layer; load the student without quantization or adapters"
         )
     if (module.in_features, module.out_features) != shape:
         raise ConfigError(

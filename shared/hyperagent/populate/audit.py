@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import TokensFile, read_tokens
 from hyperagent.errors import DataError
 from hyperagent.identity import require_same
@@ -45,7 +45,7 @@ class AuditReport:
 
 
 async def audit(
-    cache: TopKCache,
+    cache: LocalCache,
     tokens: Path,
     teacher: TeacherClient,
     *,
@@ -122,7 +122,7 @@ def _coarse_kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     return max(0.0, float((np.exp(p) * (p - q)).sum()) + rest_p * float(np.log(rest_p / rest_q)))
 
 
-def _cached_rows(cache: TopKCache, tokens: Path) -> tuple[list[int], NDArray[np.int64]]:
+def _cached_rows(cache: LocalCache, tokens: Path) -> tuple[list[int], NDArray[np.int64]]:
     """Rows of the tokens file that are in the cache, and the supervised positions of each."""
     rows, counts = [], []
     for row, trajectory in enumerate(read_tokens(tokens)):

@@ -63,7 +63,7 @@ class SqliteQueue:
             version=_VERSION,
             what="the queue",
             remedy="remove the file: what is in the cache stays there",
-            survives_power_cut=False,
+            synchronous=False,
         )
 
     def fill(self, items: Iterable[WorkItem]) -> None:

@@ -35,7 +35,7 @@ from hyperagent.cache.format.record import (
 from hyperagent.cache.format.shard import shard_paths
 from hyperagent.cache.format.size_estimate import bytes_per_row
 from hyperagent.cache.format.truncation import keep_mass
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.topk import TopKRows
@@ -192,7 +192,7 @@ def test_a_reader_written_from_the_document_reads_the_same(
     tmp_path: Path, codec: str, kept_mass: float, is_sealed: bool
 ) -> None:
     how = CacheSettings(codec=codec, kept_mass=kept_mass, min_k=2, block_tokens=16)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
         rows = random_rows(20, 8, spread=6.0)
         key = cache.put(TOKENS, rows)
         if is_sealed:
@@ -290,7 +290,7 @@ def sealed(tmp_path: Path) -> tuple[Path, str, list[int]]:
     """A cache with one small sealed shard, a key and its ids."""
     identity = replace(IDENTITY, top_k=2)
     how = CacheSettings(codec="exact", block_tokens=16)
-    with TopKCache.create_or_open(tmp_path / "cache", identity, settings=how) as cache:
+    with LocalCache.create_or_open(tmp_path / "cache", identity, settings=how) as cache:
         rows = random_rows(2, 2)
         key = cache.put(TOKENS[:5], rows)
         cache.seal()
@@ -299,7 +299,7 @@ def sealed(tmp_path: Path) -> tuple[Path, str, list[int]]:
 
 def look(root: Path, key: str, ids: list[int]) -> bool:
     """Whether verifying reports damage; reading gives what was put, or one of two errors."""
-    with TopKCache.open(root) as cache:
+    with LocalCache.open(root) as cache:
         try:
             assert cache.get(key).rows.ids.ravel().tolist() == ids
         except (CorruptRecord, NotFound):
@@ -472,6 +472,6 @@ def test_a_row_keeps_all_its_ids_where_all_of_its_mass_is_asked_for(tmp_path: Pa
         tail_logsumexps=np.full((1, len(TEMPERATURES)), -np.inf, np.float32),
     )
     settings = CacheSettings(codec="exact", kept_mass=1, min_k=1)
-    with TopKCache.create_or_open(tmp_path / "cache", replace(IDENTITY, top_k=3), settings=settings) as cache:
+    with LocalCache.create_or_open(tmp_path / "cache", replace(IDENTITY, top_k=3), settings=settings) as cache:
         read = cache.get(cache.put(np.array([1, 5], np.uint32), rows)).rows
     np.testing.assert_array_equal(read.ids, rows.ids)

@@ -18,22 +18,22 @@ import redis
 from cache_rows import IDENTITY, TOKENS, random_rows
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.hot_tier import HotTier, HotUse
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.hot_tier import HotTier, HotTierStats
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import ConfigError
 
 ROWS = random_rows(4, 8)
 Handler = Callable[[socket.socket, threading.Event], None]
 
 
-def opened(root: Path, hot: HotTier, codec: str = "exact") -> tuple[TopKCache, str]:
-    cache = TopKCache.create_or_open(root, IDENTITY, settings=CacheSettings(codec=codec), hot=hot)
+def opened(root: Path, hot: HotTier, codec: str = "exact") -> tuple[LocalCache, str]:
+    cache = LocalCache.create_or_open(root, IDENTITY, settings=CacheSettings(codec=codec), hot=hot)
     key = cache.put(TOKENS, ROWS)
     hot.flush()
     return cache, key
 
 
-def assert_read(cache: TopKCache, key: str) -> None:
+def assert_read(cache: LocalCache, key: str) -> None:
     np.testing.assert_array_equal(np.sort(cache.get(key).rows.ids), np.sort(ROWS.ids))
 
 
@@ -58,23 +58,23 @@ def test_a_block_is_read_from_redis_and_expires(tmp_path: Path, redis_server: An
 
 
 def test_what_it_was_good_for_is_told(tmp_path: Path, redis_server: Any) -> None:
-    with TopKCache.create_or_open(tmp_path / "without", IDENTITY) as without:
+    with LocalCache.create_or_open(tmp_path / "without", IDENTITY) as without:
         assert_read(without, without.put(TOKENS, ROWS))
-        assert without.hot_use == HotUse(0, 0, False)
+        assert without.hot_tier_stats == HotTierStats(0, 0, False)
     hot = HotTier.connect(redis_server.url)
     cache, key = opened(tmp_path / "with", hot)
     assert_read(cache, key)
-    earlier = cache.hot_use
-    assert earlier == HotUse(1, 0, False)
+    earlier = cache.hot_tier_stats
+    assert earlier == HotTierStats(1, 0, False)
     with redis.Redis.from_url(redis_server.url) as client:
         client.setrange(client.keys()[0], 150, b"\xff" * 8)
         assert_read(cache, key)
-        assert cache.hot_use.since(earlier) == HotUse(0, 1, False)
+        assert cache.hot_tier_stats.since(earlier) == HotTierStats(0, 1, False)
         redis_server.kill()
     assert_read(cache, key)
     # What is found to be damaged while Redis is left alone stays there, until it expires.
     hot.drop("x")
-    assert cache.hot_use.since(earlier) == HotUse(-1, 3, True)
+    assert cache.hot_tier_stats.since(earlier) == HotTierStats(-1, 3, True)
     cache.close()
 
 
@@ -82,8 +82,8 @@ def test_another_process_connects_for_itself(tmp_path: Path, redis_server: Any) 
     cache, key = opened(tmp_path, HotTier.connect(redis_server.url))
     with pickle.loads(pickle.dumps(cache)) as other:  # noqa: S301  # what multiprocessing does with what is ours
         assert_read(other, key)
-        assert other.hot_use == HotUse(1, 0, False)
-    assert cache.hot_use == HotUse(0, 0, False)
+        assert other.hot_tier_stats == HotTierStats(1, 0, False)
+    assert cache.hot_tier_stats == HotTierStats(0, 0, False)
     cache.close()
 
 
@@ -214,7 +214,7 @@ def wrong_answers(connection: socket.socket, _over: threading.Event) -> None:
 def test_whatever_answers_costs_half_a_second_and_no_more(tmp_path: Path, handle: Handler) -> None:
     with server(handle) as url:
         hot = HotTier.connect(url)
-        cache = TopKCache.create_or_open(tmp_path, IDENTITY, hot=hot)
+        cache = LocalCache.create_or_open(tmp_path, IDENTITY, hot=hot)
         key = cache.put(TOKENS, ROWS)
         started = time.monotonic()
         for _ in range(3):

@@ -22,7 +22,7 @@ from hyperagent.cache import trajectory_writer as capture_module
 from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.format.shard import SEALED, shard_paths
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import count, verify
 from hyperagent.errors import (
     ConfigError,
@@ -41,9 +41,9 @@ SMALL_BLOCKS = CacheSettings(codec="exact", block_tokens=16)
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_put_is_read_again(tmp_path: Path, codec: str) -> None:
     settings = CacheSettings(codec=codec, block_tokens=16)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=settings) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=settings) as cache:
         keys = filled(cache)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert (cache.identity, cache.settings) == (IDENTITY, settings)
         assert cache.trajectory_keys() == sorted(keys)
         assert all(cache.contains(key) for key in keys)
@@ -63,7 +63,7 @@ def test_what_is_put_is_read_again(tmp_path: Path, codec: str) -> None:
 
 
 def test_what_is_held_is_counted(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         filled(cache)
         stats = count(cache)
     assert (stats.trajectories, stats.blocks, stats.supervised_tokens, stats.context_tokens) == (3, 6, 33, 120)
@@ -78,7 +78,7 @@ def test_what_is_held_is_counted(tmp_path: Path) -> None:
 def test_adaptive_k_keeps_what_the_mass_needs(tmp_path: Path) -> None:
     settings = CacheSettings(codec="compact", kept_mass=0.9, min_k=2)
     rows = random_rows(15, 8, spread=6.0)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=settings) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=settings) as cache:
         read = cache.get(cache.put(TOKENS, rows)).rows
         stats = count(cache)
     read.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size, temperatures=IDENTITY.temperatures)
@@ -96,7 +96,7 @@ def test_adaptive_k_keeps_what_the_mass_needs(tmp_path: Path) -> None:
 def test_trajectories_that_begin_alike_share_blocks(tmp_path: Path) -> None:
     """The rows of a block are found by the tokens up to it, whatever comes behind it."""
     rows = random_rows(20, 8)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         cache.put(TOKENS, rows)
         alone = sum(path.stat().st_size for path in tmp_path.glob("shards/*"))
         branch = TOKENS.copy()
@@ -113,8 +113,8 @@ def test_trajectories_that_begin_alike_share_blocks(tmp_path: Path) -> None:
 
 
 def test_a_key_covers_teacher_tokens_and_positions(tmp_path: Path) -> None:
-    cache = TopKCache.create_or_open(tmp_path / "a", IDENTITY)
-    other = TopKCache.create_or_open(tmp_path / "b", replace(IDENTITY, weights="9" * 64))
+    cache = LocalCache.create_or_open(tmp_path / "a", IDENTITY)
+    other = LocalCache.create_or_open(tmp_path / "b", replace(IDENTITY, weights="9" * 64))
     positions = np.array([3, 5], np.uint32)
     key = cache.key(TOKENS, positions)
     assert key == cache.key(TOKENS.copy(), positions.copy())
@@ -130,9 +130,9 @@ def test_a_key_covers_teacher_tokens_and_positions(tmp_path: Path) -> None:
 
 
 def test_one_cache_one_teacher(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         filled(cache)
-    assert TopKCache.create_or_open(tmp_path, replace(IDENTITY, model="renamed")).identity == IDENTITY
+    assert LocalCache.create_or_open(tmp_path, replace(IDENTITY, model="renamed")).identity == IDENTITY
     for other in (
         replace(IDENTITY, dtype="bfloat16"),
         replace(IDENTITY, tokenizer_sha256="7" * 64),
@@ -140,20 +140,20 @@ def test_one_cache_one_teacher(tmp_path: Path) -> None:
         replace(IDENTITY, top_k=16),
     ):
         with pytest.raises(IdentityMismatch, match="folder of its own") as refusal:
-            TopKCache.create_or_open(tmp_path, other)
+            LocalCache.create_or_open(tmp_path, other)
         name = next(name for name in vars(other) if getattr(other, name) != getattr(IDENTITY, name))
         for identity in (IDENTITY, other):
             assert f"{name}={getattr(identity, name)}" in str(refusal.value)
     with pytest.raises(ConfigError, match="there is no cache"):
-        TopKCache.open(tmp_path / "elsewhere")
+        LocalCache.open(tmp_path / "elsewhere")
 
 
 def test_rows_are_stored_in_one_way(tmp_path: Path) -> None:
-    TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS).close()
-    assert TopKCache.create_or_open(tmp_path, IDENTITY).settings == SMALL_BLOCKS
-    assert TopKCache.create_or_open(tmp_path, IDENTITY, settings=CacheSettings(codec="exact")).settings == SMALL_BLOCKS
+    LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS).close()
+    assert LocalCache.create_or_open(tmp_path, IDENTITY).settings == SMALL_BLOCKS
+    assert LocalCache.create_or_open(tmp_path, IDENTITY, settings=CacheSettings(codec="exact")).settings == SMALL_BLOCKS
     with pytest.raises(ConfigError, match=r"codec='exact'.*not with \{'codec': 'archive'\}; leave that out"):
-        TopKCache.create_or_open(tmp_path, IDENTITY, settings=CacheSettings(codec="archive"))
+        LocalCache.create_or_open(tmp_path, IDENTITY, settings=CacheSettings(codec="archive"))
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_rows_are_stored_in_one_way(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, damage: bytes, refusal: type[Exception]) -> None:
-    TopKCache.create_or_open(tmp_path, IDENTITY).close()
+    LocalCache.create_or_open(tmp_path, IDENTITY).close()
     (tmp_path / "manifest.json").write_bytes(damage)
     with pytest.raises(refusal, match=str(tmp_path)):
-        TopKCache.open(tmp_path)
+        LocalCache.open(tmp_path)
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
     data = data_identity(TokenizerIdentity("1", "2"), source="3" * 64)
-    with TopKCache.create_or_open(tmp_path, IDENTITY) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY) as cache:
         cache.record_data(data)
         assert cache.data_identities() == [data]
         path = tmp_path / "data" / f"{data.fingerprint}.json"
@@ -191,22 +191,22 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(StorageError, match=r"could not read .*manifest.json: Is a directory"):
-        TopKCache.open(tmp_path)
+        LocalCache.open(tmp_path)
 
 
 @pytest.mark.parametrize(("old", "new"), [('"float32"', '"bfloat16"'), ('"compact"', '"zip"')])
 def test_a_manifest_edited_by_hand_is_refused(tmp_path: Path, old: str, new: str) -> None:
-    TopKCache.create_or_open(tmp_path, IDENTITY).close()
+    LocalCache.create_or_open(tmp_path, IDENTITY).close()
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(CorruptRecord, match=f"{path} is damaged"):
-        TopKCache.open(tmp_path)
+        LocalCache.open(tmp_path)
 
 
 def test_a_capture_goes_on_at_the_first_missing_block(tmp_path: Path) -> None:
     rows = random_rows(20, 8)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
-        whole = TopKCache.create_or_open(tmp_path / "whole", IDENTITY, settings=SMALL_BLOCKS)
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+        whole = LocalCache.create_or_open(tmp_path / "whole", IDENTITY, settings=SMALL_BLOCKS)
         key = whole.put(TOKENS, rows)
         first = cache.capture(TOKENS, rows.positions)
         assert first.first_row == 0
@@ -234,22 +234,22 @@ def test_a_capture_goes_on_at_the_first_missing_block(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_sealed_when_it_is_full_and_the_next_one_begun(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS, shard_bytes=4096) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS, shard_bytes=4096) as cache:
         keys = filled(cache, 12)
         sealed = [path for path in shard_paths(tmp_path / "shards") if path.suffix == SEALED]
         assert len(sealed) >= 2
         assert all(cache.contains(key) for key in keys)
         assert verify(cache).damaged == ()
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert verify(cache).trajectories == 12
 
 
 def test_the_next_writer_goes_on_with_the_open_shard(tmp_path: Path) -> None:
     for number in range(3):
-        with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+        with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
             cache.put(TOKENS + number, random_rows(5, 8, seed=number))
     assert len(shard_paths(tmp_path / "shards")) == 1
-    with TopKCache.open(tmp_path) as one, TopKCache.open(tmp_path) as other:
+    with LocalCache.open(tmp_path) as one, LocalCache.open(tmp_path) as other:
         for number, cache in enumerate((one, other)):
             cache.put(TOKENS + 10 + number, random_rows(5, 8, seed=number))
         assert len(shard_paths(tmp_path / "shards")) == 2
@@ -259,31 +259,31 @@ def test_the_next_writer_goes_on_with_the_open_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffixes", [("",), ("", "-wal", "-shm")])
 def test_the_index_is_made_again_from_the_shards(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS, shard_bytes=4096) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS, shard_bytes=4096) as cache:
         filled(cache, 12)
         before = verify(cache)
         locations = [cache.index.find(bytes.fromhex(key)) for key in cache.trajectory_keys()]
     for suffix in suffixes:
         Path(f"{tmp_path}/index.sqlite{suffix}").unlink(missing_ok=True)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert verify(cache) == before
         assert [cache.index.find(bytes.fromhex(key)) for key in cache.trajectory_keys()] == locations
 
 
 @pytest.mark.parametrize("damage", [b"", b"no index at all" * 100, None])
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes | None) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         filled(cache)
         before = verify(cache)
     path = tmp_path / "index.sqlite"
     path.write_bytes(path.read_bytes()[:50] if damage is None else damage)
-    with structlog.testing.capture_logs() as logged, TopKCache.open(tmp_path) as cache:
+    with structlog.testing.capture_logs() as logged, LocalCache.open(tmp_path) as cache:
         assert verify(cache) == before
     assert [line["event"] for line in logged] == ["damaged index is made again"]
 
 
 def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         keys = filled(cache)
         before = verify(cache)
         at = cache.index.find(cache.trajectory(keys[1]).blocks[0].key)
@@ -292,7 +292,7 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
     flip_byte(shard, at.offset + 200)
     (tmp_path / ".aside-0-x").write_bytes(b"half")
 
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         with pytest.raises(
             CorruptRecord, match=r"byte \d+ is damaged: its checksum does not fit; run `hyperagent cache"
         ):
@@ -315,7 +315,7 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
 
 
 def test_rows_that_are_no_distributions_are_not_written(tmp_path: Path) -> None:
-    cache = TopKCache.create_or_open(tmp_path, IDENTITY)
+    cache = LocalCache.create_or_open(tmp_path, IDENTITY)
     rows = random_rows(4, 8)
     bad_padding = replace(rows, logprobs=np.where(np.arange(8) < 4, rows.logprobs, -np.inf).astype(np.float32))
     for bad in (
@@ -332,13 +332,13 @@ def test_rows_that_are_no_distributions_are_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "shards").exists()
 
 
-def put_all(cache: TopKCache) -> None:
+def put_all(cache: LocalCache) -> None:
     for number in range(10):
         cache.put(TOKENS + number, random_rows(12, 8, seed=number))
 
 
 def put_all_in_process(root: str) -> None:
-    with TopKCache.create_or_open(Path(root), IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(Path(root), IDENTITY, settings=SMALL_BLOCKS) as cache:
         put_all(cache)
 
 
@@ -346,14 +346,14 @@ def test_a_long_capture_is_made_durable_as_it_goes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(capture_module, "_WRITE_BYTES", 100)
     how = CacheSettings(block_tokens=16)
     rows = random_rows(20, 8)
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
         cache.capture(TOKENS, rows.positions).add(rows.part(slice(9)))
         # Its object is gone, but the whole blocks it was given are not.
         assert cache.capture(TOKENS, rows.positions).first_row == 8
 
 
 def test_many_threads_and_processes_that_put_the_same_leave_one_record(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path / "threads", IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path / "threads", IDENTITY, settings=SMALL_BLOCKS) as cache:
         with ThreadPoolExecutor(8) as pool:
             for done in [pool.submit(put_all, cache) for _ in range(8)]:
                 done.result()
@@ -361,21 +361,21 @@ def test_many_threads_and_processes_that_put_the_same_leave_one_record(tmp_path:
         assert (expected.trajectories, expected.damaged, count(cache).dead_bytes) == (10, (), 0)
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as processes:
         list(processes.map(put_all_in_process, [str(tmp_path / "processes")] * 4))
-    with TopKCache.open(tmp_path / "processes") as cache:
+    with LocalCache.open(tmp_path / "processes") as cache:
         assert verify(cache) == replace(expected)
         assert count(cache).dead_bytes == 0
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """A file size limit stands in for the full disk: the write fails in its middle just the same."""
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         key = cache.put(TOKENS, random_rows(5, 8))
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.path.insert(0, sys.argv[2])\n"
         "import numpy as np; from pathlib import Path\n"
-        "from cache_rows import random_rows; from hyperagent.cache.local import TopKCache\n"
+        "from cache_rows import random_rows; from hyperagent.cache.local import LocalCache\n"
         "from hyperagent.errors import StorageError\n"
-        "cache = TopKCache.open(Path(sys.argv[1]))\n"
+        "cache = LocalCache.open(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: cache.put(np.arange(300, dtype=np.uint32), random_rows(90, 8))\n"
         "except StorageError as error: print(error)\n"
@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.startswith("could not write the cache's records")
     assert len(said.splitlines()) == 1
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert cache.trajectory_keys() == [key]
         report = verify(cache)
         assert (report.damaged, report.incomplete, report.leftovers) == ((), (), ())
@@ -394,8 +394,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_reader_follows_a_shard_that_grows(tmp_path: Path) -> None:
     with (
-        TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as writer,
-        TopKCache.open(tmp_path) as reader,
+        LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as writer,
+        LocalCache.open(tmp_path) as reader,
     ):
         early: list[TopKRows] = []
         for number in range(20):
@@ -411,7 +411,7 @@ def test_of_two_teachers_that_make_one_cache_at_once_one_is_refused(tmp_path: Pa
     def make(attempt: int) -> list[bool]:
         def outcome(identity: TeacherIdentity) -> bool:
             try:
-                return TopKCache.create_or_open(tmp_path / str(attempt), identity).identity == identity
+                return LocalCache.create_or_open(tmp_path / str(attempt), identity).identity == identity
             except IdentityMismatch:
                 return False
 
@@ -423,13 +423,13 @@ def test_of_two_teachers_that_make_one_cache_at_once_one_is_refused(tmp_path: Pa
 
 
 def test_a_cache_knows_what_data_it_was_populated_from(tmp_path: Path) -> None:
-    cache = TopKCache.create_or_open(tmp_path, IDENTITY)
+    cache = LocalCache.create_or_open(tmp_path, IDENTITY)
     one, other = (data_identity(TokenizerIdentity("1", "2"), source=digit * 64) for digit in "34")
     with pytest.raises(IdentityMismatch, match=f"not populated from data {one.fingerprint} but from none"):
         cache.require_data(one)
     cache.record_data(one)
     cache.record_data(one)
-    again = TopKCache.open(tmp_path)
+    again = LocalCache.open(tmp_path)
     again.require_data(one)
     assert again.data_fingerprints() == [one.fingerprint]
     assert DataIdentity.from_json((tmp_path / "data" / f"{one.fingerprint}.json").read_bytes()) == one
@@ -438,7 +438,7 @@ def test_a_cache_knows_what_data_it_was_populated_from(tmp_path: Path) -> None:
 
 
 def test_no_room_for_another_open_file_is_one_clear_error(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY) as cache:
         key = cache.put(TOKENS, random_rows(5, 8))
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest_free = os.dup(0)
@@ -453,14 +453,14 @@ def test_no_room_for_another_open_file_is_one_clear_error(tmp_path: Path) -> Non
 
 
 def test_a_shard_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         key = cache.put(TOKENS, random_rows(5, 8))
     (shard,) = shard_paths(tmp_path / "shards")
     shard.unlink()
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert not cache.contains(key)
         (damage,) = verify(cache).damaged
         assert "the shard is gone, and with it 2 records" in damage.reason
     shard.mkdir()
-    with TopKCache.open(tmp_path) as cache, pytest.raises(StorageError, match="could not read"):
+    with LocalCache.open(tmp_path) as cache, pytest.raises(StorageError, match="could not read"):
         cache.get(key)

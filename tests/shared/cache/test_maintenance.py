@@ -15,7 +15,7 @@ from cache_rows import IDENTITY, TOKENS, filled, random_rows
 
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.format.shard import OPEN, SEALED, ShardWriter, shard_paths
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance import compact as compact_module
 from hyperagent.cache.maintenance import repair as repair_module
 from hyperagent.cache.maintenance.compact import collect_garbage, compact
@@ -27,11 +27,11 @@ SETTINGS = CacheSettings(codec="exact", block_tokens=16)
 
 
 def make(root: Path, trajectories: int = 12, *, shard_bytes: int = 4096) -> list[str]:
-    with TopKCache.create_or_open(root, IDENTITY, settings=SETTINGS, shard_bytes=shard_bytes) as cache:
+    with LocalCache.create_or_open(root, IDENTITY, settings=SETTINGS, shard_bytes=shard_bytes) as cache:
         return filled(cache, trajectories)
 
 
-def assert_rows(cache: TopKCache, keys: list[str]) -> None:
+def assert_rows(cache: LocalCache, keys: list[str]) -> None:
     for number, key in enumerate(keys):
         meant = random_rows(10 + number % 10, 8, seed=number)
         np.testing.assert_array_equal(np.sort(cache.get(key).rows.ids), np.sort(meant.ids))
@@ -41,7 +41,7 @@ def test_repair_keeps_what_is_whole_and_sets_the_rest_aside(
     tmp_path: Path, flip_byte: Callable[[Path, int], None]
 ) -> None:
     keys = make(tmp_path)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         at = cache.index.find(cache.trajectory(keys[0]).blocks[1].key)
     assert at is not None
     shard = next(path for path in shard_paths(tmp_path / "shards") if path.stem == at.shard)
@@ -56,7 +56,7 @@ def test_repair_keeps_what_is_whole_and_sets_the_rest_aside(
     assert [path.name for path in report.set_aside] == [shard.name]
     assert report.set_aside[0].read_bytes()[:8] == b"HATKSHD2"
     assert {damage.offset for damage in report.damaged} >= {at.offset}
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         after = verify(cache)
         assert (after.damaged, after.incomplete, after.leftovers, after.trajectories) == ((), (), (), 11)
         # Of the trajectory that lost a block, only that block is computed again.
@@ -77,7 +77,7 @@ def test_repair_of_a_shard_without_its_header_or_footer(tmp_path: Path, flip_byt
     flip_byte(sealed[0], 10)
     report = repair(tmp_path)
     assert len(report.set_aside) == 1
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert (verify(cache).damaged, verify(cache).incomplete) == ((), ())
         for number in range(12):
             cache.put(TOKENS + number, random_rows(10 + number % 10, 8, seed=number))
@@ -86,7 +86,7 @@ def test_repair_of_a_shard_without_its_header_or_footer(tmp_path: Path, flip_byt
 
 def test_repair_of_a_shard_that_was_being_written(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
     keys = make(tmp_path, 3, shard_bytes=1 << 20)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         at = cache.index.find(cache.trajectory(keys[1]).blocks[0].key)
     assert at is not None
     (shard,) = shard_paths(tmp_path / "shards")
@@ -96,7 +96,7 @@ def test_repair_of_a_shard_that_was_being_written(tmp_path: Path, flip_byte: Cal
     assert (report.to_populate, report.trajectories) == ((keys[1],), 2)
     assert [path.name for path in report.set_aside] == [shard.name]
     assert not shard.exists()
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert verify(cache).damaged == ()
         cache.put(TOKENS + 1, random_rows(11, 8, seed=1))
         assert_rows(cache, keys)
@@ -104,24 +104,24 @@ def test_repair_of_a_shard_that_was_being_written(tmp_path: Path, flip_byte: Cal
 
 def test_nothing_is_removed_while_somebody_reads(tmp_path: Path) -> None:
     keys = make(tmp_path)
-    with TopKCache.open(tmp_path) as reader:
+    with LocalCache.open(tmp_path) as reader:
         with pytest.raises(Conflict, match="somebody has it open; stop trainers and teachers"):
-            TopKCache.open(tmp_path, alone=True)
+            LocalCache.open(tmp_path, exclusive=True)
         with pytest.raises(Conflict, match="is in use"):
             repair(tmp_path)
         # What only moves records may run beside a reader, who finds them where they are now.
         first = reader.get(keys[0]).rows
-        with TopKCache.open(tmp_path) as other:
+        with LocalCache.open(tmp_path) as other:
             assert compact(other).shards_after == 1
         assert_rows(reader, keys)
         np.testing.assert_array_equal(first.ids, reader.get(keys[0]).rows.ids)
-    with TopKCache.open(tmp_path, alone=True), pytest.raises(Conflict, match="something is being removed"):
-        TopKCache.open(tmp_path)
+    with LocalCache.open(tmp_path, exclusive=True), pytest.raises(Conflict, match="something is being removed"):
+        LocalCache.open(tmp_path)
 
 
 def test_compaction_frees_dead_bytes_and_leaves_one_sealed_shard(tmp_path: Path) -> None:
     keys = make(tmp_path)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         with cache.index.transaction():
             cache.index.remove([bytes.fromhex(key) for key in keys[6:]])
         dead = count(cache).dead_bytes
@@ -135,12 +135,12 @@ def test_compaction_frees_dead_bytes_and_leaves_one_sealed_shard(tmp_path: Path)
         assert (again.shards_after, again.bytes_after) == (1, report.bytes_after)
         assert verify(cache).damaged == ()
     (tmp_path / "index.sqlite").unlink()
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert cache.trajectory_keys() == sorted(keys[:6])
 
 
 def test_a_shard_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SETTINGS) as writer, TopKCache.open(tmp_path) as other:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SETTINGS) as writer, LocalCache.open(tmp_path) as other:
         writer.put(TOKENS, random_rows(5, 8))
         other.put(TOKENS + 1, random_rows(5, 8))
         compact(other)
@@ -151,14 +151,14 @@ def test_a_shard_that_another_process_writes_is_left_alone(tmp_path: Path) -> No
 
 def test_garbage_is_what_no_trajectory_needs(tmp_path: Path) -> None:
     keys = make(tmp_path)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         rows = random_rows(20, 8, seed=77)
         partial = cache.capture(TOKENS + 100, rows.positions)
         partial.add(rows.part(slice(10)))
         partial.flush()
         blocks = count(cache).blocks
     (tmp_path / ".aside-left").write_bytes(b"x")
-    with TopKCache.open(tmp_path, alone=True) as cache:
+    with LocalCache.open(tmp_path, exclusive=True) as cache:
         report = collect_garbage(cache, None)
         assert (report.trajectories_removed, report.blocks_removed, report.leftovers_removed) == (0, 1, 1)
         assert count(cache).blocks == blocks - 1
@@ -176,9 +176,9 @@ def test_blocks_that_are_shared_stay_for_the_one_that_is_kept(tmp_path: Path) ->
     rows = random_rows(20, 8)
     branch = TOKENS.copy()
     branch[35] += 1
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=SETTINGS) as cache:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SETTINGS) as cache:
         first, second = cache.put(TOKENS, rows), cache.put(branch, rows)
-    with TopKCache.open(tmp_path, alone=True) as cache:
+    with LocalCache.open(tmp_path, exclusive=True) as cache:
         collect_garbage(cache, {second})
         assert cache.get(second).rows.num_rows == 20
         assert (count(cache).blocks, count(cache).shared_tokens) == (3, 0)
@@ -192,23 +192,23 @@ def refuse(*_: object) -> Any:
 def test_a_shard_of_another_teacher_is_named_and_its_records_do_not_count(tmp_path: Path) -> None:
     keys = make(tmp_path / "cache", 3)
     stranger = replace(IDENTITY, weights="9" * 64)
-    with TopKCache.create_or_open(tmp_path / "other", stranger, settings=SETTINGS) as other:
+    with LocalCache.create_or_open(tmp_path / "other", stranger, settings=SETTINGS) as other:
         filled(other, 3)
         other.seal()
     (foreign,) = shard_paths(tmp_path / "other" / "shards")
     shutil.copy(foreign, tmp_path / "cache" / "shards")
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         assert ("it is of another teacher", foreign.name) in {
             (damage.reason, damage.path.name) for damage in verify(cache).damaged
         }
     (tmp_path / "cache" / "index.sqlite").unlink()
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         assert cache.trajectory_keys() == sorted(keys)
 
 
 def test_a_record_that_stands_in_the_place_of_another_is_not_served(tmp_path: Path) -> None:
     keys = make(tmp_path, 2, shard_bytes=1 << 20)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         first, second = (cache.trajectory(key).blocks[0].key for key in keys)
         at = {key: cache.index.find(key) for key in (first, second)}
         entry = next(e for e in cache.index.entries(at[first].shard) if e.key == second)  # type: ignore[union-attr]
@@ -221,7 +221,7 @@ def test_a_record_that_stands_in_the_place_of_another_is_not_served(tmp_path: Pa
 
 def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
     (key,) = make(tmp_path, 1)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         for path in shard_paths(tmp_path / "shards"):
             path.unlink()
         with pytest.raises(NotFound, match="has no shard"):
@@ -231,7 +231,7 @@ def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
 def test_copying_does_not_wait_for_all_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = make(tmp_path)
     monkeypatch.setattr(compact_module, "_COPY_BYTES", 1000)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         assert compact(cache).shards_before > 1
         assert verify(cache).damaged == ()
         assert_rows(cache, keys)
@@ -239,7 +239,7 @@ def test_copying_does_not_wait_for_all_of_a_shard(tmp_path: Path, monkeypatch: p
 
 def test_a_shard_that_cannot_be_deleted_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = make(tmp_path)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         with monkeypatch.context() as patched:
             patched.setattr(compact_module, "fsync_directory", refuse)
             with pytest.raises(StorageError, match=r"could not delete .*\.(shard|open): Input/output error"):
@@ -279,7 +279,7 @@ def test_a_shard_that_is_gone_or_shorter_than_the_index_says_has_no_next_writer(
 
 def test_sealing_when_nothing_is_open_does_nothing(tmp_path: Path) -> None:
     make(tmp_path, 2, shard_bytes=1 << 20)
-    with TopKCache.open(tmp_path) as cache:
+    with LocalCache.open(tmp_path) as cache:
         cache.seal()
         before = shard_paths(tmp_path / "shards")
         cache.seal()

@@ -16,8 +16,8 @@ from cache_rows import IDENTITY, TOKENS, filled, random_rows
 from data_identity import data_identity
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
-from hyperagent.cache.remote import PublishedCache, open_for_reading, publish, read_identity
+from hyperagent.cache.local import LocalCache
+from hyperagent.cache.remote import RemoteCache, open_for_reading, publish, read_identity
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
 from hyperagent.loader.decode import DeviceRows
 from hyperagent.loader.rows import load_rows
@@ -27,8 +27,8 @@ DATA = data_identity(IDENTITY.tokenizer)
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[TopKCache]:
-    with TopKCache.create_or_open(tmp_path / "cache", IDENTITY, settings=SETTINGS, shard_bytes=4096) as cache:
+def cache(tmp_path: Path) -> Iterator[LocalCache]:
+    with LocalCache.create_or_open(tmp_path / "cache", IDENTITY, settings=SETTINGS, shard_bytes=4096) as cache:
         cache.record_data(DATA)
         yield cache
 
@@ -38,11 +38,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"memory://{uuid.uuid4().hex}/cache" if request.param == "memory" else f"file://{tmp_path}/published"
 
 
-def test_what_is_published_reads_like_the_cache(cache: TopKCache, url: str) -> None:
+def test_what_is_published_reads_like_the_cache(cache: LocalCache, url: str) -> None:
     keys = filled(cache, 12)
     assert publish(cache, url) > 0
     with open_for_reading(url) as published, open_for_reading(cache.root) as local:
-        assert (type(published), type(local)) == (PublishedCache, TopKCache)
+        assert (type(published), type(local)) == (RemoteCache, LocalCache)
         assert published.identity == cache.identity == read_identity(url) == read_identity(cache.root)
         assert published.trajectory_keys() == cache.trajectory_keys() == sorted(keys)
         published.require_data(DATA)
@@ -61,13 +61,13 @@ def test_what_is_published_reads_like_the_cache(cache: TopKCache, url: str) -> N
             assert other.trajectory_keys() == published.trajectory_keys()
 
 
-def test_publishing_again_copies_what_is_new(cache: TopKCache, url: str) -> None:
+def test_publishing_again_copies_what_is_new(cache: LocalCache, url: str) -> None:
     keys = filled(cache, 3)
     publish(cache, url)
     assert publish(cache, url) == 0
     more = cache.put(TOKENS + 50, random_rows(12, 8, seed=50))
     assert publish(cache, url) > 0
-    with PublishedCache.open(url) as published:
+    with RemoteCache.open(url) as published:
         assert published.trajectory_keys() == sorted([*keys, more])
     # An upload that broke off is done again.
     files, folder = fsspec.url_to_fs(url)
@@ -75,13 +75,13 @@ def test_publishing_again_copies_what_is_new(cache: TopKCache, url: str) -> None
     whole = files.cat_file(shard)
     files.pipe_file(shard, whole[:-1])
     with pytest.raises(CorruptRecord, match="does not end with a footer"):
-        PublishedCache.open(url)
+        RemoteCache.open(url)
     publish(cache, url)
-    with PublishedCache.open(url) as published:
+    with RemoteCache.open(url) as published:
         assert published.trajectory_keys() == sorted([*keys, more])
 
 
-def test_damage_is_never_served(cache: TopKCache, url: str) -> None:
+def test_damage_is_never_served(cache: LocalCache, url: str) -> None:
     (key,) = filled(cache, 1)
     publish(cache, url)
     meant = cache.get(key).rows
@@ -94,7 +94,7 @@ def test_damage_is_never_served(cache: TopKCache, url: str) -> None:
         damaged[place] ^= 0x20
         files.pipe_file(shard, bytes(damaged))
         try:
-            with PublishedCache.open(url) as published:
+            with RemoteCache.open(url) as published:
                 rows = published.get(key).rows
             np.testing.assert_array_equal(rows.logprobs, meant.logprobs)
             np.testing.assert_array_equal(rows.ids, meant.ids)
@@ -105,38 +105,38 @@ def test_damage_is_never_served(cache: TopKCache, url: str) -> None:
 
 
 def test_a_record_in_the_place_of_another_is_not_served(
-    cache: TopKCache, url: str, monkeypatch: pytest.MonkeyPatch
+    cache: LocalCache, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = (cache.trajectory(key).blocks[0].key for key in filled(cache, 2))
     publish(cache, url)
-    with PublishedCache.open(url) as published:
+    with RemoteCache.open(url) as published:
         place = published._at(other)
         monkeypatch.setattr(published, "_at", lambda _key: place)
         with pytest.raises(CorruptRecord, match=f"it is the record of another key, {other.hex()}; publish the cache"):
             published.record(one)
 
 
-def test_what_is_not_there_or_another_cache_is_refused(cache: TopKCache, url: str, tmp_path: Path) -> None:
+def test_what_is_not_there_or_another_cache_is_refused(cache: LocalCache, url: str, tmp_path: Path) -> None:
     filled(cache, 1)
     with pytest.raises(ConfigError, match="put one there with `hyperagent cache publish`"):
-        PublishedCache.open(url)
+        RemoteCache.open(url)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        PublishedCache.open("nosuch://bucket/cache")
+        RemoteCache.open("nosuch://bucket/cache")
     publish(cache, url)
     with (
-        TopKCache.create_or_open(tmp_path / "other", replace(IDENTITY, weights="9" * 64)) as other,
+        LocalCache.create_or_open(tmp_path / "other", replace(IDENTITY, weights="9" * 64)) as other,
         pytest.raises(ConfigError, match="another cache is published at"),
     ):
         publish(other, url)
 
 
-def test_a_cache_that_somebody_writes_is_not_published(cache: TopKCache, url: str) -> None:
+def test_a_cache_that_somebody_writes_is_not_published(cache: LocalCache, url: str) -> None:
     filled(cache, 1)
-    with TopKCache.open(cache.root) as reader, pytest.raises(Conflict, match="publish when they have ended"):
+    with LocalCache.open(cache.root) as reader, pytest.raises(Conflict, match="publish when they have ended"):
         publish(reader, url)
 
 
-def test_a_store_that_refuses(cache: TopKCache, tmp_path: Path) -> None:
+def test_a_store_that_refuses(cache: LocalCache, tmp_path: Path) -> None:
     filled(cache, 1)
     (tmp_path / "in the way").write_bytes(b"")
     with pytest.raises(StorageError, match="check the address and its rights"):

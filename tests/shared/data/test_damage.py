@@ -20,8 +20,8 @@ from data_identity import data_identity
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import count_rows, read_rows
-from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenisedTrajectory, read_tokens, write_tokens
-from hyperagent.data.pipeline.tokenize_dataset import TokeniseReport, TokeniseSettings, tokenise_file
+from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajectory, read_tokens, write_tokens
+from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.data.reports.inspect import inspect_file
 from hyperagent.errors import DataError, RowRefused
@@ -49,14 +49,14 @@ def write(path: Path, content: pa.Table) -> Path:
     return path
 
 
-def tokenise(source: Path, tokenizer: ChatTokenizer) -> TokeniseReport:
-    settings = TokeniseSettings(views=ViewSettings(max_tokens=1000, max_prompt_tokens=100))
-    return tokenise_file(source, source.with_suffix(".tokens"), tokenizer, settings)
+def tokenize(source: Path, tokenizer: ChatTokenizer) -> TokenizeReport:
+    settings = TokenizeSettings(views=ViewSettings(max_tokens=1000, max_prompt_tokens=100))
+    return tokenize_file(source, source.with_suffix(".tokens"), tokenizer, settings)
 
 
 @pytest.mark.parametrize("tools", [[None] * 6, [[]] * 6])
 def test_no_row_with_tools_is_no_fault(tools: list[Any], tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    report = tokenise(write(tmp_path / "d.parquet", table(tools=tools)), tokenizer)
+    report = tokenize(write(tmp_path / "d.parquet", table(tools=tools)), tokenizer)
     assert (sum(report.splits.values()), report.refused) == (6, ())
 
 
@@ -75,8 +75,8 @@ def test_strings_and_lists_with_wide_offsets_are_read(tokenizer: ChatTokenizer, 
             ]
         )
     )
-    one = tokenise(write(tmp_path / "wide.parquet", wide), tokenizer)
-    other = tokenise(write(tmp_path / "narrow.parquet", table()), tokenizer)
+    one = tokenize(write(tmp_path / "wide.parquet", wide), tokenizer)
+    other = tokenize(write(tmp_path / "narrow.parquet", table()), tokenizer)
     assert (one.tokens, one.splits, one.refused) == (other.tokens, other.splits, ())
 
 
@@ -105,7 +105,7 @@ def test_a_column_of_another_type_is_named_and_its_rows_refused_one_by_one(
     assert [refusal.trajectory_id for refusal in report.refused] == names
     assert report.refused[0].reason == reason
     with pytest.raises(DataError, match=re.escape(reason)):
-        tokenise(path, tokenizer)
+        tokenize(path, tokenizer)
     with pytest.raises(RowRefused, match=re.escape(reason)):
         inspect_file(path, tokenizer, strict=True)
 
@@ -118,7 +118,7 @@ def test_rows_without_a_name_or_a_repository_are_refused_alone(tokenizer: ChatTo
         [{"role": "user", "content": f"task {n}"}, {"role": "assistant", "content": "the cat sat"}] for n in range(20)
     ]
     content = table(count=20, trajectory_id=names, repo=repos, trajectory=messages)
-    report = tokenise(write(tmp_path / "d.parquet", content), tokenizer)
+    report = tokenize(write(tmp_path / "d.parquet", content), tokenizer)
     assert [str(refused) for refused in report.refused] == [
         "trajectory 'row 0': it has no trajectory_id",
         "trajectory 't1': it has no repo",
@@ -133,7 +133,7 @@ def test_half_a_surrogate_pair_refuses_its_row(tokenizer: ChatTokenizer, tmp_pat
     rows[3]["trajectory"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    report = tokenise(path, tokenizer)
+    report = tokenize(path, tokenizer)
     assert [refusal.trajectory_id for refusal in report.refused] == ["t2", "t3"]
     assert all("half of a surrogate pair" in refusal.reason for refusal in report.refused)
 
@@ -162,10 +162,10 @@ def test_a_data_file_damaged_behind_its_footer_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def trajectories(count: int = 8, *, length: int = 500) -> list[TokenisedTrajectory]:
+def trajectories(count: int = 8, *, length: int = 500) -> list[TokenizedTrajectory]:
     random = np.random.default_rng(0)
     return [
-        TokenisedTrajectory(
+        TokenizedTrajectory(
             trajectory_id=f"t{number}",
             repo=f"a/{number}",
             split=TRAIN if number else HELD_OUT,
@@ -179,7 +179,7 @@ def trajectories(count: int = 8, *, length: int = 500) -> list[TokenisedTrajecto
     ]
 
 
-def write_all(path: Path, written: list[TokenisedTrajectory], tokenizer: ChatTokenizer) -> None:
+def write_all(path: Path, written: list[TokenizedTrajectory], tokenizer: ChatTokenizer) -> None:
     """Every trajectory in the full view."""
     with write_tokens(path, data_identity(tokenizer.identity)) as writer:
         for one in written:
@@ -200,7 +200,7 @@ def test_damaged_tokens_are_not_read_as_tokens(
     for index in range(end - 4000, end, 97):
         path.write_bytes(whole)
         flip_byte(path, index)
-        with pytest.raises(DataError, match=r"is damaged: .*; tokenise the data again"):
+        with pytest.raises(DataError, match=r"is damaged: .*; tokenize the data again"):
             list(read_tokens(path))
     for index in range(len(whole) - int.from_bytes(whole[-8:-4], "little") - 8, len(whole), 5):
         path.write_bytes(whole)
@@ -232,12 +232,12 @@ def test_a_full_disk_leaves_no_tokens_file(tokenizer_folder: Path, tmp_path: Pat
     program = (
         "import json, resource, sys\n"
         "from pathlib import Path\n"
-        "from hyperagent.data.pipeline.tokenize_dataset import TokeniseSettings, tokenise_file\n"
+        "from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file\n"
         "from hyperagent.data.chat.tokenizer import ChatTokenizer\n"
         "from hyperagent.errors import StorageError\n"
         "source, target, tokenizer = map(Path, sys.argv[1:])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
-        "try: tokenise_file(source, target, ChatTokenizer(tokenizer), TokeniseSettings(), num_workers=1)\n"
+        "try: tokenize_file(source, target, ChatTokenizer(tokenizer), TokenizeSettings(), num_workers=1)\n"
         "except StorageError as error: print(json.dumps(str(error)))\n"
     )
     target = tmp_path / "out" / "t.tokens"

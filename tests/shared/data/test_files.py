@@ -28,7 +28,7 @@ from hyperagent.data.files.tokens_file import (
 )
 from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings, assign_splits
-from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokeniseReport, TokeniseSettings, tokenise_file
+from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.errors import DataError, RowRefused
 
@@ -111,19 +111,19 @@ def test_one_repository_cannot_be_split() -> None:
         assign_splits(["a/b", "a/b"], held_out_share=0.5, seed=0)
 
 
-def tokenise(source: Path, target: Path, tokenizer: ChatTokenizer, **options: Any) -> TokeniseReport:
-    """Tokenise with short limits; `views`, `selection` and `split` change some settings."""
-    settings = TokeniseSettings(
+def tokenize(source: Path, target: Path, tokenizer: ChatTokenizer, **options: Any) -> TokenizeReport:
+    """Tokenize with short limits; `views`, `selection` and `split` change some settings."""
+    settings = TokenizeSettings(
         views=ViewSettings(**{"condition": ("task",), "max_tokens": 1000, **options.pop("views", {})}),
         selection=Selection(**options.pop("selection", {})),
         split=SplitSettings(**{"held_out_share": 0.25, **options.pop("split", {})}),
     )
-    return tokenise_file(source, target, tokenizer, settings, **options)
+    return tokenize_file(source, target, tokenizer, settings, **options)
 
 
 def test_a_repository_is_never_on_both_sides(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     source = write_parquet(tmp_path / "d.parquet", many_rows())
-    report = tokenise(source, tmp_path / "t.parquet", tokenizer)
+    report = tokenize(source, tmp_path / "t.parquet", tokenizer)
     assert (report.rows, report.chosen, report.refused) == (12, 12, ())
     assert report.splits == {TRAIN: 9, HELD_OUT: 3, HELD_OUT_TASKS: 0}
     trajectories = list(read_tokens(tmp_path / "t.parquet"))
@@ -139,8 +139,8 @@ def test_worker_processes_give_the_same_file(tmp_path: Path, tokenizer: ChatToke
     data[7]["trajectory"] = []
     data[9]["trajectory"][1]["content"] = "the cat " * 2000
     source = write_parquet(tmp_path / "d.parquet", data)
-    alone = tokenise(source, tmp_path / "1.parquet", tokenizer, num_workers=1)
-    together = tokenise(source, tmp_path / "2.parquet", tokenizer, num_workers=2)
+    alone = tokenize(source, tmp_path / "1.parquet", tokenizer, num_workers=1)
+    together = tokenize(source, tmp_path / "2.parquet", tokenizer, num_workers=2)
     assert [str(refusal) for refusal in alone.refused] == [str(refusal) for refusal in together.refused]
     assert replace(alone, refused=()) == replace(together, refused=())
     assert alone.too_long == 1
@@ -151,7 +151,7 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, tokenizer: ChatTokenizer)
     source = write_parquet(tmp_path / "d.parquet", many_rows())
 
     def drawn(seed: int) -> list[str]:
-        report = tokenise(source, tmp_path / "t.parquet", tokenizer, selection={"sample": 6, "seed": seed})
+        report = tokenize(source, tmp_path / "t.parquet", tokenizer, selection={"sample": 6, "seed": seed})
         assert report.left_out == {"not in the sample": 6}
         return [t.trajectory_id for t in read_tokens(tmp_path / "t.parquet")]
 
@@ -165,7 +165,7 @@ def test_a_refused_row_is_named_and_the_others_go_on(tmp_path: Path, tokenizer: 
     data[5]["trajectory_id"] = "t3"
     data[6]["trajectory"][1]["content"] = "the cat " * 2000
     source = write_parquet(tmp_path / "d.parquet", data)
-    report = tokenise(source, tmp_path / "t.parquet", tokenizer)
+    report = tokenize(source, tmp_path / "t.parquet", tokenizer)
     assert [str(refused) for refused in report.refused[:2]] == [
         "trajectory 't4': it has no assistant message, so nothing to learn from",
         "trajectory 't3': row 5 has the id of an earlier row",
@@ -176,14 +176,14 @@ def test_a_refused_row_is_named_and_the_others_go_on(tmp_path: Path, tokenizer: 
     for strict, name in (({4: 0, 5: 0}, "t6"), ({5: 0}, "t4")):
         kept = [entry for number, entry in enumerate(data) if number not in strict]
         with pytest.raises(RowRefused, match=name):
-            tokenise(write_parquet(tmp_path / "s.parquet", kept), tmp_path / "s.tokens", tokenizer, strict=True)
+            tokenize(write_parquet(tmp_path / "s.parquet", kept), tmp_path / "s.tokens", tokenizer, strict=True)
         assert not (tmp_path / "s.tokens").exists()
 
 
 def test_nothing_left_stops_it(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     source = write_parquet(tmp_path / "d.parquet", many_rows())
     with pytest.raises(DataError, match=r"no usable trajectory .* \(12 of 12 refused, 0 left out\); the first refusal"):
-        tokenise(source, tmp_path / "t.parquet", tokenizer, views={"max_tokens": 2})
+        tokenize(source, tmp_path / "t.parquet", tokenizer, views={"max_tokens": 2})
     assert not (tmp_path / "t.parquet").exists()
 
 
@@ -193,20 +193,20 @@ def test_the_extra_text_is_joined_by_instance(tmp_path: Path, tokenizer: ChatTok
     extras = [{"instance_id": entry["instance_id"], "text": f"map {number}"} for number, entry in enumerate(data)]
     extra = write_json_lines(tmp_path / "extra.jsonl", extras[1:])
     views = {"condition": ("task", "extra")}
-    report = tokenise(source, tmp_path / "t.parquet", tokenizer, views=views, joined=JoinedFiles(extra=extra))
+    report = tokenize(source, tmp_path / "t.parquet", tokenizer, views=views, joined=JoinedFiles(extra=extra))
     assert [str(refused) for refused in report.refused] == [
         "trajectory 't0': it has no extra text, which the condition asks for"
     ]
     prompts = [tokenizer.decode(t.prompt_ids.tolist()) for t in read_tokens(tmp_path / "t.parquet")]
     assert prompts == [f"<|im_start|>user\ntask {n}\n\nmap {n}<|im_end|>\n" for n in range(1, 12)]
     with pytest.raises(DataError, match="if and only if"):
-        tokenise(source, tmp_path / "t.parquet", tokenizer, views=views)
+        tokenize(source, tmp_path / "t.parquet", tokenizer, views=views)
 
 
 def test_a_tokens_file_gives_back_what_was_written(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     source = write_parquet(tmp_path / "d.parquet", many_rows(150, repos=30))
-    views = {"internalised": ("task",)}
-    tokenise(source, tmp_path / "a.parquet", tokenizer, views=views, split={"held_out_tasks_share": 0.4})
+    views = {"internalized": ("task",)}
+    tokenize(source, tmp_path / "a.parquet", tokenizer, views=views, split={"held_out_tasks_share": 0.4})
     before = list(read_tokens(tmp_path / "a.parquet"))
     assert {t.split for t in before} == {TRAIN, HELD_OUT, HELD_OUT_TASKS}
     identity = read_data_identity(tmp_path / "a.parquet")
@@ -227,7 +227,7 @@ def test_a_tokens_file_gives_back_what_was_written(tmp_path: Path, tokenizer: Ch
 
 def test_a_writer_that_stops_halfway_leaves_the_file_before(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     path = tmp_path / "t.parquet"
-    tokenise(write_parquet(tmp_path / "d.parquet", many_rows()), path, tokenizer)
+    tokenize(write_parquet(tmp_path / "d.parquet", many_rows()), path, tokenizer)
     whole = path.read_bytes()
     trajectories = list(read_tokens(path))
 
@@ -248,37 +248,37 @@ def test_the_fingerprint_follows_everything_that_decides_the_ids(tmp_path: Path,
     target = tmp_path / "t.parquet"
 
     def fingerprint(**options: Any) -> str:
-        report = tokenise(source, target, tokenizer, **options)
+        report = tokenize(source, target, tokenizer, **options)
         assert read_data_identity(target).fingerprint == report.fingerprint
         return report.fingerprint
 
     first = fingerprint()
     assert fingerprint() == first
-    licences = write_json_lines(
+    licenses = write_json_lines(
         tmp_path / "l.jsonl", [{"instance_id": f"a__{n % 4}-{n}", "license_name": "MIT"} for n in range(12)]
     )
     others = [
-        fingerprint(views={"internalised": ("task",)}),
+        fingerprint(views={"internalized": ("task",)}),
         fingerprint(views={"condition": ("system", "task")}),
         fingerprint(views={"max_tokens": 999}),
         fingerprint(selection={"resolved_only": True}),
         fingerprint(split={"seed": 1}),
-        fingerprint(joined=JoinedFiles(licences=licences)),
+        fingerprint(joined=JoinedFiles(licenses=licenses)),
     ]
     write_parquet(source, many_rows()[::-1])
     others.append(fingerprint())
     assert len({first, *others}) == 8
 
 
-def test_the_real_pack_is_tokenised_to_its_manifest(real_data: Path, tmp_path: Path) -> None:
+def test_the_real_pack_is_tokenized_to_its_manifest(real_data: Path, tmp_path: Path) -> None:
     """Token counts made independently, by `apply_chat_template` of the real tokenizer."""
     tokenizer = ChatTokenizer(real_data / "qwen-tokenizer")
     assert tokenizer.vocab_size == 151_669
     lines = (real_data / "trajectories" / "manifest.jsonl").read_text().splitlines()
     expected = {line["trajectory_id"]: line["tokens_qwen3coder_template"] for line in map(json.loads, lines)}
-    settings = TokeniseSettings(selection=Selection(sample=12))
+    settings = TokenizeSettings(selection=Selection(sample=12))
     source = real_data / "trajectories" / "dev.parquet"
-    report = tokenise_file(source, tmp_path / "t.parquet", tokenizer, settings)
+    report = tokenize_file(source, tmp_path / "t.parquet", tokenizer, settings)
     assert report.refused == ()
     found = {t.trajectory_id: len(t.token_ids) for t in read_tokens(tmp_path / "t.parquet")}
     assert found == {name: expected[name] for name in found}

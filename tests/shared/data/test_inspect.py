@@ -154,7 +154,7 @@ def test_segments_tell_speakers_and_mask(tokenizer: ChatTokenizer) -> None:
     assert "".join(segment.text for segment in found) == masked.text
     assert [segment.first_token for segment in found[1:]] == [s.first_token + s.num_tokens for s in found[:-1]]
     assert segments(masked.ids, masked.positions, tokenizer) == found
-    settings = ViewSettings(internalised=("task", "system"))
+    settings = ViewSettings(internalized=("task", "system"))
     student = show_row(data, 0, tokenizer, settings=settings, view="student", extra=None)
     assert [segment.text for segment in student[:2]] == ["<|im_start|>user\n<|im_end|>\n", "<|im_start|>assistant\n"]
     condition = show_row(data, 0, tokenizer, settings=settings, view="condition", extra=None)

@@ -18,9 +18,9 @@ from hyperagent.data.pipeline.split import SplitSettings, split_rows
 from hyperagent.errors import DataError, RowRefused
 
 
-def select(path: Path, rows: list[dict[str, Any]], licence_of: Any = None, **selection: Any) -> Selected:
+def select(path: Path, rows: list[dict[str, Any]], license_of: Any = None, **selection: Any) -> Selected:
     source = write_parquet(path / "d.parquet", rows)
-    return select_rows(source, Selection(**selection), licence_of=licence_of)
+    return select_rows(source, Selection(**selection), license_of=license_of)
 
 
 def names(selected: Selected) -> list[str]:
@@ -39,14 +39,14 @@ def test_outcome_and_exit_status(tmp_path: Path) -> None:
     assert (selected.num_rows, selected.refused) == (12, ())
 
 
-def test_licences_are_joined_by_instance(tmp_path: Path) -> None:
+def test_licenses_are_joined_by_instance(tmp_path: Path) -> None:
     rows = many_rows(4)
-    licence_of = {rows[0]["instance_id"]: "MIT", rows[1]["instance_id"]: "GPL-3.0", rows[2]["instance_id"]: "MIT"}
-    selected = select(tmp_path, rows, licence_of, licences=("MIT",))
+    license_of = {rows[0]["instance_id"]: "MIT", rows[1]["instance_id"]: "GPL-3.0", rows[2]["instance_id"]: "MIT"}
+    selected = select(tmp_path, rows, license_of, licenses=("MIT",))
     assert names(selected) == ["t0", "t2"]
-    assert selected.left_out == {"another licence, or none known": 2}
-    with pytest.raises(DataError, match="give a file that does with --licences"):
-        select(tmp_path, rows, licences=("MIT",))
+    assert selected.left_out == {"another license, or none known": 2}
+    with pytest.raises(DataError, match="give a file that does with --licenses"):
+        select(tmp_path, rows, licenses=("MIT",))
 
 
 def test_an_issue_of_another_repository_is_a_duplicate(tmp_path: Path) -> None:

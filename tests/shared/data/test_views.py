@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from hyperagent.data.chat.messages import dialogue_of, prune_nulls
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import read_rows
-from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.data.pipeline.views import Condition, ViewMaker, ViewSettings, condition_ids
 from hyperagent.errors import DataError, TooLong
 
@@ -27,7 +27,7 @@ def text(tokenizer: ChatTokenizer, ids: np.ndarray) -> str:
     return tokenizer.decode(ids.tolist())
 
 
-def runs(trajectory: TokenisedTrajectory) -> list[np.ndarray]:
+def runs(trajectory: TokenizedTrajectory) -> list[np.ndarray]:
     """Consecutive supervised positions."""
     return np.split(trajectory.positions, np.flatnonzero(np.diff(trajectory.positions.astype(int)) > 1) + 1)
 
@@ -69,10 +69,10 @@ def test_in_the_full_view_the_student_sees_what_the_teacher_sees(tokenizer: Chat
         (["task", "system", "tools"], "<|im_start|>user\n<|im_end|>\n"),
     ],
 )
-def test_what_is_internalised_the_student_does_not_see(hidden: list[str], head: str, tokenizer: ChatTokenizer) -> None:
+def test_what_is_internalized_the_student_does_not_see(hidden: list[str], head: str, tokenizer: ChatTokenizer) -> None:
     condition = ("system", "tools", "task")
     whole = views(WHOLE, tokenizer, condition=condition)
-    trajectory = views(WHOLE, tokenizer, condition=condition, internalised=hidden)
+    trajectory = views(WHOLE, tokenizer, condition=condition, internalized=hidden)
     shown = text(tokenizer, trajectory.student_ids)
     assert shown.startswith(f"{head}<|im_start|>assistant\nthe cat")
     # What the teacher sees does not depend on what the student sees.
@@ -87,7 +87,7 @@ def test_what_is_internalised_the_student_does_not_see(hidden: list[str], head: 
 
 
 def test_views_that_are_not_aligned_are_refused(tokenizer: ChatTokenizer) -> None:
-    trajectory = views(WHOLE, tokenizer, internalised=["task"])
+    trajectory = views(WHOLE, tokenizer, internalized=["task"])
     trajectory.require_aligned()
     for shift in (-1, 1):
         moved = (trajectory.student_positions.astype(int) + shift).clip(0, len(trajectory.student_ids) - 1)
@@ -129,8 +129,8 @@ def test_a_row_without_the_extra_text_is_refused(tokenizer: ChatTokenizer) -> No
     ("settings", "why"),
     [
         ({"condition": ["system"]}, "must hold the task"),
-        ({"condition": ["task"], "internalised": ["tools"]}, "tools cannot be hidden from the student and missing"),
-        ({"condition": ["task", "extra"], "internalised": ["extra"]}, "cannot be internalised"),
+        ({"condition": ["task"], "internalized": ["tools"]}, "tools cannot be hidden from the student and missing"),
+        ({"condition": ["task", "extra"], "internalized": ["extra"]}, "cannot be internalized"),
         ({"condition": ["task", "weather"]}, "'system', 'tools', 'task' or 'extra'"),
     ],
 )
@@ -149,8 +149,8 @@ def test_a_long_row_is_refused_or_cut_at_a_message(tokenizer: ChatTokenizer) -> 
     with pytest.raises(TooLong, match=f"it has {limit + 1} tokens, the limit is {limit}"):
         views(data, tokenizer, max_tokens=limit)
     for hidden in ((), ("task",)):
-        cut = views(data, tokenizer, max_tokens=limit, cut=True, internalised=hidden)
-        expected = views(row(USER, ASSISTANT, TOOL, LAST), tokenizer, internalised=hidden)
+        cut = views(data, tokenizer, max_tokens=limit, cut=True, internalized=hidden)
+        expected = views(row(USER, ASSISTANT, TOOL, LAST), tokenizer, internalized=hidden)
         for name in ("token_ids", "positions", "student_ids", "student_positions"):
             assert getattr(cut, name).tolist() == getattr(expected, name).tolist()
     with pytest.raises(TooLong, match="first assistant turn ends beyond"):
@@ -161,7 +161,7 @@ def test_a_long_row_is_refused_or_cut_at_a_message(tokenizer: ChatTokenizer) -> 
 
 def test_a_task_that_is_not_the_first_message_is_found(tokenizer: ChatTokenizer) -> None:
     data = row(SYSTEM, {"role": "user", "content": None}, USER, LAST)
-    trajectory = views(data, tokenizer, internalised=["task"])
+    trajectory = views(data, tokenizer, internalized=["task"])
     assert text(tokenizer, trajectory.prompt_ids) == "<|im_start|>user\nrun the tests<|im_end|>\n"
     assert "run the tests" not in text(tokenizer, trajectory.student_ids)
 
@@ -172,7 +172,7 @@ def test_every_combination_is_aligned(tokenizer: ChatTokenizer, hidden: set[str]
         noise = "x"
     task = {"role": "user", "content": f"run {noise} <|im_end|>"}
     data = row(SYSTEM, task, *[ASSISTANT, {"role": "tool", "content": noise}] * (count % 5), LAST)
-    trajectory = views(data, tokenizer, condition=["system", "tools", "task"], internalised=list(hidden))
+    trajectory = views(data, tokenizer, condition=["system", "tools", "task"], internalized=list(hidden))
     supervised = trajectory.token_ids[trajectory.positions].tolist()
     assert trajectory.student_ids[trajectory.student_positions].tolist() == supervised
     assert len(trajectory.student_ids) <= len(trajectory.token_ids)
@@ -181,7 +181,7 @@ def test_every_combination_is_aligned(tokenizer: ChatTokenizer, hidden: set[str]
 def test_real_trajectories_are_aligned(real_data: Path) -> None:
     tokenizer = ChatTokenizer(real_data / "qwen-tokenizer")
     maker = ViewMaker(tokenizer)
-    settings = ViewSettings(internalised=("system", "tools", "task"), max_tokens=400_000)
+    settings = ViewSettings(internalized=("system", "tools", "task"), max_tokens=400_000)
     for number, data in enumerate(read_rows(real_data / "trajectories" / "dev.parquet")):
         if number % 23 == 0:
             made = maker.make(data["trajectory_id"], data["repo"], "train", dialogue_of(data), settings=settings)

@@ -16,10 +16,10 @@ from cache_rows import IDENTITY, random_rows
 from data_identity import data_identity
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.merge import merge
 from hyperagent.cache.maintenance.verify import verify
-from hyperagent.data.files.tokens_file import TRAIN, TokenisedTrajectory, read_data_identity, write_tokens
+from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, read_data_identity, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, IdentityMismatch
 from hyperagent.export.formats import FORMATS
 from hyperagent.export.transfer import export, import_files, read_description
@@ -40,7 +40,7 @@ def tokens(tmp_path: Path) -> Path:
     with write_tokens(path, data_identity(IDENTITY.tokenizer)) as writer:
         for number in NUMBERS:
             ids, positions = token_ids(number), random_rows(15, 8).positions
-            trajectory = TokenisedTrajectory(
+            trajectory = TokenizedTrajectory(
                 f"t{number}", f"repo-{number}", TRAIN, token_ids=ids, positions=positions, prompt_ids=ids[:1],
                 student_ids=ids, student_positions=positions,
             )  # fmt: skip
@@ -49,7 +49,7 @@ def tokens(tmp_path: Path) -> Path:
 
 
 def populate(root: Path, tokens: Path, settings: CacheSettings, numbers: Any = NUMBERS) -> list[str]:
-    with TopKCache.create_or_open(root, IDENTITY, settings=settings) as cache:
+    with LocalCache.create_or_open(root, IDENTITY, settings=settings) as cache:
         keys = [cache.put(token_ids(number), random_rows(15, 8, seed=number)) for number in numbers]
         cache.record_data(read_data_identity(tokens))
     return keys
@@ -72,7 +72,7 @@ def test_what_is_exported_can_be_imported(
     tokens: Path, tmp_path: Path, file_format: str, settings: CacheSettings
 ) -> None:
     keys = populate(tmp_path / "cache", tokens, settings)
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         report = export(cache, tokens, tmp_path / "out", file_format=file_format)
         assert (report.trajectories, report.supervised_tokens) == (3, 45)
         assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob(f"*.{file_format}"))
@@ -81,7 +81,7 @@ def test_what_is_exported_can_be_imported(
         meant = [cache.get(key).rows for key in keys]
 
     identity = read_description(tmp_path / "out").identity
-    with TopKCache.create_or_open(tmp_path / "back", identity, settings=EXACT) as back:
+    with LocalCache.create_or_open(tmp_path / "back", identity, settings=EXACT) as back:
         assert import_files(tmp_path / "out", back).supervised_tokens == 45
         assert back.trajectory_keys() == sorted(keys)
         back.require_data(read_data_identity(tokens))
@@ -92,7 +92,7 @@ def test_what_is_exported_can_be_imported(
 
 def test_the_files_are_what_other_tools_read(tokens: Path, tmp_path: Path) -> None:
     (key, *_) = populate(tmp_path / "cache", tokens, EXACT)
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         for file_format in FORMATS:
             export(cache, tokens, tmp_path / file_format, file_format=file_format)
         rows = cache.get(key).rows
@@ -119,14 +119,14 @@ def test_the_files_are_what_other_tools_read(tokens: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_a_damaged_file_is_named_and_nothing_of_it_is_taken(tokens: Path, tmp_path: Path, file_format: str) -> None:
     keys = sorted(populate(tmp_path / "cache", tokens, EXACT))
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         export(cache, tokens, tmp_path / "out", file_format=file_format)
     damaged = tmp_path / "out" / f"{keys[1]}.{file_format}"
     whole = damaged.read_bytes()
     other = (tmp_path / "out" / f"{keys[0]}.{file_format}").read_bytes()
     for content in (b"", whole[:100], whole[:-40], other):
         damaged.write_bytes(content)
-        with TopKCache.create_or_open(tmp_path / "back", IDENTITY, settings=EXACT) as back:
+        with LocalCache.create_or_open(tmp_path / "back", IDENTITY, settings=EXACT) as back:
             with pytest.raises(DataError, match=rf"{keys[1]}.{file_format} was not imported: .*; export it again"):
                 import_files(tmp_path / "out", back)
             assert back.trajectory_keys() == keys[:1]
@@ -151,13 +151,13 @@ def test_arrays_that_are_no_rows_are_refused(
     tokens: Path, tmp_path: Path, change: dict[str, np.ndarray | None], reason: str
 ) -> None:
     (key, *_) = populate(tmp_path / "cache", tokens, EXACT, [0])
-    with TopKCache.open(tmp_path / "cache") as cache, pytest.raises(DataError, match="lacks trajectory 't1'"):
+    with LocalCache.open(tmp_path / "cache") as cache, pytest.raises(DataError, match="lacks trajectory 't1'"):
         export(cache, tokens, tmp_path / "out", file_format="npz")
     path = tmp_path / "out" / f"{key}.npz"
     with np.load(path, allow_pickle=False) as arrays:
         content = {**arrays, **change}
     np.savez(path, **{name: array for name, array in content.items() if array is not None})
-    with TopKCache.create_or_open(tmp_path / "back", IDENTITY) as back:
+    with LocalCache.create_or_open(tmp_path / "back", IDENTITY) as back:
         with pytest.raises(DataError, match=reason):
             import_files(tmp_path / "out", back)
         assert back.trajectory_keys() == []
@@ -165,7 +165,7 @@ def test_arrays_that_are_no_rows_are_refused(
 
 def test_a_table_whose_rows_have_tails_at_different_temperatures_is_refused(tokens: Path, tmp_path: Path) -> None:
     key = populate(tmp_path / "cache", tokens, EXACT)[0]
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         export(cache, tokens, tmp_path / "out", file_format="parquet")
     path = tmp_path / "out" / f"{key}.parquet"
     table = pq.read_table(path)
@@ -175,7 +175,7 @@ def test_a_table_whose_rows_have_tails_at_different_temperatures_is_refused(toke
     column = table.schema.get_field_index("tail_logsumexps")
     pq.write_table(table.set_column(column, "tail_logsumexps", [tails]), path)
     with (
-        TopKCache.create_or_open(tmp_path / "back", IDENTITY) as back,
+        LocalCache.create_or_open(tmp_path / "back", IDENTITY) as back,
         pytest.raises(DataError, match="rows have tails at from 1 to 2 temperatures"),
     ):
         import_files(tmp_path / "out", back)
@@ -185,7 +185,7 @@ def test_what_is_no_export_is_refused(tokens: Path, tmp_path: Path) -> None:
     populate(tmp_path / "cache", tokens, EXACT)
     with pytest.raises(ConfigError, match="neither a cache nor an export"):
         read_description(tmp_path)
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         export(cache, tokens, tmp_path / "out", file_format="npz")
         with pytest.raises(ConfigError, match="holds the export of another cache, data or format"):
             export(cache, tokens, tmp_path / "out", file_format="parquet")
@@ -199,7 +199,7 @@ def test_what_is_no_export_is_refused(tokens: Path, tmp_path: Path) -> None:
 
 def test_caches_of_two_machines_become_one(tokens: Path, tmp_path: Path) -> None:
     first, second = populate(tmp_path / "a", tokens, WAYS[1], [0, 1]), populate(tmp_path / "b", tokens, WAYS[1], [1, 2])
-    with TopKCache.open(tmp_path / "a") as target, TopKCache.open(tmp_path / "b") as source:
+    with LocalCache.open(tmp_path / "a") as target, LocalCache.open(tmp_path / "b") as source:
         report = merge(source, target)
         assert (report.trajectories, report.already_there) == (2, 1)
         assert target.trajectory_keys() == sorted({*first, *second})
@@ -214,9 +214,9 @@ def test_exact_rows_become_compact_ones(tokens: Path, tmp_path: Path) -> None:
     keys = populate(tmp_path / "exact", tokens, EXACT)
     populate(tmp_path / "meant", tokens, WAYS[1])
     with (
-        TopKCache.open(tmp_path / "exact") as source,
-        TopKCache.open(tmp_path / "meant") as meant,
-        TopKCache.create_or_open(tmp_path / "compact", IDENTITY, settings=WAYS[1]) as target,
+        LocalCache.open(tmp_path / "exact") as source,
+        LocalCache.open(tmp_path / "meant") as meant,
+        LocalCache.create_or_open(tmp_path / "compact", IDENTITY, settings=WAYS[1]) as target,
     ):
         merge(source, target)
         for key in keys:
@@ -231,16 +231,16 @@ def test_exact_rows_become_compact_ones(tokens: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_become_one_is_refused(tokens: Path, tmp_path: Path) -> None:
     (key, *_) = populate(tmp_path / "a", tokens, EXACT)
-    with TopKCache.open(tmp_path / "a") as source:
+    with LocalCache.open(tmp_path / "a") as source:
         other = replace(IDENTITY, weights="9" * 64)
         with (
-            TopKCache.create_or_open(tmp_path / "other", other) as target,
+            LocalCache.create_or_open(tmp_path / "other", other) as target,
             pytest.raises(IdentityMismatch, match=r"weights=9.*weights=1"),
         ):
             merge(source, target)
         wide = CacheSettings(codec="exact", block_tokens=32)
         with (
-            TopKCache.create_or_open(tmp_path / "wide", IDENTITY, settings=wide) as target,
+            LocalCache.create_or_open(tmp_path / "wide", IDENTITY, settings=wide) as target,
             pytest.raises(ConfigError, match="blocks of 16 tokens cannot become blocks of 32"),
         ):
             merge(source, target)
@@ -254,8 +254,8 @@ def test_what_cannot_become_one_is_refused(tokens: Path, tmp_path: Path) -> None
     shard.write_bytes(content)
     data = next((tmp_path / "damaged" / "data").iterdir())
     with (
-        TopKCache.open(tmp_path / "damaged") as source,
-        TopKCache.create_or_open(tmp_path / "target", IDENTITY, settings=EXACT) as target,
+        LocalCache.open(tmp_path / "damaged") as source,
+        LocalCache.create_or_open(tmp_path / "target", IDENTITY, settings=EXACT) as target,
     ):
         with pytest.raises(CorruptRecord, match="is damaged"):
             merge(source, target)
@@ -269,7 +269,7 @@ def test_what_cannot_become_one_is_refused(tokens: Path, tmp_path: Path) -> None
 def test_no_import_error_is_another_than_ours(tokens: Path, tmp_path: Path) -> None:
     """Every byte of an .npz, Parquet and safetensors file flipped: taken as it was, refused, or other valid rows."""
     populate(tmp_path / "cache", tokens, EXACT, [0])
-    with TopKCache.open(tmp_path / "cache") as cache:
+    with LocalCache.open(tmp_path / "cache") as cache:
         rows = cache.get(cache.trajectory_keys()[0]).rows
     from hyperagent.export.formats import ExportedTrajectory
 

@@ -16,7 +16,7 @@ from hyperagent.cache.format import elias_fano
 from hyperagent.cache.format.codecs import CODECS, COMPACT, Codec
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.format.record import Header, check_record, decode_block, encode_block
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, NotFound
 from hyperagent.loader import rows as rows_module
 from hyperagent.loader.decode import DeviceRows, decode_on_device
@@ -34,8 +34,8 @@ SETTINGS = [
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda settings: f"{settings.codec}-{settings.kept_mass}")
-def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[TopKCache, str]]:
-    with TopKCache.create_or_open(tmp_path, IDENTITY, settings=request.param) as cache:
+def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[LocalCache, str]]:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=request.param) as cache:
         yield cache, cache.put(TOKENS, random_rows(NUM_ROWS, 8))
 
 
@@ -46,7 +46,7 @@ def by_id(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
     ]
 
 
-def test_tensors_hold_what_the_cache_holds(filled: tuple[TopKCache, str]) -> None:
+def test_tensors_hold_what_the_cache_holds(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     rows, tensors = cache.get(key).rows, load_rows(cache, key)
     assert [getattr(tensors, name).dtype for name in COLUMNS] == [
@@ -60,13 +60,13 @@ def test_tensors_hold_what_the_cache_holds(filled: tuple[TopKCache, str]) -> Non
     assert (tensors.ids_NK == tensors.ids_NK[:, :1])[is_padding].all()
     assert bool(is_padding.any()) == (cache.settings.kept_mass < 1)
     np.testing.assert_array_equal(tensors.tail_logsumexps_NM, rows.tail_logsumexps)
-    normalised = tensors.at_temperature()
-    mass = normalised.logprobs_NK.double().exp().sum(dim=1) + normalised.tail_logmass_N.double().exp()
+    normalized = tensors.at_temperature()
+    mass = normalized.logprobs_NK.double().exp().sum(dim=1) + normalized.tail_logmass_N.double().exp()
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, *TEMPERATURES])
-def test_rows_at_a_temperature_are_the_whole_softmax_at_it(filled: tuple[TopKCache, str], temperature: float) -> None:
+def test_rows_at_a_temperature_are_the_whole_softmax_at_it(filled: tuple[LocalCache, str], temperature: float) -> None:
     cache, key = filled
     found = load_rows(cache, key).at_temperature(temperature)
     # The distributions that `random_rows` cuts, whole, and softened over all of the vocabulary.
@@ -84,13 +84,13 @@ def test_rows_at_a_temperature_are_the_whole_softmax_at_it(filled: tuple[TopKCac
     assert 0 <= total.mean() < {"exact": 1e-6, "compact": 2e-5, "archive": 5e-4}[cache.settings.codec]
 
 
-def test_a_temperature_that_the_teacher_did_not_record_is_refused(filled: tuple[TopKCache, str]) -> None:
+def test_a_temperature_that_the_teacher_did_not_record_is_refused(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     with pytest.raises(ConfigError, match=r"has rows at temperatures 1, 0\.5, 2, not at 3;"):
         load_rows(cache, key).at_temperature(3.0)
 
 
-def test_torch_decodes_every_block_to_the_bits_that_numpy_does(filled: tuple[TopKCache, str]) -> None:
+def test_torch_decodes_every_block_to_the_bits_that_numpy_does(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     blocks = cache.trajectory(key).blocks
     assert len(blocks) == 5
@@ -121,7 +121,7 @@ def test_torch_decodes_what_suits_any_vocabulary(codec: Codec, top_k: int, vocab
     np.testing.assert_array_equal(found.tail_logsumexps_NM, stored.tail_logsumexps_NM)
 
 
-def test_the_way_to_a_gpu_gives_the_rows_of_the_way_to_the_host(filled: tuple[TopKCache, str]) -> None:
+def test_the_way_to_a_gpu_gives_the_rows_of_the_way_to_the_host(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     blocks = cache.trajectory(key).blocks
     for chosen in (blocks, blocks[1:3], blocks[:0]):
@@ -145,7 +145,7 @@ def test_ids_that_lack_a_bit_are_refused_by_torch_too() -> None:
         decode_on_device(header, memoryview(damaged), vocab_size=VOCABULARY, num_temperatures=2, device=CPU)
 
 
-def test_a_payload_that_is_not_what_its_header_says_is_refused(filled: tuple[TopKCache, str]) -> None:
+def test_a_payload_that_is_not_what_its_header_says_is_refused(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     (record,) = cache.records_of([cache.trajectory(key).blocks[0].key])
     header, payload = record
@@ -158,7 +158,7 @@ def test_a_payload_that_is_not_what_its_header_says_is_refused(filled: tuple[Top
             decode_on_device(*damaged, vocab_size=IDENTITY.vocab_size, num_temperatures=2, device=CPU)
 
 
-def test_a_range_of_tokens(filled: tuple[TopKCache, str]) -> None:
+def test_a_range_of_tokens(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     whole = load_rows(cache, key)
     for first, end in [(0, 301), (0, 1), (1, 2), (63, 65), (64, 128), (65, 300), (300, 301), (7, 7)]:
@@ -173,7 +173,7 @@ def test_a_range_of_tokens(filled: tuple[TopKCache, str]) -> None:
         load_rows(cache, "0" * 64)
 
 
-def test_another_process_opens_the_cache_for_itself(filled: tuple[TopKCache, str]) -> None:
+def test_another_process_opens_the_cache_for_itself(filled: tuple[LocalCache, str]) -> None:
     cache, key = filled
     with pickle.loads(pickle.dumps(cache)) as other:  # noqa: S301  # what multiprocessing does with what is ours
         assert other.root == cache.root

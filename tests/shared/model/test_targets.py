@@ -155,11 +155,11 @@ def lose_key(attention: Any) -> None:
     del attention.k_proj
 
 
-def quantise_output(attention: Any) -> None:
-    class Quantised(nn.Linear):
+def quantize_output(attention: Any) -> None:
+    class Quantized(nn.Linear):
         pass
 
-    attention.o_proj = Quantised(64, 32, bias=False, device="meta")
+    attention.o_proj = Quantized(64, 32, bias=False, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def quantise_output(attention: Any) -> None:
     [
         (narrow_query, r"layers\.3\.self_attn\.q_proj maps 32 to 64 features where .* config implies 32 to 128"),
         (lose_key, r"the student lacks model\.layers\.3\.self_attn\.k_proj"),
-        (quantise_output, r"layers\.3\.self_attn\.o_proj is a Quantised, not a plain linear layer"),
+        (quantize_output, r"layers\.3\.self_attn\.o_proj is a Quantized, not a plain linear layer"),
     ],
 )
 def test_a_student_that_is_not_what_its_config_says_is_refused(

@@ -22,9 +22,9 @@ from teacher_service import (
     drained,
 )
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import cache_digest, verify
-from hyperagent.data.files.tokens_file import TRAIN, TokenisedTrajectory, write_tokens
+from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, write_tokens
 from hyperagent.errors import (
     DataError,
     IdentityMismatch,
@@ -42,7 +42,7 @@ from hyperagent_teacher.engines.base import ScoringEngine
 
 
 async def test_populating_twice_computes_once(
-    serve: Serve, engine: ScoringEngine, cache: TopKCache, sequence: Sequence, tokenizer: TokenizerIdentity
+    serve: Serve, engine: ScoringEngine, cache: LocalCache, sequence: Sequence, tokenizer: TokenizerIdentity
 ) -> None:
     token_ids, positions = sequence
     trajectories = [("one", token_ids, positions), ("two", token_ids, positions[:5])]
@@ -178,7 +178,7 @@ def write_file(path: Path, sequence: Sequence, tokenizer: TokenizerIdentity) -> 
     token_ids, positions = sequence
     with write_tokens(path, data_identity(tokenizer)) as writer:
         for name, kept in (("one", positions), ("two", positions[1:])):
-            writer.write(TokenisedTrajectory(name, "repo", TRAIN, token_ids, kept, token_ids[:3], token_ids, kept))
+            writer.write(TokenizedTrajectory(name, "repo", TRAIN, token_ids, kept, token_ids[:3], token_ids, kept))
 
 
 async def test_a_file_of_the_data_folder_is_populated(

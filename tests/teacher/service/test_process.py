@@ -16,7 +16,7 @@ from data_identity import data_identity
 from pydantic import ValidationError
 from teacher_process import START_TIMEOUT_S, TOKEN, free_port, teacher
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import verify
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ServiceError
@@ -115,7 +115,7 @@ async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert 3 <= len(written) < 198
-    cache = TopKCache.open(tmp_path / "cache")
+    cache = LocalCache.open(tmp_path / "cache")
     assert cache.identity.top_k == 8
     assert all(cache.contains(key) for key in written)
     assert verify(cache).damaged == ()

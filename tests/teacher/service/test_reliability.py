@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from teacher_process import START_TIMEOUT_S, free_port, teacher
 from teacher_service import METADATA, NOT_SERVING, SERVING, TOKEN, GatedEngine, Sequence, Serve, drained, health_of
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, HyperagentError, ServiceError
 from hyperagent.identity import TokenizerIdentity
@@ -167,7 +167,7 @@ async def test_an_engine_that_stays_so_is_started_again(
 
 
 async def test_an_engine_that_cannot_be_started_again_ends_the_service(
-    settings: TeacherSettings, gated: GatedEngine, cache: TopKCache, monkeypatch: pytest.MonkeyPatch
+    settings: TeacherSettings, gated: GatedEngine, cache: LocalCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse() -> None:
         raise ServiceError("the model hangs, and only a new process helps")

@@ -24,7 +24,7 @@ from teacher_service import (
     health_of,
 )
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import (
     ConfigError,
     IdentityMismatch,
@@ -163,7 +163,7 @@ async def test_it_serves_only_once_the_canary_is_scored(
 
 
 async def test_a_canary_that_cannot_be_scored_ends_the_service(
-    settings: TeacherSettings, engine: ScoringEngine, cache: TopKCache
+    settings: TeacherSettings, engine: ScoringEngine, cache: LocalCache
 ) -> None:
     server, _ = await bind(settings, token=TOKEN)
     broken = GatedEngine(engine.identity, permits=1, defect=ServiceError("the model's logits are not finite"))
@@ -233,7 +233,7 @@ async def test_stopping_lets_a_request_end_and_takes_no_more(
 
 
 async def test_stopping_ends_a_population_between_trajectories(
-    serve: Serve, gated: GatedEngine, cache: TopKCache, sequence: Sequence, tokenizer: TokenizerIdentity
+    serve: Serve, gated: GatedEngine, cache: LocalCache, sequence: Sequence, tokenizer: TokenizerIdentity
 ) -> None:
     token_ids, positions = sequence
     stop = asyncio.Event()

@@ -30,8 +30,8 @@ TOKEN = "secret"
 def settings(tmp_path: Path) -> ControlSettings:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for behaviour in ("trains", "finishes"):
-        (recipes / f"{behaviour}.yaml").write_text(f"student: ../{behaviour}\ntokens: t\ncache: c\n")
+    for behavior in ("trains", "finishes"):
+        (recipes / f"{behavior}.yaml").write_text(f"student: ../{behavior}\ntokens: t\ncache: c\n")
     return ControlSettings(recipes=recipes, runs=tmp_path / "runs", stop_grace_s=5.0)
 
 

@@ -23,8 +23,8 @@ def test_every_check_of_schemathesis_passes_on_every_operation(tmp_path: Path) -
     recipes.mkdir()
     # The shortest names that may be drawn, so that runs are really started. They are short: whoever asks for a run's events
     # waits for its end.
-    for name, behaviour in (("0", "trains"), ("1", "finishes"), ("a", "crashes"), ("A", "killed")):
-        (recipes / f"{name}.yaml").write_text(f"student: ../{behaviour}\ntokens: t\ncache: c\nnum_steps: 20\n")
+    for name, behavior in (("0", "trains"), ("1", "finishes"), ("a", "crashes"), ("A", "killed")):
+        (recipes / f"{name}.yaml").write_text(f"student: ../{behavior}\ntokens: t\ncache: c\nnum_steps: 20\n")
     settings = ControlSettings(recipes=recipes, runs=tmp_path / "runs", stop_grace_s=1.0)
     supervisor = Supervisor(settings, command=CHILD)
     with served(create_control_app(supervisor, token=TOKEN)) as address:

@@ -363,9 +363,9 @@ def test_a_long_run_fits_a_phone_and_is_thinned(supervisor: Supervisor, page: Pa
         browser.wait_for(f"{figure('Loss')}.querySelector('.value').textContent === '0.321'")
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of an `rgb(r, g, b)` (WCAG 2.2, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -374,17 +374,17 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_curves_and_words_stand_out_from_the_ground(supervisor: Supervisor, page: Page, is_dark: bool) -> None:
     make_run(supervisor, num_lines=20)
-    colour = "getComputedStyle({}).{}"
+    color = "getComputedStyle({}).{}"
     with page() as browser:
         browser.resize(1280, 900, is_dark=is_dark)
         browser.wait_for(f"!{figure('Gradient norm by group')}.hidden")
-        ground = luminance(browser.evaluate(colour.format("document.querySelector('figure')", "backgroundColor")))
+        ground = luminance(browser.evaluate(color.format("document.querySelector('figure')", "backgroundColor")))
         assert (ground < 0.1) is is_dark
         lines = browser.evaluate("[...document.querySelectorAll('.line path')].map((p) => getComputedStyle(p).stroke)")
-        words = [browser.evaluate(colour.format(f"document.querySelector('{at}')", "color")) for at in ("h3", "small")]
+        words = [browser.evaluate(color.format(f"document.querySelector('{at}')", "color")) for at in ("h3", "small")]
         assert len(set(lines)) >= 6
-        for colours, least in ((lines, 3), (words, 4.5)):
-            for said in colours:
+        for colors, least in ((lines, 3), (words, 4.5)):
+            for said in colors:
                 low, high = sorted((luminance(said), ground))
                 assert (high + 0.05) / (low + 0.05) >= least, said
 

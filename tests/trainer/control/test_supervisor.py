@@ -24,7 +24,7 @@ from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder
 from hyperagent_trainer.runs.store import Run, RunRequest
 
 CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_child.py"))
-BEHAVIOURS = (
+BEHAVIORS = (
     "trains",
     "finishes",
     "ignores-sigterm",
@@ -43,8 +43,8 @@ Open = Callable[[], Supervisor]
 def settings(tmp_path: Path) -> ControlSettings:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for behaviour in BEHAVIOURS:
-        (recipes / f"{behaviour}.yaml").write_text(f"student: ../{behaviour}\ntokens: t\ncache: c\nnum_steps: 1000\n")
+    for behavior in BEHAVIORS:
+        (recipes / f"{behavior}.yaml").write_text(f"student: ../{behavior}\ntokens: t\ncache: c\nnum_steps: 1000\n")
     return ControlSettings(recipes=recipes, runs=tmp_path / "runs", stop_grace_s=1.0)
 
 
@@ -81,8 +81,8 @@ def wait_for_state(supervisor: Supervisor, run: Run, *states: str) -> Run:
     return supervisor.runs.get(run.run_id)
 
 
-def start(supervisor: Supervisor, behaviour: str, key: str | None = None) -> Run:
-    return supervisor.start(RunRequest(recipe=behaviour), idempotency_key=key)
+def start(supervisor: Supervisor, behavior: str, key: str | None = None) -> Run:
+    return supervisor.start(RunRequest(recipe=behavior), idempotency_key=key)
 
 
 def process_of(run: Run) -> psutil.Process:
@@ -96,13 +96,13 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
-def start_in_a_control_process_that_is_killed(settings: ControlSettings, behaviour: str) -> str:
+def start_in_a_control_process_that_is_killed(settings: ControlSettings, behavior: str) -> str:
     """Start a run from a process of its own, which SIGKILL then ends; returns the run's id."""
     reader, writer = os.pipe()
     control = os.fork()
     if control == 0:
         with suppress(BaseException):
-            run = start(Supervisor(settings, command=CHILD), behaviour)
+            run = start(Supervisor(settings, command=CHILD), behavior)
             os.write(writer, run.run_id.encode())
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(writer)
@@ -120,7 +120,7 @@ def test_a_run_gets_the_resolved_recipe_and_ends_done(supervisor: Supervisor, se
     recipe = json.loads(run.folder.recipe.read_text())
     assert (recipe["num_steps"], recipe["seed"]) == (12, 3)
     assert recipe["student"] == str(settings.recipes.parent.resolve() / "finishes")
-    assert supervisor.recipes() == sorted(BEHAVIOURS)
+    assert supervisor.recipes() == sorted(BEHAVIORS)
     assert [r.run_id for r in supervisor.runs.all()] == [run.run_id]
 
 
@@ -185,7 +185,7 @@ def ids_of(supervisor: Supervisor) -> list[str]:
 
 def test_one_run_trains_at_a_time_and_the_others_wait_their_turn(supervisor: Supervisor) -> None:
     first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
-    second, third, fourth = (start(supervisor, behaviour) for behaviour in ("trains", "crashes", "finishes"))
+    second, third, fourth = (start(supervisor, behavior) for behavior in ("trains", "crashes", "finishes"))
     assert {run.status.state for run in (second, third, fourth)} == {"queued"}
     assert ids_of(supervisor) == [fourth.run_id, third.run_id, second.run_id, first.run_id]
     for wish in (supervisor.pause, supervisor.checkpoint):

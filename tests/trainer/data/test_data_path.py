@@ -13,7 +13,7 @@ import torch
 from tiny_runs import losses, metrics, run
 
 from hyperagent.cache.hot_tier import HotTier
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import TRAIN
 from hyperagent_trainer.config import TrainRecipe
@@ -106,7 +106,7 @@ def test_batches_come_in_order_from_any_number_of_workers(
     student_folder: Path, tokens_file: Path, cache_folder: Path, redis_server: Any
 ) -> None:
     identity = ChatTokenizer(student_folder).identity
-    with TopKCache.open(cache_folder, hot=HotTier.connect(redis_server.url)) as cache:
+    with LocalCache.open(cache_folder, hot=HotTier.connect(redis_server.url)) as cache:
         data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
         order = [[2, 0], [7], [1, 3, 4], [0, 2], [5, 6]]
         device = torch.device("cpu")

@@ -12,7 +12,7 @@ from data_identity import data_identity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, DataError, IdentityMismatch, LimitExceeded
@@ -71,7 +71,7 @@ def test_the_share_of_full_views_is_kept_and_falls_on_others_each_epoch() -> Non
 def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
     student_folder: Path, tokens_file: Path, cache_folder: Path
 ) -> None:
-    cache = TopKCache.open(cache_folder)
+    cache = LocalCache.open(cache_folder)
     data = load_split(tokens_file, cache, TRAIN, tokenizer=ChatTokenizer(student_folder).identity, max_prompt_tokens=64)
     both = data.with_full_views()
     hidden, full = both[[1]], both[[1 + len(data.trajectories)]]
@@ -84,7 +84,7 @@ def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
 def test_a_batch_points_at_the_output_before_each_position(
     student_folder: Path, tokens_file: Path, cache_folder: Path
 ) -> None:
-    cache = TopKCache.open(cache_folder)
+    cache = LocalCache.open(cache_folder)
     identity = ChatTokenizer(student_folder).identity
     data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
     batch = data[[2, 0]]
@@ -106,7 +106,7 @@ def test_a_batch_points_at_the_output_before_each_position(
 
 def test_rows_are_softened_as_the_recipe_says(student_folder: Path, tokens_file: Path, cache_folder: Path) -> None:
     identity = ChatTokenizer(student_folder).identity
-    with TopKCache.open(cache_folder) as cache:
+    with LocalCache.open(cache_folder) as cache:
         data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64, temperature=2.0)
         batch = data[[0]]
     # One id has 0.8 and the other kept ones 0.1 together; the rest is spread evenly over nine ids, see `cache_folder`.
@@ -121,9 +121,9 @@ def test_rows_are_softened_as_the_recipe_says(student_folder: Path, tokens_file:
 def test_what_does_not_belong_together_is_refused(
     student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
-    cache = TopKCache.open(cache_folder)
+    cache = LocalCache.open(cache_folder)
     identity = ChatTokenizer(student_folder).identity
-    with pytest.raises(IdentityMismatch, match="tokenise the data with the student's tokenizer"):
+    with pytest.raises(IdentityMismatch, match="tokenize the data with the student's tokenizer"):
         load_split(tokens_file, cache, TRAIN, tokenizer=TokenizerIdentity("a", "b"), max_prompt_tokens=64)
     with pytest.raises(LimitExceeded, match="max_prompt_tokens is 5"):
         load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=5)
@@ -140,7 +140,7 @@ def test_what_does_not_belong_together_is_refused(
 
     cache.close()
     shutil.copytree(cache_folder, tmp_path / "cache")
-    copy = TopKCache.open(tmp_path / "cache")
+    copy = LocalCache.open(tmp_path / "cache")
     trajectory = next(read_tokens(tokens_file, split=HELD_OUT))
     with copy.index.transaction():
         copy.index.remove([bytes.fromhex(copy.key(trajectory.token_ids, trajectory.positions))])

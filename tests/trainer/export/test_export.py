@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tmp_path: Path) -> None:
     network = nn.Linear(64, 64)
-    belongs_to = NetworkManifest(
+    network_manifest = NetworkManifest(
         student_weights="0" * 64, data=read_data_identity(recipe.tokens), hypernetwork=recipe.hypernetwork, layers=()
     )
     optimizer = torch.optim.AdamW(network.parameters())
@@ -282,7 +282,7 @@ def test_a_checkpoint_is_read_whole_while_it_is_replaced(recipe: TrainRecipe, tm
             optimizer=optimizer,
             average=WeightAverage(network, None),
             recipe=recipe,
-            belongs_to=belongs_to,
+            network_manifest=network_manifest,
             ranks=ranks,
         ) as store:
             for step in count(1):

@@ -28,7 +28,7 @@ every_divergence = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTI
 
 @pytest.fixture(autouse=True)
 def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as the integers of its bits, multiplies those integers, and rounds towards 0."""
+    """The interpreter keeps bfloat16 as the integers of its bits, multiplies those integers, and rounds toward 0."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hyperagent.cli.main import build_app
 from hyperagent.errors import ConfigError
 from hyperagent_trainer.config import TrainRecipe, load_recipe
-from hyperagent_trainer.planning.command import what_is_trained
+from hyperagent_trainer.planning.command import trainable_network
 from hyperagent_trainer.planning.flops import Trajectories
 from hyperagent_trainer.planning.machines import machine_named, num_cores
 from hyperagent_trainer.planning.memory import shard_bytes
@@ -62,7 +62,7 @@ def plan_of(real_model: PreTrainedModel, machine: str, lengths: list[int], **cha
     }
     recipe = TrainRecipe.model_validate(fields)
     trajectories = Trajectories(lengths, [3 * n // 10 for n in lengths], [2048] * len(lengths))
-    return make_plan(recipe, real_model, what_is_trained(recipe, real_model), chosen, trajectories, mfu=0.3)
+    return make_plan(recipe, real_model, trainable_network(recipe, real_model), chosen, trajectories, mfu=0.3)
 
 
 def test_the_80b_student_trains_on_eight_h200_and_not_on_one(real_model: PreTrainedModel) -> None:

@@ -18,9 +18,9 @@ from tiny_student import real_config, write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.tokens_file import TRAIN, TokenisedTrajectory, write_tokens
+from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, write_tokens
 from hyperagent_trainer.config import load_recipe
-from hyperagent_trainer.planning.command import what_is_trained
+from hyperagent_trainer.planning.command import trainable_network
 from hyperagent_trainer.planning.flops import Trajectories
 from hyperagent_trainer.planning.machines import machine_named
 from hyperagent_trainer.planning.plan import Plan, make_plan
@@ -38,7 +38,7 @@ def write_random_tokens(path: Path, tokenizer: ChatTokenizer, lengths: list[int]
             ids = np.full(length, 65, np.uint32)
             positions = np.arange(length // 2, length, dtype=np.uint32)
             writer.write(
-                TokenisedTrajectory(
+                TokenizedTrajectory(
                     f"t{number}",
                     f"repo-{number}",
                     TRAIN,
@@ -90,7 +90,7 @@ def model() -> PreTrainedModel:
 def plan_of(model: PreTrainedModel, lengths: list[int], *, mfu: float = 0.23, **changes: object) -> Plan:
     recipe = load_recipe(ROOT / "configs" / "train_config.yaml").model_copy(update=changes)
     trajectories = Trajectories(lengths, [3 * n // 10 for n in lengths], [2048] * len(lengths))
-    return make_plan(recipe, model, what_is_trained(recipe, model), machine_named("8xh200"), trajectories, mfu=mfu)
+    return make_plan(recipe, model, trainable_network(recipe, model), machine_named("8xh200"), trajectories, mfu=mfu)
 
 
 def test_its_memory_is_the_plans(model: PreTrainedModel) -> None:

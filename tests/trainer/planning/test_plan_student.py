@@ -47,7 +47,7 @@ class ConvolutionKernel(torch.autograd.Function):
 
 
 class DeltaRuleKernel(torch.autograd.Function):
-    """Keeps what fla's kernel keeps (`ChunkGatedDeltaRuleFunction`): normalised queries and keys, values, gates, A."""
+    """Keeps what fla's kernel keeps (`ChunkGatedDeltaRuleFunction`): normalized queries and keys, values, gates, A."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:

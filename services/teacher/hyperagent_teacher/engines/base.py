@@ -111,7 +111,7 @@ def require_scorable(
     if int(token_ids.max()) >= vocab_size:
         raise InvalidRequest(
             f"token id {int(token_ids.max())} is outside the vocabulary of {vocab_size}; "
-            "tokenise with the teacher's tokenizer"
+            "tokenize with the teacher's tokenizer"
         )
     if len(positions) == 0:
         raise InvalidRequest("there is no position to score; ask for at least one")

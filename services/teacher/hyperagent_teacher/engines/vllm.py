@@ -4,9 +4,9 @@ vLLM's engine is a process of its own; this one only asks. How the rows leave it
 
 - `tensors` (`vllm_tap.py`): only the positions asked for, exact, no Python object per token;
 - `flat`: vLLM's public `flat_logprobs`, for releases that the tap does not know. It scores every position, its
-  log-probabilities are normalised over the model's padded vocabulary, and its tail is what the kept ids leave of 1.
+  log-probabilities are normalized over the model's padded vocabulary, and its tail is what the kept ids leave of 1.
 
-Prefix caching is off: vLLM leaves the rows of cached tokens uninitialised, and rows that depend on what was asked
+Prefix caching is off: vLLM leaves the rows of cached tokens uninitialized, and rows that depend on what was asked
 before could not be computed again.
 """
 
@@ -45,7 +45,7 @@ from hyperagent_teacher.engines.vllm_tap import (
     require_supported,
 )
 
-Capture = Literal["tensors", "flat"]
+TrajectoryWriter = Literal["tensors", "flat"]
 
 _ROWS_PER_PART = 512
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -55,7 +55,7 @@ class VllmEngine:
     """A model in vLLM with its tokenizer; a `ScoringEngine`. Made by `load`."""
 
     def __init__(
-        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: Capture, max_tokens: int
+        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: TrajectoryWriter, max_tokens: int
     ) -> None:
         self.identity = identity
         self.max_tokens = max_tokens
@@ -79,7 +79,7 @@ class VllmEngine:
         temperatures: Sequence[float] = (),
         dtype: str = "auto",
         head_dtype: str = "auto",
-        capture: Capture = "tensors",
+        capture: TrajectoryWriter = "tensors",
         engine_args: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
         """Load from a folder of safetensors weights.
@@ -136,7 +136,7 @@ class VllmEngine:
             raise ServiceError("vLLM ended the request without its rows; its log says why")
         if output.num_cached_tokens:
             raise ServiceError(
-                f"vLLM took {output.num_cached_tokens} tokens from its prefix cache, and their rows are not initialised; "
+                f"vLLM took {output.num_cached_tokens} tokens from its prefix cache, and their rows are not initialized; "
                 "do not turn on enable_prefix_caching"
             )
         for rows in self._rows(output.prompt_logprobs, token_ids, positions):
@@ -243,7 +243,7 @@ def _arguments(
     max_tokens: int,
     dtype: str,
     head_dtype: str,
-    capture: Capture,
+    capture: TrajectoryWriter,
     given: Mapping[str, Any],
 ) -> AsyncEngineArgs:
     config = _config(folder)

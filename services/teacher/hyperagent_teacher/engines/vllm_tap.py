@@ -65,7 +65,7 @@ class TopKTap:
         """Put the tap in place of the runner's own prompt scoring; returns the runner's class name.
 
         Args:
-            vocab_size: real vocabulary entries; ids at or above it are cut off before anything is normalised.
+            vocab_size: real vocabulary entries; ids at or above it are cut off before anything is normalized.
             temperatures: those besides 1 at which the tail's log-sum-exp is wanted.
         """
         runner = self.model_runner

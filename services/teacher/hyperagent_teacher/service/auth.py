@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
-from hyperagent.auth import is_authorised
+from hyperagent.auth import is_authorized
 from hyperagent.wire.errors import rich_details
 
 _HEALTH = "/grpc.health.v1.Health/"
@@ -25,7 +25,7 @@ class RequireToken(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Go on to the method, or to a refusal in its place."""
         header = dict(handler_call_details.invocation_metadata).get("authorization")
-        if handler_call_details.method.startswith(_HEALTH) or is_authorised(header, self._token):
+        if handler_call_details.method.startswith(_HEALTH) or is_authorized(header, self._token):
             return await continuation(handler_call_details)
         return grpc.stream_stream_rpc_method_handler(_refuse)
 

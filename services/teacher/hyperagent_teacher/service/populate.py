@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import read_data_identity, read_tokens
 from hyperagent.errors import InvalidRequest, NotFound, StorageError
 from hyperagent.identity import DataIdentity, require_same
@@ -36,7 +36,7 @@ class Populator:
     """Fills a cache with an engine's rows."""
 
     def __init__(
-        self, engine: ScoringEngine, cache: TopKCache, row_memory: RowMemory, *, data_dir: Path | None
+        self, engine: ScoringEngine, cache: LocalCache, row_memory: RowMemory, *, data_dir: Path | None
     ) -> None:
         """Name the parts.
 

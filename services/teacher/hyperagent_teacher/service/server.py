@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hyperagent.cache.hot_tier import HotTier
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import ServiceError
 from hyperagent.net import listening_ip
 from hyperagent.wire import teacher_pb2, teacher_pb2_grpc
@@ -61,7 +61,9 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
             _log.info("loading", model=str(settings.model), backend=settings.backend)
             engine = runner.run(load_engine(settings))
             hot = HotTier.connect(settings.redis_url, ttl_s=settings.redis_ttl_s) if settings.redis_url else None
-            cache = TopKCache.create_or_open(settings.cache, engine.identity, settings=settings.cache_settings, hot=hot)
+            cache = LocalCache.create_or_open(
+                settings.cache, engine.identity, settings=settings.cache_settings, hot=hot
+            )
         except BaseException:
             runner.run(server.stop(None))
             raise
@@ -106,7 +108,7 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
 async def answer(
     server: grpc.aio.Server,
     engine: ScoringEngine,
-    cache: TopKCache,
+    cache: LocalCache,
     settings: TeacherSettings,
     *,
     stop: asyncio.Event,
@@ -177,7 +179,7 @@ async def _until_stopped(
 
 
 async def _serve_until_signal(
-    server: grpc.aio.Server, address: str, engine: ScoringEngine, cache: TopKCache, settings: TeacherSettings
+    server: grpc.aio.Server, address: str, engine: ScoringEngine, cache: LocalCache, settings: TeacherSettings
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

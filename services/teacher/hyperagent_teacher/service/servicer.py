@@ -155,7 +155,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             "the tokenizer",
             expected=self._tokenizer,
             found=tokenizer,
-            remedy="tokenise with the teacher's tokenizer folder",
+            remedy="tokenize with the teacher's tokenizer folder",
         )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: network, optimiser and step, whole or not at all; never the student.
+"""Checkpoints: network, optimizer and step, whole or not at all; never the student.
 
 checkpoint.json         manifest: what the network belongs to, recipe, step, and a digest of every other file
 network.safetensors     weights of the hypernetwork or the static adapter
@@ -31,7 +31,7 @@ from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.distributed import placed_like, whole
+from hyperagent_trainer.distributed import full_tensor, placed_like
 from hyperagent_trainer.optim.ema import WeightAverage
 
 FORMAT_VERSION = 3
@@ -47,7 +47,7 @@ class CheckpointManifest(NetworkManifest):
     recipe: str
     """Digest of the recipe."""
     step: int = Field(ge=0)
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     best: BestEvaluation = BestEvaluation()
     num_averaged: int = Field(0, ge=0)
     """Steps that have gone into the average of the weights."""
@@ -89,7 +89,7 @@ def snapshot(
 def _gather(tensors: Iterable[tuple[str, Tensor]], *, is_first: bool) -> dict[str, Tensor]:
     kept = {}
     for name, tensor in tensors:
-        gathered = whole(tensor.detach())
+        gathered = full_tensor(tensor.detach())
         if is_first:
             kept[name] = gathered.to("cpu", copy=True).contiguous()
     return kept
@@ -101,10 +101,10 @@ def write_checkpoint(
     *,
     step: int,
     recipe: TrainRecipe,
-    belongs_to: NetworkManifest,
+    network_manifest: NetworkManifest,
     best: BestEvaluation = BestEvaluation(),
 ) -> None:
-    """Write what was found after `step` optimiser steps.
+    """Write what was found after `step` optimizer steps.
 
     Raises:
         StorageError: the file system refused; there is no trace of the folder.
@@ -116,7 +116,7 @@ def write_checkpoint(
         for name, tensors in files.items():
             _save(tensors, aside / name)
         manifest = CheckpointManifest(
-            **dict(belongs_to),
+            **dict(network_manifest),
             recipe=_digest(recipe),
             step=step,
             best=best,
@@ -133,9 +133,9 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     recipe: TrainRecipe,
-    belongs_to: NetworkManifest,
+    network_manifest: NetworkManifest,
 ) -> CheckpointManifest:
-    """Restore network, optimiser and average.
+    """Restore network, optimizer and average.
 
     Raises:
         ConfigError: the checkpoint is of another recipe or format.
@@ -145,11 +145,11 @@ def load_checkpoint(
     manifest = read_manifest(folder)
     if manifest.recipe != _digest(recipe):
         raise ConfigError(f"the checkpoint in {folder} is of another recipe; start a new run")
-    for name in type(belongs_to).model_fields:
+    for name in type(network_manifest).model_fields:
         require_same(
             f"{name} of the checkpoint in {folder}",
             expected=_brief(getattr(manifest, name)),
-            found=_brief(getattr(belongs_to, name)),
+            found=_brief(getattr(network_manifest, name)),
             remedy="restore what the run was started with, or start a new run",
         )
     _check_files(folder, manifest)

@@ -40,12 +40,12 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage,
         recipe: TrainRecipe,
-        belongs_to: NetworkManifest,
+        network_manifest: NetworkManifest,
         ranks: Ranks,
     ) -> None:
         """Remove what a killed process has left of a checkpoint."""
         self._folder, self._network, self._optimizer, self._average = folder, network, optimizer, average
-        self._recipe, self._belongs_to, self._ranks = recipe, belongs_to, ranks
+        self._recipe, self._belongs_to, self._ranks = recipe, network_manifest, ranks
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved: tuple[int, BestEvaluation] | None = None
@@ -63,7 +63,7 @@ class CheckpointStore:
             self.wait()
 
     def save(self, step: int, best: BestEvaluation) -> None:
-        """Take a snapshot after `step` optimiser steps, and write it while training goes on; one that is saved already is not again.
+        """Take a snapshot after `step` optimizer steps, and write it while training goes on; one that is saved already is not again.
 
         Raises:
             StorageError: the file system has refused the one before; those that stood still stand.
@@ -81,7 +81,7 @@ class CheckpointStore:
             found,
             step=step,
             recipe=self._recipe,
-            belongs_to=self._belongs_to,
+            network_manifest=self._belongs_to,
             best=best,
         )
         self._writing = self._writer.submit(self._write, write, best)
@@ -123,7 +123,7 @@ class CheckpointStore:
             optimizer=self._optimizer,
             average=self._average,
             recipe=self._recipe,
-            belongs_to=self._belongs_to,
+            network_manifest=self._belongs_to,
         )
         self._saved = (manifest.step, manifest.best)
         return manifest

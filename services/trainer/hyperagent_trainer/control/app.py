@@ -172,8 +172,8 @@ def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
     links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
-        wishes = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
-        links |= {wish: f"{path}/{wish}" for wish in wishes}
+        commands = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
+        links |= {wish: f"{path}/{wish}" for wish in commands}
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hyperagent.sqlite import Database
 
-LEDGER_NAME = "runs.sqlite"
+QUEUE_NAME = "runs.sqlite"
 
 _VERSION = 1
 _SCHEMA = """
@@ -23,7 +23,7 @@ CREATE TABLE runs (
 """
 
 
-class Ledger:
+class RunQueue:
     """The ledger of one runs folder; safe to call from many threads. Every method raises StorageError when it cannot be used."""
 
     def __init__(self, runs: Path) -> None:
@@ -34,12 +34,12 @@ class Ledger:
             StorageError: it is no SQLite file, or the file system refuses.
         """
         self._database = Database(
-            runs / LEDGER_NAME,
+            runs / QUEUE_NAME,
             schema=_SCHEMA,
             version=_VERSION,
             what="the ledger of the runs",
             remedy="remove the file: it is made anew from the runs' folders",
-            survives_power_cut=True,
+            synchronous=True,
         )
 
     def close(self) -> None:

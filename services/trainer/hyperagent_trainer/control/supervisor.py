@@ -31,8 +31,8 @@ from hyperagent.files import is_aside
 from hyperagent_trainer.config import ControlSettings, load_recipe
 from hyperagent_trainer.control.command import training_command
 from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers
-from hyperagent_trainer.control.run_queue import Ledger
-from hyperagent_trainer.runs.commands import Wishes, read_wishes, write_wishes
+from hyperagent_trainer.control.run_queue import RunQueue
+from hyperagent_trainer.runs.commands import RunCommands, read_commands, write_commands
 from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder, RunState
 from hyperagent_trainer.runs.store import NAME_PATTERN, Run, RunRequest, Runs, new_run_id
 
@@ -87,12 +87,12 @@ class Supervisor:
         self._is_closed = False
         self._hold = _hold(self.runs.root)
         try:
-            self._ledger = Ledger(self.runs.root)
+            self._queue = RunQueue(self.runs.root)
             try:
                 self._take_over()
             except BaseException:
                 self._is_closed = True
-                self._ledger.close()
+                self._queue.close()
                 raise
         except BaseException:
             os.close(self._hold)
@@ -104,7 +104,7 @@ class Supervisor:
             self._is_closed = True
             if self._training is not None:
                 self._end(self._training)
-            self._ledger.close()
+            self._queue.close()
             os.close(self._hold)
 
     def recipes(self) -> list[str]:
@@ -135,7 +135,7 @@ class Supervisor:
             self._require_room()
             run_id = new_run_id()
             create = partial(self.runs.create, run_id, request, recipe, idempotency_key=idempotency_key)
-            self._ledger.add(run_id, idempotency_key, make_folder=create)
+            self._queue.add(run_id, idempotency_key, make_folder=create)
             self._start_next()
             return self.runs.get(run_id)
 
@@ -152,9 +152,9 @@ class Supervisor:
         with self._changing:
             run = self.runs.get(run_id)
             if self._trains(run):
-                wishes = read_wishes(run.folder.control)
-                if wishes.pause or run.status.state == "paused":
-                    write_wishes(run.folder.control, wishes.model_copy(update={"pause": False}))
+                commands = read_commands(run.folder.control)
+                if commands.pause or run.status.state == "paused":
+                    write_commands(run.folder.control, commands.model_copy(update={"pause": False}))
                     return run
             if not run.is_resumable:
                 raise Conflict(
@@ -165,7 +165,7 @@ class Supervisor:
             if self._training is not None and self._training.run_id == run_id:
                 # It has said its last word, and must not say another about what follows.
                 self._end(self._training)
-            self._ledger.enqueue(run_id)
+            self._queue.enqueue(run_id)
             _write_state(run.folder, "queued", "")
             self._start_next()
             return self.runs.get(run_id)
@@ -180,8 +180,8 @@ class Supervisor:
         """
         with self._changing:
             run, _ = self._in_training(run_id)
-            wishes = read_wishes(run.folder.control)
-            write_wishes(run.folder.control, wishes.model_copy(update={"pause": True}))
+            commands = read_commands(run.folder.control)
+            write_commands(run.folder.control, commands.model_copy(update={"pause": True}))
             return run
 
     def checkpoint(self, run_id: str) -> Run:
@@ -194,8 +194,8 @@ class Supervisor:
         """
         with self._changing:
             run, _ = self._in_training(run_id)
-            wishes = read_wishes(run.folder.control)
-            write_wishes(run.folder.control, wishes.model_copy(update={"checkpoints": wishes.checkpoints + 1}))
+            commands = read_commands(run.folder.control)
+            write_commands(run.folder.control, commands.model_copy(update={"checkpoints": commands.checkpoints + 1}))
             return run
 
     def stop(self, run_id: str) -> Run:
@@ -209,10 +209,10 @@ class Supervisor:
             StorageError: the file system refused.
         """
         with self._changing:
-            if run_id in self._ledger.waiting():
+            if run_id in self._queue.waiting():
                 run = self.runs.get(run_id)
                 _write_state(run.folder, "stopped", "stopped on request while it waited for its turn")
-                self._ledger.dequeue(run_id)
+                self._queue.dequeue(run_id)
                 return self.runs.get(run_id)
             run, training = self._in_training(run_id)
             threading.Thread(target=self._end, args=(training,), name=f"stop {run_id}", daemon=True).start()
@@ -230,7 +230,7 @@ class Supervisor:
         return training is not None and training.run_id == run.run_id and run.status.state not in FINAL_STATES
 
     def _started_with(self, idempotency_key: str) -> Run | None:
-        run_id = self._ledger.started_with(idempotency_key)
+        run_id = self._queue.started_with(idempotency_key)
         if run_id is None:
             return None
         try:
@@ -241,17 +241,17 @@ class Supervisor:
 
     def _forget(self, run_id: str) -> None:
         log.warning("run forgotten, its folder is gone", run=run_id)
-        self._ledger.forget(run_id)
+        self._queue.forget(run_id)
 
     def _require_room(self) -> None:
-        if len(self._ledger.waiting()) >= MAX_WAITING:
+        if len(self._queue.waiting()) >= MAX_WAITING:
             raise Conflict(f"{MAX_WAITING} runs wait already; stop some of them, or wait")
 
     def _start_next(self) -> None:
         """Start the run whose turn it is, unless one trains; runs that cannot be started are failed."""
         if self._is_closed or (self._training is not None and not self._training.settled.is_set()):
             return
-        for run_id in self._ledger.waiting():
+        for run_id in self._queue.waiting():
             try:
                 folder = self.runs.folder(run_id)
             except NotFound:
@@ -259,16 +259,16 @@ class Supervisor:
                 continue
             try:
                 # What was asked of an earlier process is not asked of this one.
-                write_wishes(folder.control, Wishes())
+                write_commands(folder.control, RunCommands())
                 processes = folder.read_recipe().processes
                 command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
                 process = TrainingProcess.start(folder, command)
             except HyperagentError as error:
                 log.error("run not started", run=run_id, error=str(error))
                 _settle(folder, state="failed", reason=str(error))
-                self._ledger.dequeue(run_id)
+                self._queue.dequeue(run_id)
                 continue
-            self._ledger.dequeue(run_id)
+            self._queue.dequeue(run_id)
             log.info("run started", run=run_id, pid=process.pid)
             self._watch(_Training(run_id, folder, process))
             return
@@ -315,20 +315,20 @@ class Supervisor:
         for path in filter(is_aside, self.runs.root.iterdir()):
             shutil.rmtree(path)
         runs = self.runs.all()
-        for gone in self._ledger.ids() - {run.run_id for run in runs}:
+        for gone in self._queue.ids() - {run.run_id for run in runs}:
             self._forget(gone)
         for run in reversed(runs):
-            self._ledger.restore(run.run_id, run.idempotency_key, waits=run.status.state == "queued")
+            self._queue.restore(run.run_id, run.idempotency_key, waits=run.status.state == "queued")
             process = TrainingProcess.find(run.folder)
             if process is not None:
                 log.info("run adopted", run=run.run_id, pid=process.pid)
                 self._watch(_Training(run.run_id, run.folder, process))
-            elif run.status.state == "queued" and run.run_id in self._ledger.waiting():
+            elif run.status.state == "queued" and run.run_id in self._queue.waiting():
                 continue
             elif run.status.state not in FINAL_STATES:
                 end_leftovers(run.folder)
                 _settle(run.folder, state="failed", reason=describe_exit(None))
-            self._ledger.dequeue(run.run_id)
+            self._queue.dequeue(run.run_id)
         with self._changing:
             self._start_next()
 

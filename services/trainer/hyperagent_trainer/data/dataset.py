@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from hyperagent.cache.base import ReadableCache
-from hyperagent.cache.hot_tier import HotUse
-from hyperagent.data.files.tokens_file import TokenisedTrajectory, read_data_identity, read_tokens
+from hyperagent.cache.base import CacheReader
+from hyperagent.cache.hot_tier import HotTierStats
+from hyperagent.data.files.tokens_file import TokenizedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.loader.rows import RowTensors, load_rows, require_temperature
@@ -51,12 +51,12 @@ class Batch:
     ids_NK: Tensor
     """int64, the teacher's kept ids."""
     logprobs_NK: Tensor
-    """float32, at the temperature, normalised together with the tail."""
+    """float32, at the temperature, normalized together with the tail."""
     tail_logmass_N: Tensor
     """float32."""
     temperature: float
     """Of the softmax that the teacher's rows are under, and the student's belong under."""
-    hot_use: HotUse
+    hot_tier_stats: HotTierStats
     """What the cache's hot tier did for it."""
 
     @property
@@ -83,8 +83,8 @@ class DistillationData(Dataset[Batch]):
 
     def __init__(
         self,
-        trajectories: Sequence[TokenisedTrajectory],
-        cache: ReadableCache,
+        trajectories: Sequence[TokenizedTrajectory],
+        cache: CacheReader,
         identity: DataIdentity,
         *,
         temperature: float = 1.0,
@@ -100,7 +100,7 @@ class DistillationData(Dataset[Batch]):
         return DistillationData([*self.trajectories, *full], self._cache, self.identity, temperature=self.temperature)
 
     def rows(self, index: int) -> RowTensors:
-        """The teacher's rows of one trajectory at the temperature, normalised.
+        """The teacher's rows of one trajectory at the temperature, normalized.
 
         Raises:
             CorruptRecord: the record is damaged.
@@ -111,7 +111,7 @@ class DistillationData(Dataset[Batch]):
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         """The trajectories at `indices`, joined into one batch on the host."""
-        before = self._cache.hot_use
+        before = self._cache.hot_tier_stats
         chosen = [self.trajectories[i] for i in indices]
         rows = [self.rows(i) for i in indices]
         sample_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [r.num_rows for r in rows]))
@@ -129,7 +129,7 @@ class DistillationData(Dataset[Batch]):
             logprobs_NK=torch.cat([r.logprobs_NK for r in rows]),
             tail_logmass_N=torch.cat([r.tail_logmass_N for r in rows]),
             temperature=self.temperature,
-            hot_use=self._cache.hot_use.since(before),
+            hot_tier_stats=self._cache.hot_tier_stats.since(before),
         )
 
     def batches(self, order: Iterable[Sequence[int]], device: torch.device, *, workers: int) -> Iterator[Batch]:
@@ -156,7 +156,7 @@ class DistillationData(Dataset[Batch]):
 
 def load_split(
     tokens: Path,
-    cache: ReadableCache,
+    cache: CacheReader,
     split: str,
     *,
     tokenizer: TokenizerIdentity,
@@ -177,7 +177,7 @@ def load_split(
         f"the tokenizer of {tokens}",
         expected=tokenizer,
         found=data.tokenizer,
-        remedy="tokenise the data with the student's tokenizer",
+        remedy="tokenize the data with the student's tokenizer",
     )
     teacher = cache.identity
     require_same(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.targets import LayerInfo
-from hyperagent_trainer.distributed import whole
+from hyperagent_trainer.distributed import full_tensor
 
 COLLAPSED_COSINE = 0.999
 """Above it the adapters of different prompts are one adapter for all purposes."""
@@ -75,14 +75,14 @@ def _inner_products(pair: LoRAPair) -> Tensor:
 def weight_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> dict[str, float]:
     """Frobenius norm of each target layer's weight; of a sharded model, every rank has to ask."""
     weights = [model.get_submodule(layer.name).weight for layer in layers]
-    return {layer.name: float(whole(weight.norm())) for layer, weight in zip(layers, weights, strict=True)}  # type: ignore[operator]
+    return {layer.name: float(full_tensor(weight.norm())) for layer, weight in zip(layers, weights, strict=True)}  # type: ignore[operator]
 
 
 def gradient_norms(network: nn.Module) -> dict[str, float]:
     """L2 norm of the gradient by part of the network: each group of heads by itself, the rest by first name."""
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     # One transfer from the device for all of them.
-    norms = torch.stack([whole(gradient.norm()) for gradient in gradients.values()]).tolist()
+    norms = torch.stack([full_tensor(gradient.norm()) for gradient in gradients.values()]).tolist()
     squares: dict[str, float] = defaultdict(float)
     for name, norm in zip(gradients, norms, strict=True):
         squares[_part(name)] += norm**2

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TokenisedTrajectory
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TokenizedTrajectory
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
@@ -109,7 +109,7 @@ class SplitEvaluation:
 
 
 def foreign_prompts(
-    held_out: tuple[TokenisedTrajectory, ...], train: tuple[TokenisedTrajectory, ...], *, seed: int
+    held_out: tuple[TokenizedTrajectory, ...], train: tuple[TokenizedTrajectory, ...], *, seed: int
 ) -> list[NDArray[np.uint32]]:
     """For every held-out trajectory the prompt of another repository: a held-out one, or else a training one."""
     generator = np.random.default_rng(seed)

@@ -47,14 +47,14 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
         raise Conflict(f"{out} is there already; name a folder that is not")
     recipe = folder.read_recipe()
     manifest, weights = read_chosen(folder, recipe, which)
-    belongs_to = NetworkManifest(**{name: getattr(manifest, name) for name in NetworkManifest.model_fields})
-    _require_same_parts(recipe, belongs_to)
+    network_manifest = NetworkManifest(**{name: getattr(manifest, name) for name in NetworkManifest.model_fields})
+    _require_same_parts(recipe, network_manifest)
     held_out = last_held_out_kl(folder.metrics, manifest.step)
     export(
         out,
-        restore_network(belongs_to, weights),
+        restore_network(network_manifest, weights),
         recipe,
-        belongs_to=belongs_to,
+        network_manifest=network_manifest,
         embeddings=embedding_table(recipe.student, getattr(torch, recipe.student_dtype)),
         teacher=read_identity(recipe.cache).fingerprint,
         step=manifest.step,
@@ -90,20 +90,22 @@ def read_chosen(
                 raise
 
 
-def _require_same_parts(recipe: TrainRecipe, belongs_to: NetworkManifest) -> None:
+def _require_same_parts(recipe: TrainRecipe, network_manifest: NetworkManifest) -> None:
     """That recipe and student are still those of the checkpoint."""
-    if recipe.hypernetwork != belongs_to.hypernetwork or (recipe.arm == "static") != (belongs_to.mode == "static"):
+    if recipe.hypernetwork != network_manifest.hypernetwork or (recipe.arm == "static") != (
+        network_manifest.mode == "static"
+    ):
         raise ConfigError("the run's checkpoint is of another recipe than its recipe.json; restore the one it had")
     remedy = "restore the student that the run was started with"
     require_same(
         f"the student in {recipe.student}",
-        expected=belongs_to.student_weights,
+        expected=network_manifest.student_weights,
         found=weights_fingerprint(recipe.student),
         remedy=remedy,
     )
     require_same(
         f"the tokenizer in {recipe.student}",
-        expected=belongs_to.data.tokenizer,
+        expected=network_manifest.data.tokenizer,
         found=ChatTokenizer(recipe.student).identity,
         remedy=remedy,
     )

@@ -27,7 +27,7 @@ def export(
     network: AdapterNetwork,
     recipe: TrainRecipe,
     *,
-    belongs_to: NetworkManifest,
+    network_manifest: NetworkManifest,
     embeddings: Tensor,
     teacher: str,
     step: int,
@@ -38,7 +38,7 @@ def export(
     Args:
         embeddings: the student's table [V, E].
         teacher: fingerprint of the teacher.
-        step: optimiser steps that the network was trained for.
+        step: optimizer steps that the network was trained for.
         held_out: the last evaluation at that step or before it.
 
     Raises:
@@ -47,10 +47,10 @@ def export(
     """
     if isinstance(network, AgenticHyperNetwork):
         manifest = BundleManifest(
-            **dict(belongs_to),
+            **dict(network_manifest),
             base_model=str(recipe.student),
             teacher=teacher,
-            condition=belongs_to.data.settings["views"]["condition"],
+            condition=network_manifest.data.settings["views"]["condition"],
             max_prompt_tokens=recipe.max_prompt_tokens,
             step=step,
         )
@@ -67,7 +67,10 @@ def export(
             network.adapter(),
             base_model=str(recipe.student),
             alpha=recipe.hypernetwork.alpha,
-            origin={"hyperagent_student": belongs_to.student_weights, "hyperagent_data": belongs_to.data.fingerprint},
+            origin={
+                "hyperagent_student": network_manifest.student_weights,
+                "hyperagent_data": network_manifest.data.fingerprint,
+            },
         )
         with new_directory(out) as aside:
             (aside / MODEL_FILE).write_bytes(files.model)

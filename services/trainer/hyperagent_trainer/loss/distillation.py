@@ -4,7 +4,7 @@ Legend of shape suffixes: N supervised rows, K kept ids, D hidden size, V vocabu
 
 The teacher's row is a distribution over K + 1 outcomes, its kept ids S and "any other id" R, and the student's softmax
 q is put into the same buckets. A divergence of the buckets is a lower bound of that over the whole vocabulary (data
-processing), equal to it where every id is kept; dropping the tail or renormalising the kept ids would instead reward
+processing), equal to it where every id is kept; dropping the tail or renormalizing the kept ids would instead reward
 the student for moving mass into R.
 """
 
@@ -61,13 +61,13 @@ def compute_distillation_loss(
         head_VD: the student's frozen output head. NaN or infinity in it or in the hidden states is not searched for;
             the loss is then not finite.
         ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
-        logprobs_NK: natural, at the temperature, normalised together with the tail; -inf at padding.
+        logprobs_NK: natural, at the temperature, normalized together with the tail; -inf at padding.
         tail_logmass_N: log of the teacher's mass on all other ids; -inf where nothing is left outside the kept ids.
         vocab_size: real entries; the head's rows from there on are padding and take no part.
         options: forward KL without cross-entropy by default.
         temperature: of both softmaxes, above 0.
         target_ids_N: int64, the token that really stands there, kept or not; needed for cross-entropy.
-        scale: 1 / the supervised rows of the whole optimiser step gives nats per supervised token. A factor that is
+        scale: 1 / the supervised rows of the whole optimizer step gives nats per supervised token. A factor that is
             applied to the result instead does the same, but rounds a bfloat16 gradient a second time.
         workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
             fixed workspace below 64 MiB.
@@ -76,7 +76,7 @@ def compute_distillation_loss(
 
     Raises:
         InvalidRequest: the head is not frozen, there are no rows, the teacher's hold NaN, or shapes, types, ids or
-            normalisation are wrong. The backward pass raises it under `create_graph`.
+            normalization are wrong. The backward pass raises it under `create_graph`.
     """
     options = options or LossOptions()
     if options.ce_weight and target_ids_N is None:

@@ -2,12 +2,12 @@
 
 Legend of shape suffixes: C rows, B buckets.
 
-p is the teacher, q the student, both as normalised log-probabilities; -inf is an empty bucket. A gradient is that with
-respect to the log of the student's unnormalised mass in each bucket (a logit, for a bucket of one id): with
+p is the teacher, q the student, both as normalized log-probabilities; -inf is an empty bucket. A gradient is that with
+respect to the log of the student's unnormalized mass in each bucket (a logit, for a bucket of one id): with
 a = d loss / d q it is q * (a - sum q a).
 
 Every loss is a sum of terms that cannot be negative, not even by rounding, because a KL is taken as the Bregman
-divergence sum(p log(p / q) - p + q), equal to it for normalised p and q. Near p = q, where p log(p / q) alone
+divergence sum(p log(p / q) - p + q), equal to it for normalized p and q. Near p = q, where p log(p / q) alone
 cancels down to nothing, its terms are squares.
 
 Everything is float64: it costs next to nothing on k + 1 buckets, and what is left of rounding is then the logits' own.
@@ -45,7 +45,7 @@ def _forward_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
 def _reverse_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p); a = log(q / p) + 1."""
     p_CB, q_CB = logp_CB.exp(), logq_CB.exp()
-    return _bregman(q_CB, p_CB, logp_CB - logq_CB).sum(1), _centred(q_CB, logq_CB - logp_CB)
+    return _bregman(q_CB, p_CB, logp_CB - logq_CB).sum(1), _centered(q_CB, logq_CB - logp_CB)
 
 
 def _jensen_shannon(logp_CB: Tensor, logq_CB: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -58,13 +58,13 @@ def _jensen_shannon(logp_CB: Tensor, logq_CB: Tensor, beta: float) -> tuple[Tens
     log_m_over_p_CB = _log_mean_exp(logq_CB - logp_CB, 1 - beta)
     log_m_over_q_CB = _log_mean_exp(logp_CB - logq_CB, beta)
     loss_CB = beta * _bregman(p_CB, m_CB, log_m_over_p_CB) + (1 - beta) * _bregman(q_CB, m_CB, log_m_over_q_CB)
-    return loss_CB.sum(1), _centred(q_CB, -(1 - beta) * log_m_over_q_CB)
+    return loss_CB.sum(1), _centered(q_CB, -(1 - beta) * log_m_over_q_CB)
 
 
 def _total_variation(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
     """sum |p - q| / 2; a = sign(q - p) / 2, and 0 where they are equal."""
     difference_CB = logq_CB.exp() - logp_CB.exp()
-    return difference_CB.abs().sum(1) / 2, _centred(logq_CB.exp(), difference_CB.sign() / 2)
+    return difference_CB.abs().sum(1) / 2, _centered(logq_CB.exp(), difference_CB.sign() / 2)
 
 
 _PLAIN: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -92,7 +92,7 @@ def _log_mean_exp(x: Tensor, weight: float) -> Tensor:
     return torch.where(x < 1, below, above)
 
 
-def _centred(q_CB: Tensor, a_CB: Tensor) -> Tensor:
+def _centered(q_CB: Tensor, a_CB: Tensor) -> Tensor:
     """q * (a - sum q a), where empty buckets of q have any a.
 
     a is first taken relative to that of the fullest bucket: of a student that is sure, q (a - sum q a) there would

@@ -3,7 +3,7 @@
 Legend of shape suffixes: N supervised rows, C rows of a block, K kept ids, D hidden size, V vocabulary.
 
 Shapes and types are compared on the host. What is inside the tensors is looked at in blocks of rows, and the findings
-come to the host together: one synchronisation, however many checks and rows.
+come to the host together: one synchronization, however many checks and rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hyperagent_trainer.loss.row_terms import TeacherRows
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
-# Of log-probabilities in float32, or in a codec's 8 bits once its reader has normalised them.
+# Of log-probabilities in float32, or in a codec's 8 bits once its reader has normalized them.
 _SUM_TOLERANCE = 1e-3
 _BLOCK_IDS = 2**19
 
@@ -103,7 +103,7 @@ def _faults(rows: TeacherRows, vocab_size: int, options: LossOptions) -> Iterato
     yield "an id is kept twice", (in_order_CK[:, 1:] == in_order_CK[:, :-1]).any(1)
     total_C = logp_CK.exp().sum(1) + tail_C.exp()
     yield (
-        f"the teacher's kept ids and tail do not sum to 1 within {_SUM_TOLERANCE}; normalise them at the temperature",
+        f"the teacher's kept ids and tail do not sum to 1 within {_SUM_TOLERANCE}; normalize them at the temperature",
         ~((total_C - 1).abs() <= _SUM_TOLERANCE),
     )
     keeps_all_C = is_live_CK.sum(1) == vocab_size

@@ -18,7 +18,7 @@ from hyperagent.model.peft_io import ImportedAdapter, read_adapter
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.distributed import Ranks, whole
+from hyperagent_trainer.distributed import Ranks, full_tensor
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.student.student import Student
 
@@ -94,7 +94,7 @@ def whole_network(
     network: AdapterNetwork, recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None
 ) -> AdapterNetwork:
     """The network in one piece, which of a sharded one is a copy; every rank has to ask."""
-    state = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    state = {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
     if not any(isinstance(p, DTensor) for p in network.parameters()):
         return network
     copy = make_network(recipe, student, warm_start)

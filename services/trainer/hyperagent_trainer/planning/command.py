@@ -40,10 +40,10 @@ def plan(recipe: TrainRecipe, machine: str, *, mfu: float) -> Plan:
         supervised=[len(t.positions) for t in read],
         prompts=[len(t.prompt_ids) for t in read],
     )
-    return make_plan(recipe, model, what_is_trained(recipe, model), chosen, trajectories, mfu=mfu)
+    return make_plan(recipe, model, trainable_network(recipe, model), chosen, trajectories, mfu=mfu)
 
 
-def what_is_trained(recipe: TrainRecipe, model: PreTrainedModel) -> Trained:
+def trainable_network(recipe: TrainRecipe, model: PreTrainedModel) -> Trained:
     """The recipe's network for a student on the meta device.
 
     Raises:
@@ -102,7 +102,7 @@ def _summary(found: Plan, price: float | None) -> dict[str, Any]:
     }
 
 
-def why_it_does_not_fit(found: Plan) -> str:
+def explain_shortfall(found: Plan) -> str:
     """What is short, what takes most, and how to mend it."""
     largest = sorted(found.memory, key=lambda item: -item.bytes)[:3]
     return (

@@ -1,7 +1,7 @@
 """What a run will need of a machine: memory of each GPU, operations, days; from configs and lengths alone.
 
 Operations are those of matrix products. The student's are counted by `hyperagent.flops`, as `hyperagent data plan` counts
-them for trajectories that are not tokenised yet; here its adapters and the hypernetwork come on top. Time is work divided by
+them for trajectories that are not tokenized yet; here its adapters and the hypernetwork come on top. Time is work divided by
 an assumed share of the peak, the *frozen MFU*: what recomputation does a second time counts as no work. Whatever is assumed
 is named in the plan (`Plan.assumptions`).
 """

@@ -99,8 +99,8 @@ def _delta_net_bytes(config: PreTrainedConfig, element: int, *, kernels: bool) -
     # input, the gate and its activation.
     kept = element * (config.hidden_size + 2 * (2 * keys + values) + 2 * values) + 4 * 3 * values
     if kernels:
-        # Normalised queries and keys, and of each value head a chunk's matrix and decay.
+        # Normalized queries and keys, and of each value head a chunk's matrix and decay.
         return kept + element * (2 * keys + heads * _CHUNK) + 4 * 3 * heads
-    # Copies for each value head: of queries and keys before and after normalisation, with beta, and with decay; of values
+    # Copies for each value head: of queries and keys before and after normalization, with beta, and with decay; of values
     # before and after; five matrices of each chunk, and the state at its start.
     return kept + 4 * heads * (11 * key_size + 4 * value_size + 5 * _CHUNK + key_size * value_size / _CHUNK)

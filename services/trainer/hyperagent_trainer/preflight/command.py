@@ -20,7 +20,7 @@ from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.trainer import make_optimizer, memory_budget
 
 
-def fly(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
+def run(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
     """The pre-flight of a recipe's student and network; a student that does not fit is never loaded.
 
     Raises:

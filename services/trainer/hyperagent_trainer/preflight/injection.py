@@ -46,7 +46,7 @@ def check_start(probe: Probe) -> Check:
             "not finite": int((~bare.isfinite()).sum()),
         },
         "every logit finite and, bit for bit, the frozen student's, or those under the static adapter of a warm start",
-        "training has to start from what is there, not from noise; initialise what makes B to zero, and use "
+        "training has to start from what is there, not from noise; initialize what makes B to zero, and use "
         "deterministic kernels if two passes differ",
     )
 

@@ -1,6 +1,6 @@
 """What a training step will hold in memory, estimated before the first one.
 
-Weights, optimiser state, adapters and the loss's workspace are exact arithmetic. Activations are not: what autograd
+Weights, optimizer state, adapters and the loss's workspace are exact arithmetic. Activations are not: what autograd
 keeps for the backward pass is counted on two short probes, and the slope is carried on to the step's tokens. That
 leaves out what a kernel needs for itself while it runs, so the sum is a lower estimate.
 """

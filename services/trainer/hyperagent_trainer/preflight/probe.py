@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperagent.cache.hot_tier import HotUse
+from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.data.dataset import Batch
@@ -126,5 +126,5 @@ def _batch(generator: np.random.Generator, vocab_size: int) -> Batch:
         logprobs_NK=torch.from_numpy(np.log(kept)).float(),
         tail_logmass_N=torch.full((n,), _TAIL).log(),
         temperature=1.0,
-        hot_use=HotUse(),
+        hot_tier_stats=HotTierStats(),
     )

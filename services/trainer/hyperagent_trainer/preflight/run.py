@@ -7,7 +7,7 @@
     memory      what a step will hold, against the machine           `memory_estimate`
 
 Everything runs on the real parts: the student's own forward pass, the trainer's injector, network, loss and
-optimiser, on a batch of random tokens. Only copies of the network are trained, for one step, and no global random
+optimizer, on a batch of random tokens. Only copies of the network are trained, for one step, and no global random
 state is used, so that training is the same with a pre-flight as without.
 """
 
@@ -27,7 +27,7 @@ from hyperagent_trainer.preflight.student import check_student
 from hyperagent_trainer.report import Check, PreflightReport
 
 OptimizerFactory = Callable[[AdapterNetwork], torch.optim.Optimizer]
-"""Makes the optimiser that training will use, set for its first step."""
+"""Makes the optimizer that training will use, set for its first step."""
 
 
 def run_preflight(

@@ -11,7 +11,7 @@ from hyperagent.errors import CorruptRecord
 from hyperagent.files import write_atomically
 
 
-class Wishes(StrictModel):
+class RunCommands(StrictModel):
     """What `control.json` holds; without the file, nothing is asked for."""
 
     pause: bool = False
@@ -20,24 +20,24 @@ class Wishes(StrictModel):
     """How many checkpoints have been asked for since the training process was started."""
 
 
-def read_wishes(path: Path) -> Wishes:
+def read_commands(path: Path) -> RunCommands:
     """What is asked for now.
 
     Raises:
         CorruptRecord: the file cannot be read.
     """
     try:
-        return Wishes.model_validate_json(path.read_bytes())
+        return RunCommands.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return Wishes()
+        return RunCommands()
     except ValueError as error:
         raise CorruptRecord(f"{path} is damaged; delete it to go on, what it asked for is then void") from error
 
 
-def write_wishes(path: Path, wishes: Wishes) -> None:
+def write_commands(path: Path, commands: RunCommands) -> None:
     """Replace what is asked for.
 
     Raises:
         StorageError: the file system refused.
     """
-    write_atomically(path, wishes.model_dump_json().encode() + b"\n")
+    write_atomically(path, commands.model_dump_json().encode() + b"\n")

@@ -11,7 +11,7 @@ metrics.jsonl     one line per step, one per evaluation; a resumed run first cut
 tensorboard/      with the logger of that name: event files
 wandb/            with the logger of that name: a folder per start, for `wandb sync` where it was offline
 log.txt           the training process's stdout and stderr
-checkpoints/      step-00000200/ and so on: network, optimiser and step; the last few, with `patience` also the best
+checkpoints/      step-00000200/ and so on: network, optimizer and step; the last few, with `patience` also the best
 bundle/           at the end of a hypernetwork's run: all that the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
@@ -46,7 +46,7 @@ class RunStatus(StrictModel):
     reason: str = ""
     """Why, for "failed" and "stopped"."""
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     num_steps: int
     loss: float | None = None
     """Training loss of the last step, nats per supervised token."""
@@ -86,7 +86,7 @@ class RunFolder:
         self.probe = root / "probe.safetensors"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after `step` optimiser steps lies, if there is one."""
+        """Where the checkpoint after `step` optimizer steps lies, if there is one."""
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_steps(self) -> list[int]:

@@ -62,7 +62,7 @@ class RunReporter:
         self._update(state=state, reason=reason, eta_s=None, force=True)
 
     def step(self, step: int, *, loss: float, num_tokens: int, **values: Any) -> None:
-        """Report one optimiser step; `num_tokens` counts context too."""
+        """Report one optimizer step; `num_tokens` counts context too."""
         self._recent.append((time.monotonic(), num_tokens))
         seconds = self._recent[-1][0] - self._recent[0][0]
         steps = len(self._recent) - 1
@@ -134,7 +134,7 @@ class HeldOutKL:
     """What one evaluation found."""
 
     step: int
-    """Optimiser steps done before it."""
+    """Optimizer steps done before it."""
     kl: dict[str, float]
     """Nats per supervised token, by arm."""
 

@@ -1,6 +1,6 @@
 """What a training run is asked for from outside while it trains: to save a checkpoint, to pause, to stop.
 
-The supervisor writes the wishes into the run's `control.json`, the training loop looks there between two steps. The first
+The supervisor writes the commands into the run's `control.json`, the training loop looks there between two steps. The first
 rank alone reads them, and all act on what it has read: at the same step, whatever each would have seen by itself.
 """
 
@@ -15,7 +15,7 @@ import structlog
 
 from hyperagent.errors import CorruptRecord
 from hyperagent_trainer.distributed import Ranks
-from hyperagent_trainer.runs.commands import Wishes, read_wishes
+from hyperagent_trainer.runs.commands import RunCommands, read_commands
 from hyperagent_trainer.training.reporter import RunReporter
 
 log = structlog.get_logger()
@@ -24,7 +24,7 @@ _POLL_S = 0.2
 
 
 class _Order(IntEnum):
-    """What to do now; of several wishes the larger is done."""
+    """What to do now; of several commands the larger is done."""
 
     GO_ON = 0
     SAVE = 1
@@ -40,12 +40,12 @@ class RunControl:
         self._path = path
         self._stop = stop
         self._ranks = ranks
-        self._wishes = Wishes()
+        self._commands = RunCommands()
         self._read: tuple[int, int] | None = None
-        """Which file the wishes were read from; a new one replaces it as a whole."""
+        """Which file the commands were read from; a new one replaces it as a whole."""
         self._num_saved = 0
 
-    def obey(self, save: Callable[[], None], report: RunReporter) -> bool:
+    def apply(self, save: Callable[[], None], report: RunReporter) -> bool:
         """Between two steps, on every rank: save if asked, wait out a pause; returns whether to go on training."""
         order = self._order()
         if order in (_Order.SAVE, _Order.PAUSE):
@@ -64,11 +64,11 @@ class RunControl:
         own = _Order.GO_ON
         if self._ranks.is_first:
             self._look()
-            if self._wishes.pause:
+            if self._commands.pause:
                 own = _Order.PAUSE
-            elif self._wishes.checkpoints > self._num_saved:
+            elif self._commands.checkpoints > self._num_saved:
                 own = _Order.SAVE
-            self._num_saved = self._wishes.checkpoints
+            self._num_saved = self._commands.checkpoints
         if self._stop.is_set():
             own = _Order.STOP
         return _Order(int(self._ranks.max(own)))
@@ -82,7 +82,7 @@ class RunControl:
             return
         self._read = (found.st_ino, found.st_mtime_ns)
         try:
-            self._wishes = read_wishes(self._path)
+            self._commands = read_commands(self._path)
         except CorruptRecord as error:
             # No reason to end a run of many hours.
             log.warning("wishes not read", error=str(error))

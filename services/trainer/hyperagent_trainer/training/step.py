@@ -1,4 +1,4 @@
-"""One optimiser step: which rank computes what of it, and the gradient of all of it together.
+"""One optimizer step: which rank computes what of it, and the gradient of all of it together.
 
 The loss of a step is the mean over the supervised rows of all its trajectories, wherever they are computed. That number
 is known from the data, so every rank divides by it from the start, and gradients are summed and never averaged: the
@@ -26,13 +26,13 @@ class MicroBatch:
 
     indices: tuple[int, ...]
     """Trajectories, in their split."""
-    counts: bool
-    """False for one that a rank computes for company only: a sharded student needs all ranks for every pass."""
+    is_dummy: bool
+    """Whether its loss counts for nothing: a rank without work left still takes part in a sharded student's passes."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One rank's part of an optimiser step; every rank has equally many micro-batches."""
+    """One rank's part of an optimizer step; every rank has equally many micro-batches."""
 
     indices: tuple[int, ...]
     """Trajectories of all ranks."""
@@ -68,7 +68,7 @@ def accumulate_gradients(
     """Leave the gradient of the step's loss in the network's parameters, on every rank the same.
 
     Raises:
-        DataError: the teacher's rows of a trajectory hold NaN, or are not normalised.
+        DataError: the teacher's rows of a trajectory hold NaN, or are not normalized.
         CorruptRecord: the cache's record of one is damaged.
     """
     num_rows = sum(len(data.trajectories[i].positions) for i in plan.indices)
@@ -81,13 +81,13 @@ def accumulate_gradients(
         wait_s += time.monotonic() - asked_at
         adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
         try:
-            loss += adapted.backward(batch, adapters, recipe.loss, scale=1 / num_rows if micro.counts else 0.0)
+            loss += adapted.backward(batch, adapters, recipe.loss, scale=0.0 if micro.is_dummy else 1 / num_rows)
         except InvalidRequest as error:
             names = ", ".join(data.trajectories[i].trajectory_id for i in batch.indices)
             raise DataError(f"the teacher's rows of {names} cannot be trained on: {error}") from error
-        tokens += batch.num_tokens if micro.counts else 0
-        hits, misses = hits + batch.hot_use.hits, misses + batch.hot_use.misses
-        degraded |= batch.hot_use.is_degraded
+        tokens += 0 if micro.is_dummy else batch.num_tokens
+        hits, misses = hits + batch.hot_tier_stats.hits, misses + batch.hot_tier_stats.misses
+        degraded |= batch.hot_tier_stats.is_degraded
     ranks.sum_gradients_(adapted.network.parameters())
     sums = torch.tensor([tokens, hits, misses, degraded], dtype=torch.float64, device=ranks.device)
     tokens, hits, misses, failed = map(int, ranks.sum_(sums).tolist())
@@ -112,6 +112,6 @@ def plan_step(step: Sequence[int], costs: Sequence[float], *, rank: int, num_ran
     num_micro = max(-(-len(share) // size) for share in shares)
     own = [tuple(shares[rank][i : i + size]) for i in range(0, len(shares[rank]), size)]
     cheapest = (min(step, key=lambda i: costs[i]),)
-    for_company = [MicroBatch(cheapest, counts=False)] * (num_micro - len(own))
-    micro = (*(MicroBatch(indices, counts=True) for indices in own), *for_company)
+    dummies = [MicroBatch(cheapest, is_dummy=True)] * (num_micro - len(own))
+    micro = (*(MicroBatch(indices, is_dummy=False) for indices in own), *dummies)
     return StepPlan(tuple(step), micro, sum(loads) / num_ranks / max(loads))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hyperagent.cache.base import ReadableCache
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
@@ -27,7 +27,7 @@ from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.data.cost import StepCost
 from hyperagent_trainer.data.dataset import Batch, DistillationData, batches_from, load_split
-from hyperagent_trainer.distributed import Ranks, joined_ranks, whole
+from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export.export import export, make_probe
@@ -64,7 +64,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
     Raises:
         HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
     """
-    with joined_ranks() as ranks:
+    with init_distributed() as ranks:
         if ranks.is_first:
             folder.write_status(RunStatus(state="loading", num_steps=recipe.num_steps))
         require_installed(recipe.loggers)
@@ -76,7 +76,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
 
 
 def _train_from(
-    cache: ReadableCache, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student, ranks: Ranks
+    cache: CacheReader, recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, student: Student, ranks: Ranks
 ) -> None:
     splits = {
         split: load_split(
@@ -98,7 +98,7 @@ def _train_from(
     # Not earlier: how a student is loaded draws random numbers, and depends on the number of ranks.
     torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, warm_start)
-    network, belongs_to = adapted.network, describe(recipe, adapted, warm_start, data=training.identity)
+    network, network_manifest = adapted.network, describe(recipe, adapted, warm_start, data=training.identity)
     attention = _attention(student, recipe, folder, training, ranks)
     with attention.in_use(student.model):
         _preflight(adapted, recipe, folder, training, ranks, attention.check)
@@ -114,7 +114,7 @@ def _train_from(
         optimizer=optimizer,
         average=average,
         recipe=recipe,
-        belongs_to=belongs_to,
+        network_manifest=network_manifest,
         ranks=ranks,
     )
     with attention.in_use(student.model), store:
@@ -164,7 +164,7 @@ def _train_from(
                         folder.adapter if recipe.arm == "static" else folder.bundle,
                         trained,
                         recipe,
-                        belongs_to=belongs_to,
+                        network_manifest=network_manifest,
                         embeddings=student.embeddings,
                         teacher=cache.identity.fingerprint,
                         step=step,
@@ -246,14 +246,14 @@ class _Run:
     weight_norms: Mapping[str, float]
 
     def steps_after(self, first_step: int, best: BestEvaluation) -> tuple[int, BestEvaluation]:
-        """Run the optimiser steps after `first_step`; returns the number of the last one done, and the best evaluation."""
+        """Run the optimizer steps after `first_step`; returns the number of the last one done, and the best evaluation."""
         recipe, num_skipped = self.recipe, 0
         plans, batches = self._data_after(first_step)
         control = RunControl(self.folder.control, self.stop, self.ranks)
         with recomputation(self.adapted.student.model, recipe) as watch:
             for step in range(first_step + 1, recipe.num_steps + 1):
                 save = partial(self._save_now, step - 1, best)
-                if self.is_over(best) or not control.obey(save, self.report):
+                if self.is_over(best) or not control.apply(save, self.report):
                     return step - 1, best
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
@@ -300,10 +300,12 @@ class _Run:
         )
 
     def _step(self, step: int, plan: StepPlan, batches: Iterator[Batch], watch: RoutingWatch) -> bool:
-        """One optimiser step; False if it has left the network as it was, for want of a finite loss and gradient."""
+        """One optimizer step; False if it has left the network as it was, for want of a finite loss and gradient."""
         found = accumulate_gradients(plan, batches, self.adapted, self.data, self.recipe, self.ranks)
         norms = gradient_norms(self.adapted.network)
-        grad_norm = float(whole(nn.utils.clip_grad_norm_(self.adapted.network.parameters(), self.recipe.max_grad_norm)))
+        grad_norm = float(
+            full_tensor(nn.utils.clip_grad_norm_(self.adapted.network.parameters(), self.recipe.max_grad_norm))
+        )
         rerouted, rate = watch.take(), self.optimizer.param_groups[0]["lr"]
         if math.isfinite(found.loss) and math.isfinite(grad_norm):
             self.optimizer.step()

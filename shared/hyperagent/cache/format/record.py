@@ -58,7 +58,7 @@ class Header:
     checksum: bytes
     """XXH3-128 of the payload."""
     kl_nats: float
-    """Of a block, mean over its rows of KL(row as it came || as it is stored), over kept ids and tail, both normalised."""
+    """Of a block, mean over its rows of KL(row as it came || as it is stored), over kept ids and tail, both normalized."""
     kept_mass: float
     """Of a block, mean over its rows of the probability of the kept ids."""
 

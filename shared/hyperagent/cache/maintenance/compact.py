@@ -16,7 +16,7 @@ import structlog
 from hyperagent.cache.format.record import Kind
 from hyperagent.cache.format.shard import OPEN, SEALED, SHARD_HEADER_BYTES, ShardWriter, shard_paths
 from hyperagent.cache.index import Entry
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
 from hyperagent.files import fsync_directory, is_aside, remedy_of
 
@@ -45,7 +45,7 @@ class CollectReport:
     compacted: CompactReport
 
 
-def compact(cache: TopKCache, progress: Progress = lambda _done, _total: None) -> CompactReport:
+def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> CompactReport:
     """Rewrite shards that hold dead bytes, or are small, and seal what comes of it.
 
     Raises:
@@ -70,7 +70,7 @@ def compact(cache: TopKCache, progress: Progress = lambda _done, _total: None) -
 
 
 def collect_garbage(
-    cache: TopKCache, keep: Iterable[str] | None, progress: Progress = lambda _done, _total: None
+    cache: LocalCache, keep: Iterable[str] | None, progress: Progress = lambda _done, _total: None
 ) -> CollectReport:
     """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and what killed writers left.
 
@@ -93,7 +93,7 @@ def collect_garbage(
     return CollectReport(len(removed), len(unneeded), len(leftovers), compact(cache, progress))
 
 
-def copy_records(cache: TopKCache, entries: Iterable[Entry]) -> None:
+def copy_records(cache: LocalCache, entries: Iterable[Entry]) -> None:
     """Write records again, into the shard that is being written, and have the index name the copies.
 
     Raises:
@@ -108,7 +108,7 @@ def copy_records(cache: TopKCache, entries: Iterable[Entry]) -> None:
     cache.write_again(waiting)
 
 
-def delete_shard(cache: TopKCache, path: Path) -> None:
+def delete_shard(cache: LocalCache, path: Path) -> None:
     """Forget a shard and delete its file.
 
     Raises:
@@ -124,7 +124,7 @@ def delete_shard(cache: TopKCache, path: Path) -> None:
 
 
 @contextmanager
-def owned_shards(cache: TopKCache, paths: Iterable[Path]) -> Iterator[set[Path]]:
+def owned_shards(cache: LocalCache, paths: Iterable[Path]) -> Iterator[set[Path]]:
     """Hold the locks of open shards; yields those that nobody else writes."""
     ends = cache.index.ends()
     owners = {path: ShardWriter.resume(path, end=ends.get(path.stem, SHARD_HEADER_BYTES)) for path in paths}
@@ -139,11 +139,11 @@ def owned_shards(cache: TopKCache, paths: Iterable[Path]) -> Iterator[set[Path]]
                 owner.close()
 
 
-def _is_wasteful(cache: TopKCache, path: Path) -> bool:
+def _is_wasteful(cache: LocalCache, path: Path) -> bool:
     return _dead_bytes(cache, path) > 0 or path.stat().st_size < cache.shard_bytes // 2
 
 
-def _dead_bytes(cache: TopKCache, path: Path) -> int:
+def _dead_bytes(cache: LocalCache, path: Path) -> int:
     end = cache.index.ends().get(path.stem, SHARD_HEADER_BYTES)
     return end - SHARD_HEADER_BYTES - sum(entry.at.length for entry in cache.index.entries(path.stem))
 

@@ -9,7 +9,7 @@ from hyperagent.cache.format.codecs import EXACT
 from hyperagent.cache.format.convert import decode_rows, to_record, to_top_k_rows
 from hyperagent.cache.format.manifest import CacheSettings, Manifest
 from hyperagent.cache.format.record import BlockOfTrajectory
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import ConfigError
 from hyperagent.identity import require_same
 
@@ -27,7 +27,7 @@ class MergeReport:
 
 
 def merge(
-    source: TopKCache, target: TopKCache, progress: Callable[[int, int], None] = lambda _done, _total: None
+    source: LocalCache, target: LocalCache, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> MergeReport:
     """Put every trajectory of `source` into `target`; what is there already stays. Interrupted, it can be run again.
 
@@ -78,7 +78,7 @@ def _require_convertible(source: CacheSettings, target: CacheSettings) -> None:
         )
 
 
-def _records(source: TopKCache, target: TopKCache, blocks: Iterable[BlockOfTrajectory]) -> list[bytes]:
+def _records(source: LocalCache, target: LocalCache, blocks: Iterable[BlockOfTrajectory]) -> list[bytes]:
     if source.settings == target.settings:
         return [source.record(block.key) for block in blocks]
     keys = [block.key for block in blocks]

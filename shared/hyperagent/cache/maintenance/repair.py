@@ -8,8 +8,8 @@ from pathlib import Path
 from hyperagent.cache.format.manifest import read_manifest
 from hyperagent.cache.format.shard import OPEN
 from hyperagent.cache.index_rebuild import rebuild_index
-from hyperagent.cache.local import TopKCache
-from hyperagent.cache.locks import held_alone
+from hyperagent.cache.local import LocalCache
+from hyperagent.cache.locks import held_exclusively
 from hyperagent.cache.maintenance.compact import copy_records, owned_shards
 from hyperagent.cache.maintenance.verify import Damage, Progress, verify
 from hyperagent.errors import StorageError
@@ -42,14 +42,14 @@ def repair(root: Path, progress: Progress = lambda _done, _total: None) -> Repai
         StorageError: the file system refused.
     """
     fingerprint = read_manifest(root).identity.fingerprint
-    with held_alone(root / "readers.lock"):
+    with held_exclusively(root / "readers.lock"):
         try:
             rebuild_index(root, fingerprint)
         except OSError as error:
             raise StorageError(
                 f"could not make the index again: {error.strerror or error}; {remedy_of(error)}"
             ) from error
-    with TopKCache.open(root, alone=True) as cache:
+    with LocalCache.open(root, exclusive=True) as cache:
         found = verify(cache, progress)
         lost = {bytes.fromhex(damage.key) for damage in found.damaged if damage.key}
         with cache.index.transaction():
@@ -64,7 +64,7 @@ def repair(root: Path, progress: Progress = lambda _done, _total: None) -> Repai
         return RepairReport(found.damaged, tuple(set_aside), found.incomplete, verify(cache).trajectories)
 
 
-def _set_aside(cache: TopKCache, path: Path) -> Path:
+def _set_aside(cache: LocalCache, path: Path) -> Path:
     copy_records(cache, cache.index.entries(path.stem))
     with cache.index.transaction():
         cache.index.remove_shard(path.stem)

@@ -19,7 +19,7 @@ from hyperagent.cache.format.shard import (
     scan,
     shard_paths,
 )
-from hyperagent.cache.local import TopKCache
+from hyperagent.cache.local import LocalCache
 from hyperagent.errors import CorruptRecord
 from hyperagent.files import is_aside
 
@@ -93,7 +93,7 @@ def cache_digest(digests: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def verify(cache: TopKCache, progress: Progress = lambda _done, _total: None) -> VerifyReport:
+def verify(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> VerifyReport:
     """Check every byte on disk; `progress` is called with (bytes done, bytes to do)."""
     paths = shard_paths(cache.root / "shards")
     total, done = sum(path.stat().st_size for path in paths), 0
@@ -120,7 +120,7 @@ def verify(cache: TopKCache, progress: Progress = lambda _done, _total: None) ->
     return _report(cache, damaged, whole)
 
 
-def count(cache: TopKCache, progress: Progress = lambda _done, _total: None) -> CacheStats:
+def count(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> CacheStats:
     """Count what there is, from the records' headers; `progress` is called with (shards done, shards)."""
     blocks = trajectories = rows = kept = context = live_bytes = 0
     kl = mass = 0.0
@@ -182,7 +182,7 @@ def _check_shard(path: Path, fingerprint: str, ends: Mapping[str, int], damaged:
     return all_found
 
 
-def _report(cache: TopKCache, damaged: list[Damage], whole: set[bytes]) -> VerifyReport:
+def _report(cache: LocalCache, damaged: list[Damage], whole: set[bytes]) -> VerifyReport:
     digests: dict[str, str] = {}
     incomplete = []
     for key in cache.trajectory_keys():
@@ -203,5 +203,5 @@ def _report(cache: TopKCache, damaged: list[Damage], whole: set[bytes]) -> Verif
     )
 
 
-def _is_complete(cache: TopKCache, key: str, whole: set[bytes]) -> bool:
+def _is_complete(cache: LocalCache, key: str, whole: set[bytes]) -> bool:
     return bytes.fromhex(key) in whole and all(block.key in whole for block in cache.trajectory(key).blocks)

@@ -1,4 +1,4 @@
-"""Files that say something more about tasks, joined by instance id: licences, extra texts."""
+"""Files that say something more about tasks, joined by instance id: licenses, extra texts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Trajectories as token ids: the file that travels from tokenisation to the teacher and the trainer.
+"""Trajectories as token ids: the file that travels from tokenization to the teacher and the trainer.
 
-Text is tokenised once. From here on everybody reads ids from this file, so teacher and student cannot disagree about
+Text is tokenized once. From here on everybody reads ids from this file, so teacher and student cannot disagree about
 what a trajectory is. The file is Parquet; its schema metadata carry the data's identity (docs/data.md).
 """
 
@@ -44,7 +44,7 @@ _GROUPS_KEPT = 2
 
 
 @dataclass(frozen=True, eq=False)
-class TokenisedTrajectory:
+class TokenizedTrajectory:
     """One trajectory: T tokens in the teacher's view, S in the student's, N of them supervised in both."""
 
     trajectory_id: str
@@ -83,9 +83,9 @@ class TokensWriter:
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
-        self._pending: list[TokenisedTrajectory] = []
+        self._pending: list[TokenizedTrajectory] = []
 
-    def write(self, trajectory: TokenisedTrajectory) -> None:
+    def write(self, trajectory: TokenizedTrajectory) -> None:
         """Add one trajectory."""
         self._pending.append(trajectory)
         if len(self._pending) == _ROWS_PER_GROUP:
@@ -125,7 +125,7 @@ def read_data_identity(path: Path) -> DataIdentity:
     return _open(path)[1]
 
 
-def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTrajectory]:
+def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenizedTrajectory]:
     """Stream the trajectories of a tokens file, in the file's order, a few in memory at a time.
 
     Raises:
@@ -142,18 +142,18 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenisedTr
                     trajectory.require_aligned()
                     yield trajectory
     except (pa.ArrowException, OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenise the data again") from error
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenize the data again") from error
     # A damaged page header can end a column early without any error.
     if num_rows != file.metadata.num_rows:
         raise DataError(
-            f"{path} is damaged: {num_rows} of its {file.metadata.num_rows} rows are left; tokenise the data again"
+            f"{path} is damaged: {num_rows} of its {file.metadata.num_rows} rows are left; tokenize the data again"
         )
 
 
 class TokensFile:
     """Single trajectories of a tokens file, by row; safe to use from several threads.
 
-    The last row groups are kept, since neighbours are asked for together.
+    The last row groups are kept, since neighbors are asked for together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,14 +169,14 @@ class TokensFile:
         self._lock = threading.Lock()
         self._groups: dict[int, pa.RecordBatch] = {}
 
-    def row(self, row: int) -> TokenisedTrajectory:
+    def row(self, row: int) -> TokenizedTrajectory:
         """The trajectory of one row.
 
         Raises:
             DataError: the file is damaged, or has no such row.
         """
         if not 0 <= row < self._file.metadata.num_rows:
-            raise DataError(f"{self._path} has {self._file.metadata.num_rows} rows, so no row {row}; tokenise again")
+            raise DataError(f"{self._path} has {self._file.metadata.num_rows} rows, so no row {row}; tokenize again")
         group = int(np.searchsorted(self._ends, row, side="right"))
         try:
             with self._lock:
@@ -185,7 +185,7 @@ class TokensFile:
             trajectory.require_aligned()
         except (pa.ArrowException, OSError, UnicodeDecodeError, DataError, IndexError) as error:
             raise DataError(
-                f"{self._path} is damaged: {' '.join(str(error).split())}; tokenise the data again"
+                f"{self._path} is damaged: {' '.join(str(error).split())}; tokenize the data again"
             ) from error
         return trajectory
 
@@ -211,21 +211,21 @@ def count_tokens_rows(path: Path) -> int:
     return int(_open(path)[0].metadata.num_rows)
 
 
-def _to_row(trajectory: TokenisedTrajectory) -> dict[str, object]:
+def _to_row(trajectory: TokenizedTrajectory) -> dict[str, object]:
     row: dict[str, object] = {name: getattr(trajectory, name) for name in _SCHEMA.names}
     if trajectory.student_ids is trajectory.token_ids:
         row["student_ids"] = row["student_positions"] = None
     return row
 
 
-def _from_row(batch: pa.RecordBatch, row: int) -> TokenisedTrajectory:
+def _from_row(batch: pa.RecordBatch, row: int) -> TokenizedTrajectory:
     name, repo, split = (batch.column(column)[row].as_py() for column in ("trajectory_id", "repo", "split"))
     arrays = {column: _array(batch, column, row) for column in ("token_ids", "positions", "prompt_ids")}
     if batch.column("student_ids")[row].is_valid:
         arrays |= {column: _array(batch, column, row) for column in ("student_ids", "student_positions")}
     else:
         arrays |= {"student_ids": arrays["token_ids"], "student_positions": arrays["positions"]}
-    return TokenisedTrajectory(name, repo, split, **arrays)
+    return TokenizedTrajectory(name, repo, split, **arrays)
 
 
 def _array(batch: pa.RecordBatch, name: str, row: int) -> NDArray[np.uint32]:
@@ -249,4 +249,4 @@ def _open(path: Path) -> tuple[pq.ParquetFile, DataIdentity]:
     try:
         return file, DataIdentity.from_json(metadata[b"identity"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: its identity is not readable; tokenise the data again") from error
+        raise DataError(f"{path} is damaged: its identity is not readable; tokenize the data again") from error

@@ -1,4 +1,4 @@
-"""Which rows of a data file are used: by outcome, licence and duplicates, and a sample of what is left."""
+"""Which rows of a data file are used: by outcome, license and duplicates, and a sample of what is left."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Selection(StrictModel):
     """Only trajectories that solved their task."""
     exit_statuses: tuple[str, ...] = ()
     """Only these; none means all."""
-    licences: tuple[str, ...] = ()
-    """Only tasks under these licences, as the joined file spells them; none means all."""
+    licenses: tuple[str, ...] = ()
+    """Only tasks under these licenses, as the joined file spells them; none means all."""
     sample: int | None = Field(None, ge=2)
     """This many of the rows that are left, drawn by the seed."""
     seed: int = Field(0, ge=0)
@@ -66,22 +66,22 @@ def select_rows(
     path: Path,
     selection: Selection,
     *,
-    licence_of: Mapping[str, str] | None = None,
+    license_of: Mapping[str, str] | None = None,
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Selected:
     """Read a data file once and choose its rows.
 
     Args:
-        licence_of: licence by instance id, needed if licences are chosen by.
+        license_of: license by instance id, needed if licenses are chosen by.
         strict: raise at the first row that cannot be used.
 
     Raises:
-        DataError: the file cannot be read, a licence is asked for and none is known, or no row is left.
+        DataError: the file cannot be read, a license is asked for and none is known, or no row is left.
         RowRefused: in strict mode.
     """
-    if selection.licences and licence_of is None:
-        raise DataError("rows carry no licence; give a file that does with --licences (instance_id and license_name)")
+    if selection.licenses and license_of is None:
+        raise DataError("rows carry no license; give a file that does with --licenses (instance_id and license_name)")
     facts: list[RowFacts] = []
     refused: list[RowRefused] = []
     names: set[str] = set()
@@ -100,7 +100,7 @@ def select_rows(
         names.add(fact.name)
         facts.append(fact)
     progress(total, total)
-    chosen, left_out = _choose(facts, selection, licence_of or {})
+    chosen, left_out = _choose(facts, selection, license_of or {})
     if not chosen:
         why = f"; the first refusal: {refused[0]}" if refused else ""
         raise DataError(
@@ -128,7 +128,7 @@ def _facts(row: Row | RowRefused, number: int) -> RowFacts:
 
 
 def _choose(
-    facts: Sequence[RowFacts], selection: Selection, licence_of: Mapping[str, str]
+    facts: Sequence[RowFacts], selection: Selection, license_of: Mapping[str, str]
 ) -> tuple[list[RowFacts], dict[str, int]]:
     left_out: Counter[str] = Counter()
     repo_of_issue: dict[bytes, str] = {}
@@ -138,8 +138,8 @@ def _choose(
             left_out["not resolved"] += 1
         elif selection.exit_statuses and fact.exit_status not in selection.exit_statuses:
             left_out["another exit status"] += 1
-        elif selection.licences and licence_of.get(fact.instance_id) not in selection.licences:
-            left_out["another licence, or none known"] += 1
+        elif selection.licenses and license_of.get(fact.instance_id) not in selection.licenses:
+            left_out["another license, or none known"] += 1
         elif repo_of_issue.setdefault(fact.issue, fact.repo) != fact.repo:
             left_out["issue of another repository"] += 1
         else:

@@ -16,7 +16,7 @@ from hyperagent.data.chat.messages import dialogue_of, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import Row, read_rows_or_refusals
 from hyperagent.data.files.side_tables import read_joined
-from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, TokenisedTrajectory, write_tokens
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, TokenizedTrajectory, write_tokens
 from hyperagent.data.pipeline.parallel import map_rows
 from hyperagent.data.pipeline.selection import NOT_SAMPLED, RowFacts, Selected, Selection, select_rows
 from hyperagent.data.pipeline.split import SplitSettings, split_rows
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows to do)."""
 
 
-class TokeniseSettings(StrictModel):
+class TokenizeSettings(StrictModel):
     """Everything that decides what a tokens file holds, besides the data and the tokenizer."""
 
     views: ViewSettings = ViewSettings()
@@ -40,14 +40,14 @@ class TokeniseSettings(StrictModel):
 class JoinedFiles:
     """Files with more about the tasks."""
 
-    licences: Path | None = None
+    licenses: Path | None = None
     """`instance_id` and `license_name`."""
     extra: Path | None = None
     """`instance_id` and `text`, for the condition."""
 
 
 @dataclass(frozen=True)
-class TokeniseReport:
+class TokenizeReport:
     """What became of a data file."""
 
     rows: int
@@ -73,18 +73,18 @@ class TokeniseReport:
         return sum(refusal.kind is TooLong for refusal in self.refused)
 
 
-def tokenise_file(
+def tokenize_file(
     source: Path,
     target: Path,
     tokenizer: ChatTokenizer,
-    settings: TokeniseSettings,
+    settings: TokenizeSettings,
     *,
     joined: JoinedFiles = JoinedFiles(),
     strict: bool = False,
     num_workers: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,
-) -> TokeniseReport:
-    """Tokenise `source` (trajectories) into `target` (a tokens file), whole or not at all.
+) -> TokenizeReport:
+    """Tokenize `source` (trajectories) into `target` (a tokens file), whole or not at all.
 
     A row that cannot be used is left out and named in the report.
 
@@ -99,7 +99,7 @@ def tokenise_file(
         StorageError: the file system refused.
     """
     maker = ViewMaker(tokenizer)
-    licence_of = read_joined(joined.licences, "license_name") if joined.licences else None
+    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
     extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     if bool(joined.extra) != ("extra" in settings.views.condition):
         raise DataError("the condition reads an extra text if and only if a file with extra texts is given")
@@ -107,7 +107,7 @@ def tokenise_file(
     selected = select_rows(
         source,
         settings.selection,
-        licence_of=licence_of,
+        license_of=license_of,
         strict=strict,
         progress=lambda done, total: progress("reading", done, total),
     )
@@ -117,11 +117,11 @@ def tokenise_file(
     refused = list(selected.refused)
     tasks = _tasks(source, selected.rows, splits, extra_of)
     results = map_rows(
-        RowTokeniser(maker, settings.views), tasks, num_items=len(selected.rows), num_workers=num_workers
+        RowTokenizer(maker, settings.views), tasks, num_items=len(selected.rows), num_workers=num_workers
     )
     with write_tokens(target, identity) as writer:
         for done, result in enumerate(results, start=1):
-            progress("tokenising", done, len(selected.rows))
+            progress("tokenizing", done, len(selected.rows))
             if isinstance(result, RowRefused):
                 if strict:
                     raise result
@@ -130,7 +130,7 @@ def tokenise_file(
             writer.write(result)
             counts.update(_counts(result))
         _require_both_sides(source, counts, selected, refused)
-    return TokeniseReport(
+    return TokenizeReport(
         rows=selected.num_rows,
         chosen=len(selected.rows) + len(selected.refused),
         splits={split: counts[split] for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)},
@@ -167,20 +167,20 @@ def measure_rows(
     num_workers: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> MeasuredRows:
-    """Tokenise the rows that `selection` chooses and keep their lengths only.
+    """Tokenize the rows that `selection` chooses and keep their lengths only.
 
     Raises:
         DataError: the file is unusable.
         ConfigError: the chat template cannot be used.
     """
-    function = RowTokeniser(ViewMaker(tokenizer), views)
+    function = RowTokenizer(ViewMaker(tokenizer), views)
     selected = select_rows(source, selection, progress=lambda done, total: progress("reading", done, total))
     tasks = _tasks(source, selected.rows, dict.fromkeys((row.number for row in selected.rows), TRAIN), {})
     lengths = np.zeros((len(selected.rows), 3), dtype=np.int64)
     results = map_rows(function, tasks, num_items=len(selected.rows), num_workers=num_workers)
     for number, result in enumerate(results):
-        progress("tokenising", number + 1, len(selected.rows))
-        if isinstance(result, TokenisedTrajectory):
+        progress("tokenizing", number + 1, len(selected.rows))
+        if isinstance(result, TokenizedTrajectory):
             lengths[number] = len(result.token_ids), len(result.positions), len(result.student_ids)
     wanted = len(selected.rows) + selected.left_out.get(NOT_SAMPLED, 0)
     return MeasuredRows(wanted, *lengths.T)
@@ -195,14 +195,14 @@ class RowTask(NamedTuple):
     extra: str | None
 
 
-class RowTokeniser:
+class RowTokenizer:
     """Makes a row's views; a row that cannot be used comes back as its refusal."""
 
     def __init__(self, maker: ViewMaker, settings: ViewSettings) -> None:
         self._maker = maker
         self._settings = settings
 
-    def __call__(self, task: RowTask) -> TokenisedTrajectory | RowRefused:
+    def __call__(self, task: RowTask) -> TokenizedTrajectory | RowRefused:
         try:
             with refused_as(task.name):
                 dialogue = dialogue_of(task.row)
@@ -223,7 +223,7 @@ def _tasks(
             yield RowTask(row, fact.name, splits[number], extra_of.get(fact.instance_id))
 
 
-def _counts(trajectory: TokenisedTrajectory) -> dict[str, int]:
+def _counts(trajectory: TokenizedTrajectory) -> dict[str, int]:
     return {
         trajectory.split: 1,
         "tokens": len(trajectory.token_ids),
@@ -243,9 +243,12 @@ def _require_both_sides(source: Path, counts: Counter[str], selected: Selected, 
             )
 
 
-def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokeniseSettings, joined: JoinedFiles) -> DataIdentity:
+def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokenizeSettings, joined: JoinedFiles) -> DataIdentity:
     chosen: dict[str, Any] = settings.model_dump(mode="json")
-    for name, path in (("licences_file", joined.licences), ("extra_file", joined.extra)):
+    # A fingerprint keeps the names its fields first had: new ones would make every existing cache a stranger's.
+    chosen["views"]["internalised"] = chosen["views"].pop("internalized")
+    chosen["selection"]["licences"] = chosen["selection"].pop("licenses")
+    for name, path in (("licences_file", joined.licenses), ("extra_file", joined.extra)):
         if path is not None:
             chosen[name] = file_fingerprint(path)
     return DataIdentity(tokenizer.identity, file_fingerprint(source), chosen)

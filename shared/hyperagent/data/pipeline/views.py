@@ -21,7 +21,7 @@ from hyperagent.data.chat.mask_by_rendering import assistant_spans, supervised_b
 from hyperagent.data.chat.mask_by_scanning import TurnScanner, turn_shape
 from hyperagent.data.chat.messages import Dialogue
 from hyperagent.data.chat.tokenizer import ChatTokenizer, Conversation
-from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.errors import DataError, MaskDisagreement, TooLong
 
 Part = Literal["system", "tools", "task", "extra"]
@@ -33,7 +33,7 @@ class ViewSettings(StrictModel):
 
     condition: tuple[Part, ...] = ("system", "tools", "task")
     """What the hypernetwork reads; the task is always a part of it."""
-    internalised: tuple[Part, ...] = ()
+    internalized: tuple[Part, ...] = ()
     """What the student does not see; nothing is the *full* view."""
     max_tokens: int = Field(131_072, ge=2)
     """Longest trajectory in the teacher's view."""
@@ -42,7 +42,7 @@ class ViewSettings(StrictModel):
     cut: bool = False
     """Cut a longer trajectory behind the last assistant's turn that fits, instead of refusing it."""
 
-    @field_validator("condition", "internalised")
+    @field_validator("condition", "internalized")
     @classmethod
     def _in_order(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         return tuple(part for part in _ORDER if part in parts)
@@ -51,9 +51,9 @@ class ViewSettings(StrictModel):
     def _belong_together(self) -> Self:
         if "task" not in self.condition:
             raise ValueError("the condition must hold the task; add it")
-        if "extra" in self.internalised:
-            raise ValueError("the extra text is never shown to the student, so it cannot be internalised; leave it out")
-        if unknown := [part for part in self.internalised if part not in self.condition]:
+        if "extra" in self.internalized:
+            raise ValueError("the extra text is never shown to the student, so it cannot be internalized; leave it out")
+        if unknown := [part for part in self.internalized if part not in self.condition]:
             raise ValueError(
                 f"{' and '.join(unknown)} cannot be hidden from the student and missing in the condition: the adapter "
                 "could not know it; add it to the condition"
@@ -74,7 +74,7 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class MaskedText:
-    """A conversation rendered, tokenised and masked."""
+    """A conversation rendered, tokenized and masked."""
 
     dialogue: Dialogue
     text: str
@@ -110,7 +110,7 @@ class ViewMaker:
         *,
         settings: ViewSettings,
         extra: str | None = None,
-    ) -> TokenisedTrajectory:
+    ) -> TokenizedTrajectory:
         """The three views of one dialogue.
 
         Raises:
@@ -127,9 +127,9 @@ class ViewMaker:
             )
         teacher = self.masked(dialogue, max_tokens=settings.max_tokens, cut=settings.cut)
         student = teacher
-        if settings.internalised:
-            student = self.masked(without(teacher.dialogue, settings.internalised))
-        trajectory = TokenisedTrajectory(
+        if settings.internalized:
+            student = self.masked(without(teacher.dialogue, settings.internalized))
+        trajectory = TokenizedTrajectory(
             trajectory_id,
             repo,
             split,
@@ -143,7 +143,7 @@ class ViewMaker:
         return trajectory
 
     def masked(self, dialogue: Dialogue, *, max_tokens: int | None = None, cut: bool = False) -> MaskedText:
-        """Render, tokenise and mask a dialogue.
+        """Render, tokenize and mask a dialogue.
 
         Raises:
             DataError: the template refuses it, nothing is supervised, or an end of a turn is not.

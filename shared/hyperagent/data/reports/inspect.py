@@ -1,4 +1,4 @@
-"""What a data file holds and what becomes of it: every row rendered, tokenised, masked and checked, none written."""
+"""What a data file holds and what becomes of it: every row rendered, tokenized, masked and checked, none written."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FileReport:
 
     @property
     def duplicates(self) -> int:
-        """Rows whose issue occurred in another repository before; tokenising leaves them out."""
+        """Rows whose issue occurred in another repository before; tokenizing leaves them out."""
         repo_of_issue: dict[str, str] = {}
         return sum(repo_of_issue.setdefault(row.issue, row.repo) != row.repo for row in self.rendered)
 
@@ -90,7 +90,7 @@ def inspect_file(
     num_workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> FileReport:
-    """Render, tokenise, mask and check every row of a file, of any length.
+    """Render, tokenize, mask and check every row of a file, of any length.
 
     Args:
         strict: stop at the first row that cannot be used.

@@ -2,7 +2,7 @@
 
 The operations are those of `hyperagent.flops`: the teacher runs forward once, the student is trained with all layers
 recomputed. `hyperagent plan` (trainer) counts the student's in the same way and answers another question: what a recipe's
-steps need of a machine, with its adapters, its hypernetwork, waiting and memory, of a split that is tokenised already.
+steps need of a machine, with its adapters, its hypernetwork, waiting and memory, of a split that is tokenized already.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hyperagent.data.chat.mask_by_scanning import turn_shape
 from hyperagent.data.chat.messages import dialogue_of, name_of, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import Row, read_rows_or_refusals
-from hyperagent.data.files.tokens_file import TokenisedTrajectory
+from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.errors import NotFound, RowRefused
 
@@ -90,7 +90,7 @@ def segments(ids: NDArray[np.uint32], positions: NDArray[np.uint32], tokenizer: 
     return found
 
 
-def _of_view(trajectory: TokenisedTrajectory, view: View) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _of_view(trajectory: TokenizedTrajectory, view: View) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     if view == "condition":
         return trajectory.prompt_ids, np.empty(0, dtype=np.uint32)
     if view == "student":

@@ -7,7 +7,7 @@ const MAX_POINTS = 1000;
 const NUM_MEANS = 120;
 // More curves than these in one picture would hide each other behind their noise.
 const MAX_BANDS = 3;
-const NUM_COLOURS = 8;
+const NUM_COLORS = 8;
 const LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 22;
 
 function svg(name, attributes, text) {
@@ -214,14 +214,14 @@ export class Chart {
   }
 }
 
-// A colour for each name. The two factors of one group of layers share theirs, and B's curve is dashed.
+// A color for each name. The two factors of one group of layers share theirs, and B's curve is dashed.
 function styles(names) {
-  const found = new Map(), colours = new Map();
+  const found = new Map(), colors = new Map();
   for (const name of names) {
     const group = name.replace(/^[AB] /, "");
-    if (!colours.has(group)) colours.set(group, colours.size);
-    const dash = (name.startsWith("B ") ? 1 : 0) + 2 * (Math.floor(colours.get(group) / NUM_COLOURS) % 2);
-    found.set(name, `series-${colours.get(group) % NUM_COLOURS} dash-${dash}`);
+    if (!colors.has(group)) colors.set(group, colors.size);
+    const dash = (name.startsWith("B ") ? 1 : 0) + 2 * (Math.floor(colors.get(group) / NUM_COLORS) % 2);
+    found.set(name, `series-${colors.get(group) % NUM_COLORS} dash-${dash}`);
   }
   return found;
 }

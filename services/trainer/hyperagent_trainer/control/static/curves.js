@@ -19,7 +19,7 @@ const SECTIONS = [
     { title: "‖BA‖ / ‖W‖", unit: "by kind of layer", read: values("adapter_relative_norm"), isLog: true },
     { title: "Cosine between prompts", unit: "1: no difference", read: value("adapter_cosine") },
   ]],
-  ["Optimiser", [
+  ["Optimizer", [
     { title: "Gradient norm", unit: "before clipping", read: value("grad_norm"), isLog: true },
     { title: "Learning rate", unit: "of all but B's heads", read: value("learning_rate") },
     { title: "Gradient norm by group", unit: "A and B of each group of layers", read: values("grad_norms", group), isLog: true, isWide: true },
