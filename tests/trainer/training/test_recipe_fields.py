@@ -13,6 +13,7 @@ from tiny_runs import losses, metrics, run
 from torch import Tensor
 
 from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, read_tokens
+from hyperagent.model.peft_io import read_adapter
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.loss import LossOptions
 
@@ -198,3 +199,10 @@ def test_batches_are_shuffled_anew_in_every_epoch(recipe: TrainRecipe, tmp_path:
     epochs = [tuple(round(loss, 5) for loss in found[start : start + 3]) for start in range(0, 12, 3)]
     assert all(len(set(epoch)) == 3 for epoch in epochs)
     assert len(set(epochs)) > 1
+
+
+def test_a_fractional_alpha_reaches_the_exported_adapter(recipe: TrainRecipe, tmp_path: Path) -> None:
+    config = recipe.hypernetwork.model_copy(update={"alpha": 2.5})
+    changes = {"arm": "static", "hypernetwork": config, "num_steps": 1, "evaluate_every": 100}
+    adapter = read_adapter(run(recipe.model_copy(update=changes), tmp_path / "run").adapter)
+    assert (adapter.rank, adapter.alpha) == (4, 2.5)
