@@ -170,20 +170,3 @@ def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecip
     if "num_steps" in changes:
         changes |= {"num_epochs": None, "warmup_epochs": None}
     return load_yaml(path, TrainRecipe, context={"base": path.parent}).model_copy(update=changes)
-
-
-class ControlSettings(StrictModel):
-    """The control process's own settings."""
-
-    recipes: Path = Path("recipes")
-    """Folder of the recipes that may be run, `NAME.yaml` each."""
-    runs: Path = Path("runs")
-    """Folder that gets a folder per run."""
-    host: str = "127.0.0.1"
-    port: int = Field(8702, ge=1, le=65_535)
-    allow_remote: bool = False
-    """Listen on an address other machines can reach."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names the service answers to besides localhost and IP addresses."""
-    stop_grace_s: float = Field(60.0, gt=0, le=3600)
-    """Seconds a training process has to save and end before it is killed."""

@@ -16,9 +16,9 @@ import typer
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from hyperagent_trainer.cli import serve
-from hyperagent_trainer.config import ControlSettings
 from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.cli import serve
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
 from hyperagent_trainer.runs.folder import FINAL_STATES
 

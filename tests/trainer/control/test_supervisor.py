@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, ServiceError
-from hyperagent_trainer.config import ControlSettings, RunOverrides
+from hyperagent_trainer.config import RunOverrides
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
 from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder
 from hyperagent_trainer.runs.store import Run, RunRequest
