@@ -26,7 +26,7 @@ from hyperagent.data.files.tokens_file import HELD_OUT_TASKS, read_data_identity
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
 from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.checkpoint import format as checkpoint_format
 from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe

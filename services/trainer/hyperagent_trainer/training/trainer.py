@@ -31,7 +31,7 @@ from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export.export import export, make_probe
-from hyperagent_trainer.loss import default_workspace_bytes
+from hyperagent_trainer.loss.distillation import default_workspace_bytes
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.network.build import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.optim.ema import WeightAverage
