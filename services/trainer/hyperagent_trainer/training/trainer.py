@@ -26,7 +26,8 @@ from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.data.cost import StepCost
-from hyperagent_trainer.data.dataset import Batch, DistillationData, batches_from, load_split
+from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
+from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
@@ -46,7 +47,7 @@ from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
 from hyperagent_trainer.training.reporter import RunReporter, last_held_out_kl
 from hyperagent_trainer.training.run_control import RunControl
-from hyperagent_trainer.training.step import StepPlan, accumulate_gradients, plan_step
+from hyperagent_trainer.training.step import accumulate_gradients
 
 log = structlog.get_logger()
 
