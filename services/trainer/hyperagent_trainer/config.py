@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hyperagent.config import StrictModel, load_yaml
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent_trainer.loss.options import LossOptions
 
 AttentionName = Literal["auto", "cudnn", "flash", "efficient", "flash_attn"]
