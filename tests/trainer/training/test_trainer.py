@@ -24,12 +24,13 @@ from torch import Tensor
 
 from hyperagent.data.files.tokens_file import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
+from hyperagent.http.run_models import RunOverrides
 from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.checkpoint import format as checkpoint_format
-from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
+from hyperagent_trainer.config import TrainRecipe, load_recipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.evaluation.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.network.adapted_student import AdaptedStudent

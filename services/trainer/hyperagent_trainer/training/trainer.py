@@ -22,6 +22,7 @@ from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
+from hyperagent.http.run_models import RunStatus
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import AttentionName, TrainRecipe
@@ -39,7 +40,7 @@ from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.preflight.memory import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import Check
-from hyperagent_trainer.runs.folder import RunFolder, RunStatus
+from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.student.activation_checkpoint import RoutingWatch
 from hyperagent_trainer.student.attention import Attention, agreed, choose_attention, earlier_choice
 from hyperagent_trainer.student.step_memory import recomputation
