@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 
 FLOOR_CUTS = ((160, 4096), (1024, 4096), (1024, None), (4096, None))
 WARM_UP_ROWS = 8

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hyperagent.config import StrictModel
 from hyperagent.data.pipeline.views import ViewSettings
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 
 
 class PretrainConfig(StrictModel):

@@ -22,7 +22,7 @@ from hyperagent_teacher.engines.transformers import TransformersEngine
 from hyperagent_teacher.service.memory_budget import RowMemory
 from hyperagent_teacher.service.populate import Populator, Trajectory
 from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 from hyperagent_trainer.student.student import Student
 
 

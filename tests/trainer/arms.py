@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 from worlds import Latent, World
 
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe

@@ -9,7 +9,7 @@ import torch
 from mpmath import mp, mpf
 from torch import Tensor
 
-from hyperagent_trainer.loss import LossOptions
+from hyperagent_trainer.loss.options import LossOptions
 
 _DIGITS = 160
 

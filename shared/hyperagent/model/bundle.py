@@ -27,7 +27,8 @@ from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitE
 from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.featurizer import EMBEDDINGS, EmbeddingFeaturizer, PromptFeaturizer
+from hyperagent.model.config import EMBEDDINGS
+from hyperagent.model.featurizer import EmbeddingFeaturizer, PromptFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.static_lora import StaticLoRA

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from loss_oracle import Case, make_case, oracle, relative, top_rows
 from torch import Tensor
 
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss, torch_backend
+from hyperagent_trainer.loss import torch_backend
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
 
 OPTIONS = {
     "forward_kl": LossOptions(),

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
-from hyperagent_trainer.loss.options import Divergence
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import Divergence, LossOptions
 
 
 def loss_of(case: Case, **settings: Any) -> Tensor:

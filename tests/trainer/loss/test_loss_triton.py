@@ -14,7 +14,9 @@ from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss, triton_backend
+from hyperagent_trainer.loss import triton_backend
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
 from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
 
 OPTIONS = {

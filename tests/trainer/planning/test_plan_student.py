@@ -21,7 +21,7 @@ from hyperagent.flops import FROZEN, ModelShape
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.targets import ARCHITECTURES, discover_target_layers
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 from hyperagent_trainer.planning.student_memory import block_bytes, mixer_bytes
 
 DENSE = {

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from hyperagent.data.files.tokens_file import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
+from hyperagent.http.run_models import RunOverrides
 from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.checkpoint import format as checkpoint_format
-from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
+from hyperagent_trainer.config import TrainRecipe, load_recipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.evaluation.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
@@ -115,7 +116,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     folder = run(recipe, tmp_path / "run", StopAfter(2))
     with pytest.raises(ConfigError, match="another recipe"):
         run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
-    manifest = last_checkpoint(folder) / "format.json"
+    manifest = last_checkpoint(folder) / "checkpoint.json"
     whole = manifest.read_text()
     for field, changed in (
         ("data", {**json.loads(whole)["data"], "source": "1" * 64}),
@@ -165,7 +166,7 @@ def test_a_static_adapter_is_trained_by_the_same_code(recipe: TrainRecipe, tmp_p
 def test_a_stopped_static_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
     static = recipe.model_copy(update={"arm": "static"})
     straight, stopped = run(static, tmp_path / "straight"), run(static, tmp_path / "stopped", StopAfter(3))
-    assert json.loads((last_checkpoint(stopped) / "format.json").read_text())["mode"] == "static"
+    assert json.loads((last_checkpoint(stopped) / "checkpoint.json").read_text())["mode"] == "static"
     assert not stopped.adapter.exists()
     run(static, tmp_path / "stopped")
     assert losses(stopped) == losses(straight)
@@ -198,7 +199,7 @@ def test_a_warm_start_begins_where_the_static_adapter_ended(recipe: TrainRecipe,
 
 def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(recipe, tmp_path / "run", StopAfter(2))
-    assert json.loads((last_checkpoint(folder) / "format.json").read_text())["step"] == 2
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == 2
     moments = load((last_checkpoint(folder) / "optimizer.safetensors").read_bytes())
     assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
     assert all(float(value) == 2 for name, value in moments.items() if name.endswith(".step"))
@@ -230,7 +231,7 @@ def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) 
         process.kill()
     status = folder.read_status()
     assert status.state == "stopped"
-    assert json.loads((last_checkpoint(folder) / "format.json").read_text())["step"] == status.step > 0
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == status.step > 0
 
 
 def test_a_worker_that_cannot_start_says_why_in_one_line(recipe: TrainRecipe, tmp_path: Path) -> None:

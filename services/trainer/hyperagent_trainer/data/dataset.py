@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,6 @@ from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.loader.rows import RowTensors, load_rows, require_temperature
 
-# Trajectories that are sorted by length among themselves before they are cut into batches: the more, the better the
-# ranks are balanced. Of a small split an eighth at most, or every epoch would have the same batches.
-_MAX_GROUP = 512
-_MIN_BATCHES_PER_GROUP = 8
 # Batches that each worker process has ready or in work: enough to cover one that takes longer than the others.
 _BATCHES_AHEAD = 2
 
@@ -200,43 +195,6 @@ def load_split(
     if (longest := max(len(t.prompt_ids) for t in trajectories)) > max_prompt_tokens:
         raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
     return DistillationData(trajectories, cache, data, temperature=temperature)
-
-
-def batch_order(
-    lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, full_view_share: float = 0.0
-) -> list[list[int]]:
-    """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
-
-    Trajectories of similar length share a batch, so that no rank waits long for another and little is padded; the
-    batches' order is random again. Nothing of it depends on the number of ranks.
-
-    Args:
-        full_view_share: if above 0, the second half of `lengths` are those of full views (`with_full_views`), and about
-            this share of the trajectories, other ones in every epoch, occur as those.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    num = len(lengths) if full_view_share == 0 else len(lengths) // 2
-    shuffled = generator.permutation(num)
-    if full_view_share > 0:
-        shuffled = shuffled + num * (generator.random(num) < full_view_share)
-    wanted = min(_MAX_GROUP, max(_MIN_BATCHES_PER_GROUP * batch_size, num // 8))
-    group_size = max(1, wanted // batch_size) * batch_size
-    batches: list[list[int]] = []
-    for start in range(0, len(shuffled), group_size):
-        group = sorted(shuffled[start : start + group_size].tolist(), key=lambda i: lengths[i])
-        batches.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
-def batches_from(
-    lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int, full_view_share: float = 0.0
-) -> Iterator[list[int]]:
-    """The endless sequence of batches from `first_step` on, so that a resumed run sees what it would have seen."""
-    order = partial(batch_order, lengths, batch_size=batch_size, seed=seed, full_view_share=full_view_share)
-    epoch, skip = divmod(first_step, len(order(epoch=0)))
-    while True:
-        yield from order(epoch=epoch)[skip:]
-        epoch, skip = epoch + 1, 0
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

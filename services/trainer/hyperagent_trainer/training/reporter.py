@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from hyperagent.errors import CorruptRecord
 from hyperagent.files import write_atomically
+from hyperagent.http.run_models import RunState, RunStatus
 from hyperagent_trainer.evaluation.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluation.evaluate import HeldOut
-from hyperagent_trainer.runs.folder import RunFolder, RunState, RunStatus
+from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.loggers import Loggers
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.

@@ -22,23 +22,25 @@ from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
 from hyperagent.errors import DataError
 from hyperagent.files import write_atomically
+from hyperagent.http.run_models import RunStatus
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.data.cost import StepCost
-from hyperagent_trainer.data.dataset import Batch, DistillationData, batches_from, load_split
+from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
+from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
 from hyperagent_trainer.export.export import export, make_probe
-from hyperagent_trainer.loss import default_workspace_bytes
+from hyperagent_trainer.loss.distillation import default_workspace_bytes
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.network.build import assemble, describe, read_warm_start, shard_network, whole_network
 from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.preflight.memory import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import Check
-from hyperagent_trainer.runs.folder import RunFolder, RunStatus
+from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.student.activation_checkpoint import RoutingWatch
 from hyperagent_trainer.student.attention import Attention, agreed, choose_attention, earlier_choice
 from hyperagent_trainer.student.step_memory import recomputation
@@ -46,7 +48,7 @@ from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
 from hyperagent_trainer.training.reporter import RunReporter, last_held_out_kl
 from hyperagent_trainer.training.run_control import RunControl
-from hyperagent_trainer.training.step import StepPlan, accumulate_gradients, plan_step
+from hyperagent_trainer.training.step import accumulate_gradients
 
 log = structlog.get_logger()
 
