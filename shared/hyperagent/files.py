@@ -1,6 +1,6 @@
 """Durable writes: a reader sees the old file, the new file, and nothing between.
 
-The order is PostgreSQL's `durable_rename`: write aside, fsync the file, rename, fsync the directory
+The order is PostgreSQL's `durable_rename`: write to a temporary sibling, fsync the file, rename, fsync the directory
 (https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails
 leaves no trace of itself and is reported as one `StorageError`.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 
 from hyperagent.errors import StorageError
 
+# Version 2 of the cache's format has every reader skip names that begin so (docs/cache-format.md).
+_TEMPORARY_PREFIX = ".aside-"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -35,8 +37,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         StorageError: the file system refused; `path` is as it was before.
     """
-    with new_file(path) as aside:
-        aside.write_bytes(content)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_once(path: Path, content: bytes) -> bool:
@@ -48,14 +50,14 @@ def write_once(path: Path, content: bytes) -> bool:
     Raises:
         StorageError: the file system refused.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        _fsync(aside)
+        temporary.write_bytes(content)
+        _fsync(temporary)
         try:
             # link(2) refuses a name that is taken, where rename(2) replaces it.
-            os.link(aside, path)
+            os.link(temporary, path)
         except FileExistsError:
             return False
         fsync_directory(path.parent)
@@ -69,12 +71,12 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system refused; `path` is as it was before.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _fsync(aside)
-        aside.replace(path)
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
         fsync_directory(path.parent)
 
 
@@ -85,23 +87,23 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system refused; `path` is as it was before.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.rglob("*"):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
             _fsync(file)
-        _fsync(aside)
+        _fsync(temporary)
         if path.exists():
             # rename(2) cannot replace a directory that is not empty.
-            retired = _aside(path)
+            retired = temporary_sibling(path)
             path.rename(retired)
-            aside.rename(path)
+            temporary.rename(path)
             shutil.rmtree(retired)
         else:
-            aside.rename(path)
+            temporary.rename(path)
         fsync_directory(path.parent)
 
 
@@ -111,11 +113,11 @@ def remove_directory(path: Path) -> None:
     Raises:
         StorageError: the file system refused.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
-        path.rename(aside)
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
+        path.rename(temporary)
         fsync_directory(path.parent)
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
 
 
 def fsync_directory(path: Path) -> None:
@@ -128,13 +130,14 @@ def remedy_of(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "see the system's message")
 
 
-def is_aside(path: Path) -> bool:
-    """Whether `path` is a write in progress, or what a killed process left of one."""
-    return path.name.startswith(".aside-")
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name in the folder of `path`, to write under before the rename to `path`; nothing is created."""
+    return path.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
 
 
-def _aside(path: Path) -> Path:
-    return path.parent / f".aside-{uuid.uuid4().hex}-{path.name}"
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` is a write in progress, or what a killed process left of one."""
+    return path.name.startswith(_TEMPORARY_PREFIX)
 
 
 def _fsync(path: Path) -> None:
@@ -146,7 +149,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _no_trace(path: Path, aside: Path) -> Iterator[None]:
+def _no_trace(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -154,9 +157,9 @@ def _no_trace(path: Path, aside: Path) -> Iterator[None]:
             raise
         raise StorageError(f"could not write {path}: {error.strerror or error}; {remedy_of(error)}") from error
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
             # Where nothing could be written there may be nothing to remove, not even a folder.
             with suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.files import fsync_directory, is_aside, new_directory
+from hyperagent.files import fsync_directory, is_temporary, new_directory
 from hyperagent.http.adapter_models import StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
@@ -58,7 +58,7 @@ class AdapterStore:
         self._max_adapters = max_adapters
         self._lock = _hold(root)
         for path in root.iterdir():
-            if is_aside(path) or path.name.startswith(_RETIRED_PREFIX):
+            if is_temporary(path) or path.name.startswith(_RETIRED_PREFIX):
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
@@ -150,10 +150,10 @@ class AdapterStore:
             bundle=bundle.fingerprint,
             data=bundle.manifest.data.fingerprint,
         )
-        with new_directory(self._folder(adapter_id)) as aside:
-            (aside / MODEL_FILE).write_bytes(files.model)
-            (aside / CONFIG_FILE).write_bytes(files.config)
-            (aside / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with new_directory(self._folder(adapter_id)) as temporary:
+            (temporary / MODEL_FILE).write_bytes(files.model)
+            (temporary / CONFIG_FILE).write_bytes(files.config)
+            (temporary / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return adapter
 
     def delete(self, adapter_id: str) -> None:

@@ -46,7 +46,7 @@ def populate(
         ),
     ] = None,
     calls: Annotated[int, typer.Option(min=1, help="Trajectories that each teacher holds at once.")] = 1,
-    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is set aside.")] = 5,
+    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is quarantined.")] = 5,
     lease_s: Annotated[
         float, typer.Option(min=1, help="Seconds after which a worker that vanished loses its trajectory.")
     ] = 60.0,
@@ -68,7 +68,7 @@ def populate(
     with progress_bars() as bars:
         result = asyncio.run(_populate(tokens, teacher, tls_ca, settings, bars, dry_run=dry_run))
     print_result(result, as_json=as_json)
-    if result.get("refused") or result.get("set_aside"):
+    if result.get("refused") or result.get("quarantined"):
         raise typer.Exit(1)
 
 
@@ -211,7 +211,7 @@ async def _populate(
             )
         finally:
             queue.close()
-    return {**asdict(report), "refused": list(report.refused), "set_aside": list(report.set_aside)}
+    return {**asdict(report), "refused": list(report.refused), "quarantined": list(report.quarantined)}
 
 
 async def _audit(

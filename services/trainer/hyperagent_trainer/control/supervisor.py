@@ -27,7 +27,7 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
-from hyperagent.files import is_aside
+from hyperagent.files import is_temporary
 from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.control.command import training_command
@@ -314,7 +314,7 @@ class Supervisor:
 
     def _take_over(self) -> None:
         """Adopt the training process that an earlier supervisor left, and settle the runs whose process died."""
-        for path in filter(is_aside, self.runs.root.iterdir()):
+        for path in filter(is_temporary, self.runs.root.iterdir()):
             shutil.rmtree(path)
         runs = self.runs.all()
         for gone in self._queue.ids() - {run.run_id for run in runs}:

@@ -73,9 +73,9 @@ def export(
                 "hyperagent_data": network_manifest.data.fingerprint,
             },
         )
-        with new_directory(out) as aside:
-            (aside / MODEL_FILE).write_bytes(files.model)
-            (aside / CONFIG_FILE).write_bytes(files.config)
+        with new_directory(out) as temporary:
+            (temporary / MODEL_FILE).write_bytes(files.model)
+            (temporary / CONFIG_FILE).write_bytes(files.config)
 
 
 def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:
