@@ -1,8 +1,8 @@
-"""Durable writes: a reader sees the old file, the new file, and nothing between.
+"""Write files and directories durably and atomically: a reader sees either the old content or the new one.
 
-The order is PostgreSQL's `durable_rename`: write aside, fsync the file, rename, fsync the directory
-(https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails
-leaves no trace of itself and is reported as one `StorageError`.
+The order of operations is that of PostgreSQL's `durable_rename`: write a temporary file, fsync it, rename it, fsync the
+directory (https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails leaves no
+files behind and raises a `StorageError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EFBIG: "the file is larger than the limit set for this process; raise it (ulimit -f) and run again",
-    errno.EIO: "the disk fails; see the system's log, and choose another one",
+    errno.EIO: "the disk failed; see the system's log, and choose another disk",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and run again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
@@ -30,23 +30,23 @@ _REMEDIES = {
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole, and durably, or not at all.
+    """Write `content` to `path` atomically and durably.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     with new_file(path) as aside:
         aside.write_bytes(content)
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Write `content` to `path` unless something is there; of several writers at once exactly one succeeds.
+    """Write `content` to `path` unless the path exists; exactly one of several concurrent writers succeeds.
 
     Returns:
-        Whether it was this call that wrote it.
+        Whether this call wrote the file.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     aside = _aside(path)
     with _no_trace(path, aside):
@@ -54,7 +54,7 @@ def write_once(path: Path, content: bytes) -> bool:
         aside.write_bytes(content)
         _fsync(aside)
         try:
-            # link(2) refuses a name that is taken, where rename(2) replaces it.
+            # link(2) fails if the name exists; rename(2) would replace it.
             os.link(aside, path)
         except FileExistsError:
             return False
@@ -64,10 +64,10 @@ def write_once(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield the path of a temporary file to write; on a clean exit it atomically replaces `path`.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     aside = _aside(path)
     with _no_trace(path, aside):
@@ -80,10 +80,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield a temporary folder to fill; on a clean exit it becomes `path`, replacing a folder that existed there.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     aside = _aside(path)
     with _no_trace(path, aside):
@@ -106,10 +106,10 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder with all in it; its name is gone at once, so that nobody takes a part of it for the whole.
+    """Remove a folder and its contents; it is renamed first, so no reader sees a partly removed folder.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     aside = _aside(path)
     with _no_trace(path, aside):
@@ -124,12 +124,12 @@ def fsync_directory(path: Path) -> None:
 
 
 def remedy_of(error: OSError) -> str:
-    """What a user can do about a write that failed."""
+    """Return what a user can do about a failed write."""
     return _REMEDIES.get(error.errno or 0, "see the system's message")
 
 
 def is_aside(path: Path) -> bool:
-    """Whether `path` is a write in progress, or what a killed process left of one."""
+    """Return whether `path` is a temporary file of a write in progress, or one left by a killed process."""
     return path.name.startswith(".aside-")
 
 
@@ -157,6 +157,6 @@ def _no_trace(path: Path, aside: Path) -> Iterator[None]:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            # Where nothing could be written there may be nothing to remove, not even a folder.
+            # If the write failed, neither the file nor its folder may exist.
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
