@@ -1,8 +1,8 @@
-"""Durable writes: a reader sees the old file, the new file, and nothing between.
+"""Write files and directories durably and atomically: a reader sees either the old content or the new one.
 
-The order is PostgreSQL's `durable_rename`: write to a temporary sibling, fsync the file, rename, fsync the directory
-(https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails
-leaves no trace of itself and is reported as one `StorageError`.
+The order of operations is that of PostgreSQL's `durable_rename`: write a temporary file, fsync it, rename it, fsync the
+directory (https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails leaves no
+files behind and raises a `StorageError`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EFBIG: "the file is larger than the limit set for this process; raise it (ulimit -f) and run again",
-    errno.EIO: "the disk fails; see the system's log, and choose another one",
+    errno.EIO: "the disk failed; see the system's log, and choose another disk",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and run again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
@@ -32,23 +32,23 @@ _REMEDIES = {
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole, and durably, or not at all.
+    """Write `content` to `path` atomically and durably.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Write `content` to `path` unless something is there; of several writers at once exactly one succeeds.
+    """Write `content` to `path` unless the path exists; exactly one of several concurrent writers succeeds.
 
     Returns:
-        Whether it was this call that wrote it.
+        Whether this call wrote the file.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     temporary = temporary_sibling(path)
     with _no_trace(path, temporary):
@@ -56,7 +56,7 @@ def write_once(path: Path, content: bytes) -> bool:
         temporary.write_bytes(content)
         _fsync(temporary)
         try:
-            # link(2) refuses a name that is taken, where rename(2) replaces it.
+            # link(2) fails if the name exists; rename(2) would replace it.
             os.link(temporary, path)
         except FileExistsError:
             return False
@@ -66,10 +66,10 @@ def write_once(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield the path of a temporary file to write; on a clean exit it atomically replaces `path`.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     temporary = temporary_sibling(path)
     with _no_trace(path, temporary):
@@ -82,10 +82,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield a temporary folder to fill; on a clean exit it becomes `path`, replacing a folder that existed there.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     temporary = temporary_sibling(path)
     with _no_trace(path, temporary):
@@ -108,10 +108,10 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder with all in it; its name is gone at once, so that nobody takes a part of it for the whole.
+    """Remove a folder and its contents; it is renamed first, so no reader sees a partly removed folder.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     temporary = temporary_sibling(path)
     with _no_trace(path, temporary):
@@ -126,13 +126,13 @@ def fsync_directory(path: Path) -> None:
 
 
 def remedy_of(error: OSError) -> str:
-    """What a user can do about a write that failed."""
+    """Return what a user can do about a failed write."""
     return _REMEDIES.get(error.errno or 0, "see the system's message")
 
 
-def temporary_sibling(path: Path) -> Path:
-    """Return a new name in the folder of `path`, to write under before the rename to `path`; nothing is created."""
-    return path.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+def is_aside(path: Path) -> bool:
+    """Return whether `path` is a temporary file of a write in progress, or one left by a killed process."""
+    return path.name.startswith(".aside-")
 
 
 def is_temporary(path: Path) -> bool:
@@ -160,6 +160,6 @@ def _no_trace(path: Path, temporary: Path) -> Iterator[None]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            # Where nothing could be written there may be nothing to remove, not even a folder.
+            # If the write failed, neither the file nor its folder may exist.
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
