@@ -57,7 +57,7 @@ test: $(DEV_INSTALLED)
 # The tests of the cache alone, but for those that kill processes: what a killed one has covered is lost with it.
 coverage: $(DEV_INSTALLED)
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest -q tests/shared/cache tests/shared/loader/test_loader.py \
+	$(BIN)/coverage run -m pytest -q tests/shared/cache \
 		-k "not random_moments and not whichever_call_is_the_last"
 	$(BIN)/coverage combine -q && $(BIN)/coverage report
 

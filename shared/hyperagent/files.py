@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,13 +130,13 @@ def remedy_of(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "see the system's message")
 
 
-def is_aside(path: Path) -> bool:
-    """Return whether `path` is a temporary file of a write in progress, or one left by a killed process."""
-    return path.name.startswith(".aside-")
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name in the folder of `path`, to write under before the rename to `path`; nothing is created."""
+    return path.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether `path` is a write in progress, or what a killed process left of one."""
+    """Return whether `path` is a temporary file of a write in progress, or one left by a killed process."""
     return path.name.startswith(_TEMPORARY_PREFIX)
 
 

@@ -29,7 +29,7 @@ def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
     assert hidden.num_tokens < full.num_tokens == len(data.trajectories[1].token_ids)
     assert (full.index_N + 1).tolist() == data.trajectories[1].positions.tolist()
     for name in ("target_ids_N", "ids_NK", "logprobs_NK"):
-        assert torch.equal(getattr(hidden, name), getattr(full, name))
+        assert torch.equal(getattr(hidden.rows, name), getattr(full.rows, name))
 
 
 def test_a_batch_points_at_the_output_before_each_position(
@@ -47,11 +47,11 @@ def test_a_batch_points_at_the_output_before_each_position(
             assert batch.sample_N[place] == sample
             assert batch.index_N[place] == position - 1
             # The teacher of this cache is surest of the token that really stands at the position.
-            assert batch.ids_NK[place, batch.logprobs_NK[place].argmax()] == trajectory.token_ids[position]
+            assert batch.rows.ids_NK[place, batch.rows.logprobs_NK[place].argmax()] == trajectory.token_ids[position]
             place += 1
     assert batch.num_rows == place
     assert batch.num_tokens == sum(len(data.trajectories[i].student_ids) for i in (2, 0))
-    mass = batch.logprobs_NK.double().exp().sum(1) + batch.tail_logmass_N.double().exp()
+    mass = batch.rows.logprobs_NK.double().exp().sum(1) + batch.rows.tail_logmass_N.double().exp()
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
 
 
@@ -59,14 +59,14 @@ def test_rows_are_softened_as_the_recipe_says(student_folder: Path, tokens_file:
     identity = ChatTokenizer(student_folder).identity
     with LocalCache.open(cache_folder) as cache:
         data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64, temperature=2.0)
-        batch = data[[0]]
+        rows = data[[0]].rows
     # One id has 0.8 and the other kept ones 0.1 together; the rest is spread evenly over nine ids, see `cache_folder`.
-    k = batch.ids_NK.shape[1]
+    k = rows.ids_NK.shape[1]
     flat = np.sqrt([0.8, *[0.1 / (k - 1)] * (k - 1), *[0.1 / 9] * 9])
     expected = flat / flat.sum()
-    assert batch.temperature == 2
-    np.testing.assert_allclose(batch.logprobs_NK[0].exp(), expected[:k], rtol=1e-3)
-    np.testing.assert_allclose(batch.tail_logmass_N[0].exp(), expected[k:].sum(), rtol=1e-3)
+    assert rows.temperature == 2
+    np.testing.assert_allclose(rows.logprobs_NK[0].exp(), expected[:k], rtol=1e-3)
+    np.testing.assert_allclose(rows.tail_logmass_N[0].exp(), expected[k:].sum(), rtol=1e-3)
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -22,16 +22,18 @@ from safetensors.torch import load, load_file, save
 from tiny_runs import StopAfter, last_checkpoint, losses, metrics, run, start_worker
 from torch import Tensor
 
+from hyperagent.cache.base import CacheReader
 from hyperagent.data.files.tokens_file import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
 from hyperagent.http.run_models import RunOverrides
-from hyperagent.loader.rows import RowTensors
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.checkpoint import format as checkpoint_format
 from hyperagent_trainer.config import TrainRecipe, load_recipe
-from hyperagent_trainer.data.dataset import DistillationData
+from hyperagent_trainer.data import dataset
+from hyperagent_trainer.data.row_loader import load_rows
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.evaluation.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.optim.optimizer import learning_rate_factor
@@ -305,15 +307,15 @@ def test_a_run_whose_held_out_kl_stops_falling_ends_with_the_best_network(
 def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = DistillationData.rows
+    damaged = next(t for t in read_tokens(recipe.tokens) if t.trajectory_id == "t3")
 
-    def with_nan(self: DistillationData, index: int) -> RowTensors:
-        rows = original(self, index)
-        if self.trajectories[index].trajectory_id == "t3":
+    def with_nan(cache: CacheReader, key: str) -> TeacherRows:
+        rows = load_rows(cache, key)
+        if key == cache.key(damaged.token_ids, damaged.positions):
             rows.logprobs_NK[1, 2] = math.nan
         return rows
 
-    monkeypatch.setattr(DistillationData, "rows", with_nan)
+    monkeypatch.setattr(dataset, "load_rows", with_nan)
     with pytest.raises(DataError, match=r"the teacher's rows of t3 cannot be trained on: .*NaN"):
         run(recipe, tmp_path / "run")
 

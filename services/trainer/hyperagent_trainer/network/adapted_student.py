@@ -93,13 +93,9 @@ class AdaptedStudent:
         return compute_distillation_loss(
             hidden_BTD[batch.sample_N, batch.index_N],
             self.student.head,
-            batch.ids_NK,
-            batch.logprobs_NK,
-            batch.tail_logmass_N,
+            batch.rows,
             vocab_size=self.student.vocab_size,
             options=options,
-            temperature=batch.temperature,
-            target_ids_N=batch.target_ids_N,
             scale=scale,
             workspace_bytes=self._loss_workspace_bytes,
         )
