@@ -9,7 +9,7 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-.PHONY: help setup setup-vllm demo test test-vllm coverage lint proto bench bench-vllm clean
+.PHONY: help setup setup-vllm demo test test-vllm coverage lint proto docs bench bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
@@ -22,6 +22,7 @@ help:
 	@echo "make setup                                         only install"
 	@echo "make setup-vllm                                    only install vLLM, in .venv-vllm"
 	@echo "make proto                                         regenerate the gRPC stubs"
+	@echo "make docs                                          write the tables of options into the services' READMEs"
 	@echo "make clean                                         remove .venv and runs"
 
 setup: $(INSTALLED)
@@ -56,7 +57,7 @@ test: $(DEV_INSTALLED)
 # The tests of the cache alone, but for those that kill processes: what a killed one has covered is lost with it.
 coverage: $(DEV_INSTALLED)
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest -q tests/shared/cache tests/shared/loader/test_loader.py \
+	$(BIN)/coverage run -m pytest -q tests/shared/cache \
 		-k "not random_moments and not whichever_call_is_the_last"
 	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
@@ -73,6 +74,9 @@ proto: $(DEV_INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -Ihyperagent/wire=proto/hyperagent/teacher/v1 \
 		--python_out=shared --pyi_out=shared --grpc_python_out=shared proto/hyperagent/teacher/v1/teacher.proto
 	$(BIN)/python proto/record_contract.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/settings_tables.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py

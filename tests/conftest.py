@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, the check that tests leave no global state behind, and the report of deselected slow tests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,89 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from global_state import differences, seeded, snapshot
 
-# Triton asks for it when it is first imported, by whichever test: its kernels are to run without a GPU.
+# Triton reads it when it is first imported, by whichever test: its kernels must run without a GPU.
 os.environ["TRITON_INTERPRET"] = "1"
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+_NUM_DESELECTED = pytest.StashKey[int]()
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test, or fail it in CI, which must not skip anything."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI must not skip this test")
+    pytest.skip(reason)
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            stash = item.config.stash
+            stash[_NUM_DESELECTED] = stash.get(_NUM_DESELECTED, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the number of deselected tests from a worker of pytest-xdist to the process that reports."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["num_deselected"] = session.config.stash.get(_NUM_DESELECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # Every worker collects all tests, so every worker deselects the same ones.
+    node.config.stash[_NUM_DESELECTED] = getattr(node, "workeroutput", {}).get("num_deselected", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if number := config.stash.get(_NUM_DESELECTED, 0):
+        terminalreporter.write_line(
+            f"{number} slow tests were not run: `make test-all` runs everything, `pytest -m slow` only these."
+        )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_leaves_no_global_state() -> Iterator[None]:
+    """Fail a module whose fixtures leave process-wide state changed: see global_state.py."""
+    before = snapshot()
+    yield
+    if changes := differences(before, snapshot()):
+        pytest.fail("fixtures of this module left global state behind: " + "; ".join(changes), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_global_state(module_leaves_no_global_state: None) -> Iterator[None]:
+    """Seed the global random generators; fail a test that leaves process-wide state changed: see global_state.py."""
+    before = snapshot()
+    with seeded():
+        yield
+    if changes := differences(before, snapshot()):
+        pytest.fail("the test left global state behind: " + "; ".join(changes), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def real_data_if_present() -> Path | None:
+    """Return the folder of real agent trajectories and the real tokenizer, next to the repository; CI must have it."""
+    if (REAL_DATA / "trajectories" / "dev.parquet").is_file() and (REAL_DATA / "qwen-tokenizer").is_dir():
+        return REAL_DATA
+    if os.environ.get("CI"):
+        pytest.fail(f"the real data are not in {REAL_DATA}, and CI must not skip what needs them")
+    return None
+
+
+@pytest.fixture(scope="session")
+def real_data(real_data_if_present: Path | None) -> Path:
+    """Return the folder of the real data; tests that need it are skipped without it, except in CI."""
+    if real_data_if_present is None:
+        pytest.skip(f"the real data are not in {REAL_DATA}")
+    return real_data_if_present
 
 
 class RedisServer:
@@ -57,11 +133,9 @@ class RedisServer:
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A running Redis; tests that need one are skipped where it is not installed, except in CI."""
+    """Yield a running Redis."""
     if shutil.which("redis-server") is None:
-        if os.environ.get("CI"):
-            pytest.fail("redis-server is not installed, and CI must not skip this")
-        pytest.skip("redis-server is not installed")
+        skip_or_fail("redis-server is not installed")
     server = RedisServer(tmp_path)
     server.start()
     yield server

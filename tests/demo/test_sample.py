@@ -30,7 +30,6 @@ from hyperagent_demo.sample.repositories import invent_repositories
 from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.workspace import Workspace
 
-REAL_PACK = Path(__file__).resolve().parents[3] / "shared" / "data" / "trajectories" / "dev.parquet"
 FUNCTIONS = [(module, function) for module, functions in ALGORITHMS.items() for function in functions]
 
 
@@ -53,9 +52,8 @@ def fields(kind: pa.DataType) -> dict[str, pa.DataType]:
     return {field.name: field.type for field in kind}
 
 
-@pytest.mark.skipif(not REAL_PACK.is_file(), reason="the pack of real trajectories is not here")
-def test_the_columns_read_are_typed_as_in_real_files() -> None:
-    real = pq.read_schema(REAL_PACK)
+def test_the_columns_read_are_typed_as_in_real_files(real_data: Path) -> None:
+    real = pq.read_schema(real_data / "trajectories" / "dev.parquet")
     assert set(real.names) >= set(TRAJECTORY_SCHEMA.names)
     for name in ("trajectory_id", "repo", "trajectory", "model_patch", "exit_status", "resolved"):
         assert real.field(name).type == TRAJECTORY_SCHEMA.field(name).type, name

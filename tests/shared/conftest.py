@@ -1,4 +1,4 @@
-"""A small tokenizer with tools in its template, and the real data pack where it lies beside the project."""
+"""A small tokenizer with tools in its template."""
 
 from __future__ import annotations
 
@@ -18,12 +18,3 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> ChatTokenizer:
     return ChatTokenizer(tokenizer_folder)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """Real agent trajectories and the real tokenizer; tests on them run where they lie beside the project."""
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not (folder / "trajectories" / "dev.parquet").is_file():
-        pytest.skip(f"the real data are not in {folder}")
-    return folder

@@ -23,15 +23,14 @@ from hyperagent.errors import ConfigError, DataError, MaskDisagreement
 
 
 @pytest.fixture(scope="session")
-def makers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ViewMaker]:
-    """One maker per family of templates, and the real Qwen3-Coder where its tokenizer lies beside the project."""
+def makers(tmp_path_factory: pytest.TempPathFactory, real_data_if_present: Path | None) -> dict[str, ViewMaker]:
+    """One maker per family of templates, and one of the real Qwen3-Coder where its tokenizer is present."""
     made = {}
     for name, (template, control_tokens) in FAMILIES.items():
         folder = make_tokenizer(tmp_path_factory.mktemp(name), template=template, control_tokens=control_tokens)
         made[name] = ViewMaker(ChatTokenizer(folder))
-    real = Path(__file__).parents[4] / "shared" / "data" / "qwen-tokenizer"
-    if real.is_dir():
-        made["qwen3-coder"] = ViewMaker(ChatTokenizer(real))
+    if real_data_if_present is not None:
+        made["qwen3-coder"] = ViewMaker(ChatTokenizer(real_data_if_present / "qwen-tokenizer"))
     return made
 
 
@@ -222,7 +221,10 @@ def maker_of(template: str, folder: Path) -> ViewMaker:
         ),
         # Never ends a turn by a control token, so a student would never learn to stop.
         ("<|im_start|>{{ m.role }}\n{{ m.content }}\n", "would never learn to stop"),
-        ("<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' }}<|im_end|>\n", "does not show what the"),
+        (
+            "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' }}<|im_end|>\n",
+            "does not show the assistant's text",
+        ),
         ("{{ raise_exception('no') }}", "refuses a plain conversation"),
     ],
 )
