@@ -24,7 +24,7 @@ from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.loss import LossOptions
+from hyperagent_trainer.loss.options import LossOptions
 from hyperagent_trainer.runs.folder import RunFolder
 
 KEPT, TAIL_IDS = 8, 9

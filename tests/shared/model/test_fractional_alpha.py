@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter, read_adapter
 from hyperagent.model.static_lora import StaticLoRA

@@ -56,10 +56,8 @@ def test_every_arm_is_what_its_prompts_adapters_give(two_repositories: TrainReci
 
     repos = [one.repo for one in held_out]
     foreign = [[j for j, other in enumerate(repos) if other != repo] for repo in repos]
-    print("NEAR", nearest(foreign))
     assert nearest(foreign) < 1e-5
     # No trajectory's own prompt, nor another one of its repository, gives that.
     for i, repo in enumerate(repos):
         same = [j for j, other in enumerate(repos) if other == repo]
-        print("NEAR", nearest([same if i == place else choice for place, choice in enumerate(foreign)]))
-        assert nearest([same if i == place else choice for place, choice in enumerate(foreign)]) > 2e-5
+        assert nearest([same if i == place else choice for place, choice in enumerate(foreign)]) > 1e-4

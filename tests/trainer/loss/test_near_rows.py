@@ -6,7 +6,8 @@ import pytest
 import torch
 from loss_oracle import Case, oracle, relative
 
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
 
 OPTIONS = {
     "forward_kl": LossOptions(),
@@ -36,9 +37,7 @@ def test_the_loss_keeps_its_digits(distance: float, options: LossOptions) -> Non
     """In float64 the loss is a number of order distance**2, whose next term is smaller by no more than the distance."""
     case = near_case(distance)
     hidden = case.hidden.clone().requires_grad_()
-    loss = compute_distillation_loss(
-        hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=4, options=options, target_ids_N=case.target
-    )
+    loss = compute_distillation_loss(hidden, case.head, case.rows(), vocab_size=4, options=options)
     loss.backward()
     assert hidden.grad is not None
     expected, expected_gradient = oracle(case, 4, options)

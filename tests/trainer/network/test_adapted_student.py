@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hyperagent.model.adapter import AdapterWeights
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.student.student import Student

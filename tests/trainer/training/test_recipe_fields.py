@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, read_tokens
 from hyperagent.model.peft_io import read_adapter
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.loss import LossOptions
+from hyperagent_trainer.loss.options import LossOptions
 
 NOISE = 5e-6
 """Of a loss in float32, relative to float64; measured: up to 5e-7."""
