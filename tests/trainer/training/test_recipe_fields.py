@@ -107,33 +107,45 @@ def test_a_gradient_below_max_grad_norm_is_left_alone(plain: SavedRun, plain_gra
     assert relative_error(plain.first_gradient(), plain_gradient) < GRADIENT_NOISE
 
 
-def test_the_first_step_is_adamws_at_the_rates_of_the_recipe(unusual: TrainRecipe, done: SavedRun) -> None:
-    before, after, gradient = done.weights(0), done.weights(1), done.first_gradient()
-    rate = unusual.learning_rate / unusual.warmup_steps
-    for name, value in before.items():
-        of_b = ".b_heads." in name
-        step = rate * (unusual.b_head_learning_rate_factor if of_b else 1)
-        # In the first step both averages are the gradient's own, so that AdamW moves by g / (|g| + epsilon).
-        moved = step * gradient[name] / (gradient[name].abs() + 1e-8)
-        wanted = value.double() * (1 - step * unusual.weight_decay) - moved
-        torch.testing.assert_close(after[name].double(), wanted, rtol=1e-6, atol=1e-5 * step)
-        # Nowhere is it the full step that an unclipped gradient would take.
-        assert of_b == (0 < float(moved.abs().max()) < 0.99 * step)
-
-
-def test_the_second_average_forgets_a_twentieth_per_step(done: SavedRun) -> None:
-    squares = {name: 0.05 * g.square() for name, g in done.first_gradient().items()}
-    assert relative_error(done.moments(1, "exp_avg_sq"), squares) < 1e-6
+SHARES = [0.5, 1.0, *(0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(1, 6))]
+"""Of the peak learning rate in seven steps: two up, then half a cosine down to a tenth."""
 
 
 def test_the_logged_learning_rate_is_a_warm_up_and_half_a_cosine_to_a_tenth(
     unusual: TrainRecipe, done: SavedRun
 ) -> None:
     rates = [line["learning_rate"] for line in metrics(done.folder) if "loss" in line]
-    # Two steps up, then five down: (1 + cos(pi i / 5)) / 2 of the nine tenths above the floor.
-    falling = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(1, 6)]
-    assert rates == pytest.approx([unusual.learning_rate * share for share in [0.5, 1.0, *falling]])
-    assert falling == pytest.approx([0.914058, 0.689058, 0.410942, 0.185942, 0.1], abs=1e-6)
+    assert pytest.approx([0.5, 1.0, 0.914058, 0.689058, 0.410942, 0.185942, 0.1], abs=1e-6) == SHARES
+    assert rates == pytest.approx([unusual.learning_rate * share for share in SHARES])
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 7])
+def test_each_step_is_adamws_at_the_rates_and_the_weight_decay_of_the_recipe(
+    step: int, unusual: TrainRecipe, done: SavedRun
+) -> None:
+    before, after = done.weights(step - 1), done.weights(step)
+    first, second = done.moments(step, "exp_avg"), done.moments(step, "exp_avg_sq")
+    for name, value in before.items():
+        rate = unusual.learning_rate * SHARES[step - 1]
+        if ".b_heads." in name:
+            rate *= unusual.b_head_learning_rate_factor
+        mean = first[name].double() / (1 - 0.9**step)
+        size = (second[name].double() / (1 - 0.95**step)).sqrt()
+        wanted = value.double() * (1 - rate * unusual.weight_decay) - rate * mean / (size + 1e-8)
+        torch.testing.assert_close(after[name].double(), wanted, rtol=1e-6, atol=1e-5 * rate)
+
+
+def test_a_clipped_gradient_moves_the_weights_less_than_adams_full_step(unusual: TrainRecipe, done: SavedRun) -> None:
+    before, after = done.weights(0), done.weights(1)
+    full = unusual.learning_rate * SHARES[0] * unusual.b_head_learning_rate_factor
+    moved = [(after[name] - before[name]).abs() for name in before if ".b_heads." in name]
+    assert 0 < max(float(one.max()) for one in moved) < full
+    assert max(float(one.median()) for one in moved) < 0.6 * full
+
+
+def test_the_second_average_forgets_a_twentieth_per_step(done: SavedRun) -> None:
+    squares = {name: 0.05 * g.square() for name, g in done.first_gradient().items()}
+    assert relative_error(done.moments(1, "exp_avg_sq"), squares) < 1e-6
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "tvd"])
