@@ -32,7 +32,15 @@ def two_repositories(recipe: TrainRecipe, tmp_path_factory: pytest.TempPathFacto
             repo = HELD_OUT_REPOS.get(one.trajectory_id)
             changed = replace(one, split=HELD_OUT, repo=repo) if repo else one
             writer.write(replace(changed, prompt_ids=one.token_ids[number : number + 8]))
-    fast = {"tokens": tokens, "learning_rate": 1e-2, "num_steps": 8, "warmup_steps": 4, "evaluate_every": 100}
+    # With this seed a draw that ignored the repositories would take three prompts of the trajectory's own.
+    fast = {
+        "tokens": tokens,
+        "seed": 11,
+        "learning_rate": 1e-2,
+        "num_steps": 8,
+        "warmup_steps": 4,
+        "evaluate_every": 100,
+    }
     return recipe.model_copy(update=fast)
 
 
