@@ -1,4 +1,4 @@
-"""A small tokenizer with tools in its template, and the real data pack where it lies beside the project."""
+"""Fixtures: a small tokenizer with tools in its template, and the real data pack if it is next to the project."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokenizer(tokenizer_folder: Path) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real agent trajectories and the real tokenizer; tests on them run where they lie beside the project."""
+    """Folder with real agent trajectories and the real tokenizer; tests that need it are skipped without it."""
     folder = Path(__file__).parents[3] / "shared" / "data"
     if not (folder / "trajectories" / "dev.parquet").is_file():
         pytest.skip(f"the real data are not in {folder}")

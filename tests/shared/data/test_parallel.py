@@ -1,4 +1,4 @@
-"""Rows through worker processes: in order, a few at a time, and a process that dies is told."""
+"""Tests of worker processes: results are in order, few rows are in flight, and a killed process is reported."""
 
 from __future__ import annotations
 
