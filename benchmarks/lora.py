@@ -271,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tokens", type=int, help="by default 2,048 on a CPU and 131,072 on a GPU")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="with commas between")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated list")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -284,9 +284,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--top-k", type=int, default=128)
-    parser.add_argument(
-        "--dtype", help="with commas between; by default float32,bfloat16, on a GPU the other way round"
-    )
+    parser.add_argument("--dtype", help="comma-separated list; by default float32,bfloat16, on a GPU bfloat16,float32")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")

@@ -74,12 +74,12 @@ def pretrain(job: PretrainJob) -> PretrainResult:
         held_out_nll=held_out_nll,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    with new_directory(job.target) as aside:
-        model.save_pretrained(aside)
+    with new_directory(job.target) as temporary:
+        model.save_pretrained(temporary)
         for name in TOKENIZER_FILES:
             if (job.tokenizer / name).is_file():
-                shutil.copyfile(job.tokenizer / name, aside / name)
-        (aside / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                shutil.copyfile(job.tokenizer / name, temporary / name)
+        (temporary / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return result
 
 

@@ -59,10 +59,10 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = 204
         "pad_token": _END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    with new_directory(folder) as aside:
-        tokenizer.save(str(aside / "tokenizer.json"))
-        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(_TEMPLATE, aside / _TEMPLATE.name)
+    with new_directory(folder) as temporary:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(_TEMPLATE, temporary / _TEMPLATE.name)
 
 
 def tokenizer_texts(path: Path) -> Iterator[str]:

@@ -57,16 +57,16 @@ def ensure_token() -> str:
 
 def _make_token_file() -> None:
     token_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, aside = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
+    descriptor, temporary = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
     try:
         # link(2) fails where rename(2) would replace, so two services that start at once end up with the same token.
-        os.link(aside, token_file())
+        os.link(temporary, token_file())
     except FileExistsError:
         pass
     finally:
-        Path(aside).unlink()
+        Path(temporary).unlink()
 
 
 def is_authorized(header: str | None, token: str) -> bool:

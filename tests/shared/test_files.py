@@ -60,7 +60,7 @@ def test_a_failing_block_leaves_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stands(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_the_old_file_remains(tmp_path: Path) -> None:
     """A file size limit simulates a full disk: the write fails halfway in the same way."""
     path = tmp_path / "file"
     path.write_bytes(b"old")

@@ -84,7 +84,7 @@ def test_what_arrives_is_what_the_hub_holds_and_is_fetched_once(
     assert hub.starts == [0]
 
 
-def test_a_connection_that_breaks_goes_on_where_it_broke(hub: LocalHub, download: Download, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_is_resumed_where_it_broke(hub: LocalHub, download: Download, tmp_path: Path) -> None:
     hub.cut_after = len(hub.content) // 2
     first = download()
     if "error" in first:

@@ -45,7 +45,7 @@ def test_licenses_are_joined_by_instance(tmp_path: Path) -> None:
     selected = select(tmp_path, rows, license_of, licenses=("MIT",))
     assert names(selected) == ["t0", "t2"]
     assert selected.left_out == {"another license, or none known": 2}
-    with pytest.raises(DataError, match="give a file with .* with --licenses"):
+    with pytest.raises(DataError, match="give a file with instance_id and license_name with --licenses"):
         select(tmp_path, rows, licenses=("MIT",))
 
 
@@ -141,7 +141,7 @@ def test_joined_files(tmp_path: Path) -> None:
         ("{oops\n", "JSONDecodeError"),
         ("[1]\n", "TypeError"),
         ('{"instance_id": 1, "text": "x"}\n', "both must be text"),
-        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "values of text for a"),
+        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "different values of text for a"),
     ],
 )
 def test_a_joined_file_that_cannot_be_used_is_one_line(content: str | None, why: str, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_the_real_template_cannot_complete_a_control_token(real_data: Path) -> N
         assert controls(tokenizer, text) == controls(tokenizer, "harmless"), text
 
 
-def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tokenizer: ChatTokenizer) -> None:
+def test_half_a_surrogate_pair_is_refused_wherever_it_occurs(tokenizer: ChatTokenizer) -> None:
     text = "a\ud800b"
     for conversation in (([{"role": "user", "content": text}], []), ([], [{"function": {"name": {text: 1}}}])):
         with pytest.raises(DataError, match="half of a surrogate pair"):

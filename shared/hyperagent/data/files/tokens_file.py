@@ -108,8 +108,8 @@ def write_tokens(path: Path, identity: DataIdentity) -> Iterator[TokensWriter]:
     """
     schema = _SCHEMA.with_metadata({b"format": _FORMAT, b"identity": identity.to_json()})
     with (
-        new_file(path) as aside,
-        pq.ParquetWriter(aside, schema, compression="zstd", write_page_checksum=True) as parquet,
+        new_file(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as parquet,
     ):
         writer = TokensWriter(parquet)
         yield writer
