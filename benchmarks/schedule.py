@@ -1,11 +1,12 @@
-"""How busy the ranks are, simulated: steps as training cuts them against steps of trajectories drawn at random.
+"""Simulate how busy the ranks are, with the trainer's steps and with steps of randomly drawn trajectories.
 
     python benchmarks/schedule.py [--tokens TOKENS.parquet] [--ranks 8] [--batch-size 8] [--json]
 
-A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/data/cost.py, for the 48-layer
-student), a step's time that of the slowest rank; the efficiency is the mean over the maximum, over all steps of an epoch.
-Lengths are those of a tokens file, 32,768 drawn from them with replacement, and those of two made-up splits of that size.
-A small split is cut into smaller groups, for the sake of other batches every epoch, and is balanced less well.
+A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/data/cost.py, for the
+48-layer student), a step's time is that of the slowest rank; the efficiency is the mean over the maximum, over all
+steps of an epoch. Lengths are those of a tokens file, of 32,768 draws from them with replacement, and of two synthetic
+splits of that size. A small split is divided into smaller groups so that batches differ between epochs, and is
+therefore balanced less well.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def student_cost() -> StepCost:
 
 def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:
     generator = np.random.default_rng(0)
-    # Mean 45,000, standard deviation as large as the mean times 0.8.
+    # Mean 45,000, standard deviation 0.8 times the mean.
     spread = np.sqrt(np.log(1 + 0.8**2))
     lognormal = generator.lognormal(np.log(45_000) - spread**2 / 2, spread, MADE_UP).clip(1_000, LONGEST)
     found = {
@@ -47,7 +48,7 @@ def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:
 
 
 def efficiency(steps: list[list[int]], costs: list[float], num_ranks: int) -> float:
-    """Of all steps together."""
+    """Return the efficiency over all steps together."""
     busy = slowest = 0.0
     for step in steps:
         plan = plan_step(step, costs, rank=0, num_ranks=num_ranks, size=1)

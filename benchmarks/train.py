@@ -1,18 +1,19 @@
-"""One optimizer step of the laptop recipe beside the same step with PEFT's layers and transformers' own logits.
+"""Compare an optimizer step of the laptop recipe with the same step with PEFT's layers and transformers' own logits.
 
     python benchmarks/train.py [--tokens 1024] [--vocab 151936] [--steps 5] [--json]
 
-A tiny Qwen3-Next with a real tokenizer's vocabulary, 4 trajectories a step of which a quarter is supervised, top 128 ids of a
-teacher, rank 16 on the default targets, AdamW. Every variant runs in a process of its own; the time is the median of the
-steps after the first, the memory the growth of the process's peak (VmHWM) over what it held before the first step.
+A tiny Qwen3-Next with a real tokenizer's vocabulary, 4 trajectories per step with a quarter of the tokens supervised,
+top 128 ids of a teacher, rank 16 on the default targets, AdamW. Each variant runs in a separate process; the time is
+the median of the steps after the first, the memory is the growth of the process's peak (VmHWM) since before the first
+step.
 
     ours                  the recipe's hypernetwork: prompts to adapters, injection, fused loss, backward, AdamW
-    ours, recomputed      the same with the student's layers run again in the backward pass
+    ours, recomputed      the same with the student's layers recomputed in the backward pass
     ours, static          a static adapter in place of the hypernetwork
     peft                  one PEFT adapter for all samples; `model(ids).logits`, then the same divergence with autograd
     peft, rows only       the same, but logits of the supervised rows alone
 
-A PEFT adapter is one set of parameters: its step has no hypernetwork to run, and cannot have one adapter per sample.
+A PEFT adapter is one set of parameters: its step runs no hypernetwork and cannot use one adapter per sample.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "laptop.y
 TOP_K = 128
 PROMPT_TOKENS = 256
 SUPERVISED = 4
-"""One token in so many."""
+"""One in this many tokens is supervised."""
 HIDDEN = 128
 
 Step = Callable[[], None]
 
 
 class StudentWithoutFiles:
-    """What an `AdaptedStudent` needs of a student, without files."""
+    """Minimal student for `AdaptedStudent`, without files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -176,9 +177,9 @@ def status_bytes(field: str) -> int:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Some steps of one variant, in this process."""
+    """Run several steps of one variant, in this process."""
     step = VARIANTS[name](options)
-    # Man page proc_pid_clear_refs(5): 5 sets the peak back to what is resident now.
+    # Man page proc_pid_clear_refs(5): 5 resets the peak to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before, seconds = status_bytes("VmRSS"), []
     for _ in range(options.steps + 1):
@@ -199,7 +200,7 @@ def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each trajectory")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per trajectory")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)

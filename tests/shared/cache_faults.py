@@ -1,10 +1,10 @@
-"""Faults while a cache is written: run in a process that has faults.c preloaded (see `cache/test_faults.py`).
+"""Inject faults while a cache is written; runs in a process with faults.c preloaded (see `cache/test_faults.py`).
 
     python cache_faults.py errors | kills FOLDER       every call, one after the other
     python cache_faults.py random FOLDER [--kills N]   SIGKILL at random moments
 
-What must hold after each: a trajectory whose `put` has returned reads as it was put, no other reads at all, nothing is
-damaged, and the same put succeeds when the fault is gone.
+After each fault, a trajectory whose `put` returned must read exactly as it was put, no other trajectory may be
+readable, nothing may be damaged, and the same `put` must succeed without the fault.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ERRORS = {
 }
 SETTINGS = CacheSettings(codec="exact", block_tokens=16)
 SHARD_BYTES = 6000
-"""Reached by what is put, so that sealing meets faults too."""
+"""Small enough for the test's trajectories to reach it, so that faults also hit sealing."""
 _faults = ctypes.CDLL(None)
 
 
@@ -75,7 +75,7 @@ def put(root: Path, number: int) -> None:
 
 
 def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
-    """What must hold after a fault: see the module. `perhaps` were being put when the process was killed."""
+    """Assert the module's invariants after a fault; `perhaps` were being put when the process was killed."""
     with open_cache(root) as cache:
         keys = {number: cache.key(tokens(number), rows(number).positions) for number in acknowledged | perhaps}
         found = set(cache.trajectory_keys())
@@ -93,7 +93,7 @@ def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
 
 
 def every_error(folder: Path) -> dict[str, int]:
-    """Let each call fail in turn, with each error; returns the calls per error."""
+    """Make each call fail in turn, with each error, and return the number of calls per error."""
     calls = {}
     for name, (number, kinds, action) in ERRORS.items():
         for nth in itertools.count(1):
@@ -111,7 +111,7 @@ def every_error(folder: Path) -> dict[str, int]:
                     done.add(trajectory)
             assert all(len(line.splitlines()) == 1 for line in said)
             happened = disarm() >= nth
-            # A commit whose outcome the disk did not tell may have happened; then all of the trajectory is there.
+            # A commit that reported an error may still have happened; then the whole trajectory must be readable.
             check(root, done, set(range(4)) - done)
             for trajectory in range(4):
                 put(root, trajectory)
@@ -123,7 +123,7 @@ def every_error(folder: Path) -> dict[str, int]:
 
 
 def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
-    """Run `work` in a forked process, which may be killed; returns the trajectories it acknowledged, and its status."""
+    """Run `work` in a forked process, which may be killed; return the trajectories it acknowledged, and its status."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -141,7 +141,7 @@ def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
 
 
 def every_kill(folder: Path) -> dict[str, int]:
-    """Kill before and after each call in turn; returns the calls."""
+    """Kill the process before and after each call in turn, and return the number of calls."""
     calls = {}
     for name, action in (("before", KILL_BEFORE), ("after", KILL_AFTER)):
         for nth in itertools.count(1):
@@ -167,14 +167,14 @@ def every_kill(folder: Path) -> dict[str, int]:
 
 
 def random_kills(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill a process that puts one trajectory after the other, at random moments."""
+    """Kill a process that puts trajectories one after the other, at random moments."""
     chance = random.Random(seed)
     done = put_in_all = rounds = 0
     while done < kills:
         root = folder / f"cache{rounds}"
         acknowledged: set[int] = set()
         perhaps: set[int] = set()
-        # A fresh cache now and then, so that making one is killed too, and checking stays fast.
+        # Start a new cache occasionally, so that creating one is interrupted too, and checking stays fast.
         for _ in range(25):
             reading, writing = os.pipe()
             process = os.fork()
@@ -192,7 +192,7 @@ def random_kills(folder: Path, kills: int, seed: int) -> dict[str, int]:
             with os.fdopen(reading, "rb") as pipe:
                 said = list(pipe.read())
             acknowledged |= set(said)
-            # Killed between the commit and the answer: it may be there, and then it is whole.
+            # If killed between the commit and the acknowledgment, the trajectory may exist, and must then be complete.
             perhaps.add((said[-1] + 1) % 200 if said else 0)
             check(root, acknowledged, perhaps)
             done += 1

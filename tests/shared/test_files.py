@@ -1,4 +1,4 @@
-"""Durable writes: the old file, the new file, and nothing between."""
+"""Tests of durable writes: a reader sees either the old content or the new one."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_failing_block_leaves_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stands(tmp_path: Path) -> None:
-    """A file size limit stands in for the full disk: the write fails in its middle just the same."""
+def test_a_full_disk_is_one_sentence_and_the_old_file_remains(tmp_path: Path) -> None:
+    """A file size limit simulates a full disk: the write fails halfway in the same way."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     program = (

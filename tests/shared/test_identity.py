@@ -1,4 +1,4 @@
-"""Fingerprints cover what decides the numbers and nothing else."""
+"""Tests that fingerprints cover everything that determines the numbers, and nothing else."""
 
 from __future__ import annotations
 
