@@ -36,14 +36,14 @@ from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.network.build import assemble
+from hyperagent_trainer.optim.optimizer import make_optimizer
 from hyperagent_trainer.preflight.command import run, show
-from hyperagent_trainer.preflight.memory import check_weights_fit, saved_bytes
+from hyperagent_trainer.preflight.memory import check_weights_fit, memory_budget, saved_bytes
 from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import Check, PreflightReport
 from hyperagent_trainer.student.attention import choose_attention
 from hyperagent_trainer.student.student import Student
-from hyperagent_trainer.training.trainer import make_optimizer, memory_budget
 
 SHAPE = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)
 

@@ -34,8 +34,8 @@ from hyperagent_trainer.config import TrainRecipe, load_recipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.evaluation.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
+from hyperagent_trainer.optim.optimizer import learning_rate_factor
 from hyperagent_trainer.runs.folder import RunFolder
-from hyperagent_trainer.training.trainer import learning_rate_factor
 
 
 def test_training_lowers_the_held_out_divergence(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_diverging_run_stops_and_names_its_trajectories(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The pre-flight refuses such a rate; what diverges later gets past it.
-    monkeypatch.setattr("hyperagent_trainer.training.trainer._preflight", lambda *_: None)
+    monkeypatch.setattr("hyperagent_trainer.training.trainer.require_preflight", lambda *_: None)
     wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf, "evaluate_every": 100})
     with pytest.raises(DataError, match=r"step \d+ is the 4\. in a row without a finite loss"):
         run(wild, tmp_path / "run")

@@ -18,7 +18,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.export.model_card import model_card
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
-from hyperagent_trainer.training.reporter import HeldOutKL
+from hyperagent_trainer.runs.metrics_file import HeldOutKL
 
 _PROBE_TOKENS = 64
 
