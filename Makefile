@@ -86,6 +86,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/startup.py
 
 bench-vllm: $(VLLM_INSTALLED)
 	$(VLLM_BIN)/python benchmarks/teacher_capture.py
