@@ -113,12 +113,12 @@ def write_checkpoint(
     Raises:
         StorageError: the file system refused; there is no trace of the folder.
     """
-    with new_directory(folder) as aside:
+    with new_directory(folder) as unfinished:
         files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
         if found.average:
             files[_AVERAGE] = found.average
         for name, tensors in files.items():
-            _save(tensors, aside / name)
+            _save(tensors, unfinished / name)
         manifest = CheckpointManifest(
             **dict(network_manifest),
             recipe=_digest(recipe),
@@ -126,9 +126,9 @@ def write_checkpoint(
             best=best,
             num_averaged=found.num_averaged,
             num_threads=found.num_threads,
-            files={name: _digest_of(aside / name) for name in files},
+            files={name: _digest_of(unfinished / name) for name in files},
         )
-        (aside / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (unfinished / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(
@@ -168,7 +168,7 @@ def load_checkpoint(
             key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments
         }
         if state:
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            # AdamW keeps its step count on the CPU and its moments on the parameter's device.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     if average.tensors:
         averages = load_file(folder / _AVERAGE)

@@ -1,7 +1,7 @@
 """The checkpoints of a run: `checkpoints/step-00000200` and so on, the last few and the best.
 
-Each is written aside, beside the training that goes on, and gets its name in one rename; only then are older ones removed. So
-whenever the process is killed, the last checkpoint that has a name is whole.
+Each is written under a temporary name while training continues, and gets its name in one rename; only then are older
+ones removed. So whenever the process is killed, the last checkpoint that has a name is whole.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class CheckpointStore:
             self.wait()
 
     def save(self, step: int, best: BestEvaluation) -> None:
-        """Take a snapshot after `step` optimizer steps, and write it while training goes on; one that is saved already is not again.
+        """Take a snapshot after `step` optimizer steps, and write it while training continues; skip one that is saved.
 
         Raises:
-            StorageError: the file system has refused the one before; those that stood still stand.
+            StorageError: the file system refused the previous one; older checkpoints are kept.
         """
         if self._saved == (step, best):
             return
