@@ -34,7 +34,7 @@ def export(
     step: int,
     held_out: HeldOutKL,
 ) -> None:
-    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what stood there.
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what was there.
 
     Args:
         embeddings: the student's table [V, E].
