@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
+from rich.progress import Progress as Bars
 
 from hyperagent.cli import cache_care, cache_exchange
 from hyperagent.cli.cache_care import Json, Root
-from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.cli.display import add_bar, print_result, progress_bars
 from hyperagent.identity import require_same
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
@@ -92,11 +92,10 @@ def audit(
 def verify(root: Root, as_json: Json = False) -> None:
     """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.cache.maintenance import verify
+    from hyperagent.cache.maintenance.verify import verify as verify_cache
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("verifying", total=None, note="bytes")
-        report = verify.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        report = verify_cache(cache, add_bar(bars, "verifying", unit="bytes"))
     damaged = [
         f"{found.path} at byte {found.offset}: {found.reason}{f' (record {found.key})' if found.key else ''}"
         for found in report.damaged
@@ -120,11 +119,10 @@ def verify(root: Root, as_json: Json = False) -> None:
 def stats(root: Root, as_json: Json = False) -> None:
     """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.cache.maintenance import verify
+    from hyperagent.cache.maintenance.stats import count
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("counting", total=None, note="shards")
-        counted = verify.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        counted = count(cache, add_bar(bars, "counting", unit="shards"))
         print_result(
             {
                 **asdict(counted),
@@ -150,7 +148,7 @@ async def _populate(
     addresses: list[str],
     tls_ca: Path | None,
     settings: _PopulateSettings,
-    bars: Progress,
+    bars: Bars,
     *,
     dry_run: bool,
 ) -> dict[str, Any]:
@@ -195,7 +193,7 @@ async def _populate(
                 calls_per_teacher=settings.calls,
                 lease_s=settings.lease_s,
                 teacher_wait_s=settings.teacher_wait_s,
-                progress=lambda counts: bars.update(
+                on_counts=lambda counts: bars.update(
                     task,
                     description="populating",
                     completed=counts.tokens_over,
@@ -209,7 +207,7 @@ async def _populate(
 
 
 async def _audit(
-    root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Progress
+    root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Bars
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
     from hyperagent.cache.local import LocalCache
@@ -217,7 +215,6 @@ async def _audit(
     from hyperagent.wire.client import TeacherClient
 
     cache = LocalCache.open(root)
-    task = bars.add_task("auditing", total=None, note="")
     async with TeacherClient(address, read_token(), tls_ca=tls_ca) as teacher:
         report = await audit(
             cache,
@@ -225,6 +222,6 @@ async def _audit(
             teacher,
             num_positions=positions,
             seed=seed,
-            progress=lambda done, total: bars.update(task, completed=done, total=total, note="trajectories"),
+            progress=add_bar(bars, "auditing", unit="trajectories"),
         )
     return asdict(report)

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.size_estimate import bytes_per_row
-from hyperagent.cache.maintenance.verify import cache_digest
+from hyperagent.cache.maintenance.stats import cache_digest
 from hyperagent.data.files.tokens_file import TokensFile, read_data_identity, read_tokens
 from hyperagent.errors import HyperagentError
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
@@ -127,7 +127,7 @@ async def populate(
     calls_per_teacher: int,
     lease_s: float,
     teacher_wait_s: float,
-    progress: Callable[[QueueCounts], None] = lambda _counts: None,
+    on_counts: Callable[[QueueCounts], None] = lambda _counts: None,
 ) -> PopulateReport:
     """Work, beside whoever shares the queue, until all of it is over.
 
@@ -136,7 +136,7 @@ async def populate(
     Args:
         calls_per_teacher: trajectories that a teacher holds at once.
         lease_s, teacher_wait_s: see `Worker`.
-        progress: called now and then.
+        on_counts: called with the queue's counts twice a second.
 
     Raises:
         HyperagentError: what ended the last worker, if something is left to do.
@@ -153,7 +153,7 @@ async def populate(
     try:
         while not working.done():
             await asyncio.wait({working}, timeout=_POLL_S)
-            progress(await asyncio.to_thread(queue.counts))
+            on_counts(await asyncio.to_thread(queue.counts))
         ends = working.result()
     finally:
         working.cancel()

@@ -23,7 +23,8 @@ from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.format.shard import SEALED, shard_paths
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count, verify
+from hyperagent.cache.maintenance.stats import count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import (
     ConfigError,
     CorruptRecord,

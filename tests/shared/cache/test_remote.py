@@ -17,7 +17,8 @@ from data_identity import data_identity
 
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.remote import RemoteCache, open_for_reading, publish, read_identity
+from hyperagent.cache.maintenance.publish import publish
+from hyperagent.cache.remote import RemoteCache, open_for_reading, read_identity
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
 from hyperagent.loader.decode import DeviceRows
 from hyperagent.loader.rows import load_rows

@@ -23,7 +23,8 @@ from teacher_service import (
 )
 
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import cache_digest, verify
+from hyperagent.cache.maintenance.stats import cache_digest
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, write_tokens
 from hyperagent.errors import (
     DataError,
