@@ -66,12 +66,8 @@ class RemoteCache(CacheReader):
         return self._data
 
     def contains(self, key: str) -> bool:
-        """Whether a trajectory has been published; that its blocks were not damaged since, reading them tells."""
-        try:
-            self._at(bytes.fromhex(key))
-        except NotFound:
-            return False
-        return True
+        """See `CacheReader.contains`; the shards' footers are the index."""
+        return self._find(bytes.fromhex(key)) is not None
 
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         at = [self._at(key) for key in keys]
@@ -91,14 +87,23 @@ class RemoteCache(CacheReader):
                 ) from error
             yield header, whole
 
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        # No record is kept between two reads.
+        return self._read_one(key)
+
     def _at(self, key: bytes) -> tuple[str, int, int]:
-        """The shard, and from where to where in it a record stands; the first in the order of names counts."""
+        if (at := self._find(key)) is None:
+            raise NotFound(f"the cache in {self.name} has no record {key.hex()}; populate it, and publish it again")
+        return at
+
+    def _find(self, key: bytes) -> tuple[str, int, int] | None:
+        """Return a record's shard, first byte and end; of several records the first in the order of shard names."""
         for path, footer in zip(self._shards, self._footers, strict=True):
             place = int(np.searchsorted(footer["key"].view("S32"), np.bytes_(key)))
             if place < len(footer) and bytes(footer["key"][place]) == key:
                 start = int(footer["offset"][place])
                 return path, start, start + int(footer["length"][place])
-        raise NotFound(f"the cache in {self.name} has no record {key.hex()}; populate it, and publish it again")
+        return None
 
     def _footer(self, path: str) -> np.ndarray[Any, np.dtype[np.void]]:
         try:

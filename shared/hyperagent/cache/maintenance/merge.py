@@ -50,7 +50,7 @@ def merge(source: LocalCache, target: LocalCache, progress: Progress = no_progre
     keys = source.trajectory_keys()
     for done, key in enumerate(keys):
         progress(done, len(keys))
-        if target.contains(key):
+        if target.is_intact(key):
             already_there += 1
             continue
         blocks = source.trajectory(key).blocks
