@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
-from filelock import FileLock
 
 from hyperagent.cache.format.record import Kind
 from hyperagent.cache.format.shard import (
@@ -20,6 +19,7 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.index import Entry, Index
 from hyperagent.errors import CorruptRecord, StorageError
+from hyperagent.file_lock import locked
 from hyperagent.files import fsync_directory, remedy_of, temporary_sibling
 from hyperagent.progress import Progress, no_progress
 
@@ -38,7 +38,7 @@ def open_index(root: Path, fingerprint: str) -> Index:
         if path.exists():
             return Index.open(path)
     try:
-        with FileLock(root / "index.lock", timeout=_LOCK_S):
+        with locked(root / "index.lock", exclusive=True, wait_s=_LOCK_S):
             # Somebody else may have made it while this process waited.
             if path.exists():
                 try:
