@@ -13,8 +13,7 @@ from typing import Any
 
 import structlog
 
-from hyperagent.errors import NotFound
-from hyperagent.http.problems import Busy
+from hyperagent.errors import Busy, NotFound
 from hyperagent_adapter_api.generator import AdapterGenerator
 from hyperagent_adapter_api.store import AdapterStore, StoredAdapter, id_of
 

@@ -14,6 +14,8 @@ from google.protobuf.any_pb2 import Any as PackedMessage
 from google.rpc import error_details_pb2, status_pb2
 
 from hyperagent.errors import (
+    BeyondEnd,
+    Busy,
     ConfigError,
     CorruptRecord,
     DataError,
@@ -22,21 +24,10 @@ from hyperagent.errors import (
     InvalidRequest,
     LimitExceeded,
     NotFound,
+    NotServing,
     ServiceError,
     StorageError,
 )
-
-
-class Busy(LimitExceeded):
-    """The service holds as many requests as it accepts at once."""
-
-
-class BeyondEnd(InvalidRequest):
-    """A stream is to be taken up behind its end."""
-
-
-class NotServing(ServiceError):
-    """The service is starting or shutting down, or its engine has stopped; what was asked has not been done."""
 
 
 class _Answer(NamedTuple):
