@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress as Bars
@@ -14,7 +14,11 @@ from rich.progress import Progress as Bars
 from hyperagent.cli import cache_care, cache_exchange
 from hyperagent.cli.cache_care import Json, Root
 from hyperagent.cli.display import add_bar, print_result, progress_bars
+from hyperagent.errors import ConfigError
 from hyperagent.identity import require_same
+
+if TYPE_CHECKING:
+    from hyperagent.populate.run import PopulateReport
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
 for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
@@ -52,6 +56,13 @@ def populate(
     teacher_wait_s: Annotated[
         float, typer.Option(min=0, help="Seconds that a teacher that has gone has to come back.")
     ] = 600.0,
+    file_on_teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the tokens file's copy in the teacher's --data-dir, to be read there instead of sent; "
+            "with one --teacher, and without a queue."
+        ),
+    ] = None,
     tls_ca: TlsCa = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Json = False,
@@ -62,8 +73,12 @@ def populate(
     on; run again after the end, it checks everything.
     """
     settings = _PopulateSettings(queue or f"{tokens}.queue.sqlite", calls, max_tries, lease_s, teacher_wait_s)
+    if file_on_teacher is not None and (len(teacher) > 1 or queue is not None):
+        raise ConfigError("--file-on-teacher works with one --teacher and without --queue; leave out the others")
     with progress_bars() as bars:
-        result = asyncio.run(_populate(tokens, teacher, tls_ca, settings, bars, dry_run=dry_run))
+        result = asyncio.run(
+            _populate(tokens, teacher, tls_ca, settings, bars, file_on_teacher=file_on_teacher, dry_run=dry_run)
+        )
     print_result(result, as_json=as_json)
     if result.get("refused") or result.get("quarantined"):
         raise typer.Exit(1)
@@ -150,11 +165,12 @@ async def _populate(
     settings: _PopulateSettings,
     bars: Bars,
     *,
+    file_on_teacher: str | None,
     dry_run: bool,
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
     from hyperagent.data.files.tokens_file import read_data_identity
-    from hyperagent.populate.run import find_teachers, open_queue, plan, populate
+    from hyperagent.populate.run import find_teachers, open_queue, plan, populate, populate_file_on_teacher
     from hyperagent.wire.client import TeacherClient
 
     data = read_data_identity(tokens)
@@ -178,6 +194,11 @@ async def _populate(
                 "teacher": asdict(facts.identity),
                 "queue": settings.queue,
             }
+        if file_on_teacher is not None:
+            report = await populate_file_on_teacher(
+                tokens, clients[0], file_on_teacher, progress=add_bar(bars, "populating", unit="trajectories")
+            )
+            return _populate_result(report)
         queue = open_queue(
             settings.queue,
             data=data,
@@ -203,6 +224,10 @@ async def _populate(
             )
         finally:
             queue.close()
+    return _populate_result(report)
+
+
+def _populate_result(report: PopulateReport) -> dict[str, Any]:
     return {**asdict(report), "refused": list(report.refused), "quarantined": list(report.quarantined)}
 
 

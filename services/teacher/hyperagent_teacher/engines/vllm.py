@@ -181,11 +181,6 @@ class VllmEngine:
         await asyncio.to_thread(self._engine.shutdown, 0.0)
         await self._start()
 
-    @property
-    def num_unfinished_requests(self) -> int:
-        """Requests that vLLM still holds."""
-        return self._engine.get_num_unfinished_requests()
-
     def close(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
