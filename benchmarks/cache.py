@@ -44,7 +44,7 @@ from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count
+from hyperagent.cache.maintenance.stats import count
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.data.row_loader import load_rows

@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import CacheStats, count, verify
+from hyperagent.cache.maintenance.stats import CacheStats, count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import read_rows
@@ -93,7 +94,8 @@ def run_loop(
                 selection=Selection(sample=config.max_rows, seed=config.seed),
                 split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
             ),
-            progress=lambda _what, done, total: bar.update(done, total),
+            reading=bar.update,
+            tokenizing=bar.update,
         )
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
     for name, folder in (("teacher", models.teacher), ("student", models.student)):

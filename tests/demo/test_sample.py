@@ -23,6 +23,7 @@ from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.pipeline.split import assign_splits
 from hyperagent.errors import ConfigError, StorageError
+from hyperagent.progress import no_progress
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.functions import ALGORITHMS, Function
 from hyperagent_demo.sample.generate import KINDS, write_sample
@@ -34,7 +35,7 @@ FUNCTIONS = [(module, function) for module, functions in ALGORITHMS.items() for 
 
 
 def generate(path: Path, *, seed: int, rows: int) -> pa.Table:
-    write_sample(path, seed=seed, rows=rows, progress=lambda _done, _total: None)
+    write_sample(path, seed=seed, rows=rows, progress=no_progress)
     return pq.read_table(path)
 
 

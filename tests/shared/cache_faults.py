@@ -28,7 +28,8 @@ from cache_rows import IDENTITY, random_rows
 
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count, verify
+from hyperagent.cache.maintenance.stats import count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import CorruptRecord, StorageError
 
 OPEN, WRITE, SYNC, RENAME, TRUNCATE, READ = (1 << bit for bit in range(6))

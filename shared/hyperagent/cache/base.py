@@ -73,6 +73,10 @@ class CacheReader(ABC):
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         """Headers and bytes of whole records, checked; raises as `rows_of`."""
 
+    @abstractmethod
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        """Read and check one record even if this process has checked it before; raises as `rows_of`."""
+
     @property
     def hot_tier_stats(self) -> HotTierStats:
         """What the hot tier was good for until now, in this process; nothing if there is none."""
@@ -105,21 +109,38 @@ class CacheReader(ABC):
         """Digest (hex) of all that decides a trajectory: the teacher, the tokens [T], the supervised positions [N]."""
         return trajectory_key(self.identity.fingerprint, token_ids, positions)
 
+    @abstractmethod
     def contains(self, key: str) -> bool:
-        """Whether a whole trajectory is on disk; a damaged one does not count, so populating again mends it."""
+        """Return whether the index names the trajectory `key` (hex); no record is read, so damage goes unnoticed.
+
+        A trajectory is named last, so all of its blocks have been written then.
+        """
+
+    def is_intact(self, key: str) -> bool:
+        """Return whether the trajectory `key` (hex) is stored whole; every byte of its records is read and checked.
+
+        Raises:
+            StorageError: the storage refused.
+        """
         return self.stored_digest(key) is not None
 
     def stored_digest(self, key: str) -> str | None:
-        """Digest (hex) of a whole trajectory on disk; None where there is none, or a damaged one."""
+        """Return the digest (hex) of the trajectory `key` (hex), or None if it is not intact.
+
+        Every byte is read from the storage, whatever this process has read and checked before.
+
+        Raises:
+            StorageError: the storage refused.
+        """
         try:
-            trajectory = self.trajectory(key)
-            digest = blake3(_DIGEST_DOMAIN + bytes.fromhex(key) + trajectory.num_tokens.to_bytes(8, "little"))
-            for block in trajectory.blocks:
-                digest.update(block.key + self._read_one(block.key)[0].checksum)
+            header, content = self._read_again(bytes.fromhex(key))
+            digest = blake3(_DIGEST_DOMAIN + bytes.fromhex(key) + header.num_tokens.to_bytes(8, "little"))
+            for block in decode_trajectory(header, header.payload(content)):
+                digest.update(block.key + self._read_again(block.key)[0].checksum)
         except NotFound:
             return None
         except CorruptRecord as error:
-            log.warning("damaged record will be written again", trajectory=key, reason=str(error))
+            log.warning("damaged trajectory", trajectory=key, reason=str(error))
             return None
         return digest.hexdigest()
 

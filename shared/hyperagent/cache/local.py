@@ -195,6 +195,10 @@ class LocalCache(CacheReader):
         capture.finish()
         return capture.key
 
+    def contains(self, key: str) -> bool:
+        """See `CacheReader.contains`."""
+        return self.index.find(bytes.fromhex(key)) is not None
+
     def trajectory_keys(self) -> list[str]:
         """See `CacheReader.trajectory_keys`."""
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
@@ -247,6 +251,10 @@ class LocalCache(CacheReader):
                 # Compaction has moved it, and has deleted the shard it was in.
                 found = self.reader.read(self._at(key), key)
             yield found
+
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        self.reader.forget(self._at(key))
+        return self._read_one(key)
 
     def _at(self, key: bytes) -> Location:
         if (at := self.index.find(key)) is None:

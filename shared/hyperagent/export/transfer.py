@@ -7,7 +7,6 @@ FOLDER/<key>.<suffix>      a trajectory each, see `hyperagent.export.formats`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentE
 from hyperagent.export.formats import FORMATS, ExportedTrajectory
 from hyperagent.files import write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity
+from hyperagent.progress import Progress, no_progress
 
 DESCRIPTION = "export.json"
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ExportDescription:
 
 
 def export(
-    cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = lambda _done, _total: None
+    cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = no_progress
 ) -> ExchangeReport:
     """Write the trajectories of a tokens file, each with its rows; run again, it writes the same files again.
 
@@ -106,7 +105,7 @@ def read_description(folder: Path) -> ExportDescription:
     return ExportDescription(file_format, identity, data)
 
 
-def import_files(folder: Path, cache: LocalCache, progress: Progress = lambda _done, _total: None) -> ExchangeReport:
+def import_files(folder: Path, cache: LocalCache, progress: Progress = no_progress) -> ExchangeReport:
     """Put every trajectory of an exported folder into the cache of its teacher; what is there already stays.
 
     Raises:

@@ -18,11 +18,10 @@ from contextlib import aclosing, asynccontextmanager, suppress
 import structlog
 
 from hyperagent.data.files.tokens_file import TokensFile
-from hyperagent.errors import CorruptRecord, ServiceError
+from hyperagent.errors import Busy, CorruptRecord, NotServing, ServiceError
 from hyperagent.identity import DataIdentity
 from hyperagent.populate.queue import Claim, Finished, WorkQueue
 from hyperagent.wire.client import TeacherClient, Trajectory
-from hyperagent.wire.errors import Busy, NotServing
 
 _IDLE_S = 0.5
 """Pause before asking again a teacher that is full, or a queue whose items are all with others."""

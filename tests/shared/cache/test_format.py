@@ -303,7 +303,7 @@ def look(root: Path, key: str, ids: list[int]) -> bool:
         try:
             assert cache.get(key).rows.ids.ravel().tolist() == ids
         except (CorruptRecord, NotFound):
-            assert not cache.contains(key)
+            assert not cache.is_intact(key)
         report = verify(cache)
         return bool(report.damaged)
 

@@ -23,14 +23,13 @@ from teacher_service import METADATA, NOT_SERVING, SERVING, TOKEN, GatedEngine, 
 
 from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, HyperagentError, ServiceError
+from hyperagent.errors import ConfigError, HyperagentError, NotServing, ServiceError
 from hyperagent.identity import TokenizerIdentity
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire import client as wire_client
 from hyperagent.wire import conversion, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.client import TeacherClient
-from hyperagent.wire.errors import NotServing
 from hyperagent_teacher.config import TeacherSettings
 from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.engines.transformers import TransformersEngine

@@ -10,12 +10,37 @@ import pytest
 import torch
 from data_identity import data_identity
 
+from hyperagent.cache.format.shard import SHARD_HEADER_BYTES, read_footer
 from hyperagent.cache.local import LocalCache
+from hyperagent.cache.maintenance.publish import publish
+from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, read_tokens, write_tokens
-from hyperagent.errors import ConfigError, DataError, IdentityMismatch, LimitExceeded
+from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, LimitExceeded
 from hyperagent.identity import TokenizerIdentity
 from hyperagent_trainer.data.dataset import load_split
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_loading_a_split_looks_up_and_reads_no_record(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    root = shutil.copytree(cache_folder, tmp_path / "cache")
+    with LocalCache.open(root) as cache:
+        publish(cache, f"file://{tmp_path}/published")
+    # Every byte of every record is wiped, so that whoever reads one is refused.
+    for shard in [*root.glob("shards/*.shard"), *tmp_path.glob("published/shards/*.shard")]:
+        _, end = read_footer(shard)
+        with shard.open("r+b") as file:
+            file.seek(SHARD_HEADER_BYTES)
+            file.write(bytes(end - SHARD_HEADER_BYTES))
+    identity = ChatTokenizer(student_folder).identity
+    with open_for_reading(root if kind == "local" else f"file://{tmp_path}/published") as reader:
+        assert not any(reader.is_intact(key) for key in reader.trajectory_keys())
+        data = load_split(tokens_file, reader, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+        assert len(data.trajectories) > 1
+        with pytest.raises(CorruptRecord):
+            data.rows(0)
 
 
 def test_a_full_view_has_the_same_rows_at_the_teachers_positions(

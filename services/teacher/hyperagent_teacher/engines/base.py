@@ -10,13 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded, ServiceError
+from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
-
-
-class EngineHangs(ServiceError):
-    """The engine hangs in this very process, which only its end can help."""
 
 
 class ScoringEngine(Protocol):

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, LimitExceeded
+from hyperagent.errors import ConfigError, EngineHangs, LimitExceeded
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
-from hyperagent_teacher.engines.base import EngineHangs, dtype_name, require_vocabulary
+from hyperagent_teacher.engines.base import dtype_name, require_vocabulary
 from hyperagent_teacher.engines.topk import top_k_rows
 
 PREFILL_TOKENS = 2048

@@ -30,10 +30,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.errors import ConfigError, NotServing, ServiceError
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
-from hyperagent.wire.errors import NotServing
 from hyperagent_teacher.engines.base import dtype_name, require_vocabulary
 from hyperagent_teacher.engines.topk import require_finite
 from hyperagent_teacher.engines.vllm_flat import flat_to_rows
@@ -181,11 +180,6 @@ class VllmEngine:
         self._stopped.set()
         await asyncio.to_thread(self._engine.shutdown, 0.0)
         await self._start()
-
-    @property
-    def num_unfinished_requests(self) -> int:
-        """Requests that vLLM still holds."""
-        return self._engine.get_num_unfinished_requests()
 
     def close(self) -> None:
         """End the engine's process."""

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from hyperagent.wire.errors import Busy, NotServing
+from hyperagent.errors import Busy, NotServing
 
 
 class Admission:

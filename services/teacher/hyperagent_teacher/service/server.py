@@ -22,12 +22,12 @@ from grpc_reflection.v1alpha import reflection
 
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
-from hyperagent.errors import ServiceError
+from hyperagent.errors import EngineHangs, ServiceError
 from hyperagent.net import listening_ip
 from hyperagent.wire import teacher_pb2, teacher_pb2_grpc
 from hyperagent.wire.pem import read_pem
 from hyperagent_teacher.config import TeacherSettings
-from hyperagent_teacher.engines.base import EngineHangs, ScoringEngine
+from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.engines.load import load_engine
 from hyperagent_teacher.service.admission import Admission
 from hyperagent_teacher.service.auth import RequireToken

@@ -18,11 +18,11 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from hyperagent.errors import HyperagentError, InvalidRequest
+from hyperagent.errors import BeyondEnd, HyperagentError, InvalidRequest
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.wire import conversion, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
-from hyperagent.wire.errors import BeyondEnd, refusal, rich_details
+from hyperagent.wire.errors import refusal, rich_details
 from hyperagent_teacher.engines.base import ScoringEngine, require_scorable, score_from
 from hyperagent_teacher.service.admission import Admission
 from hyperagent_teacher.service.memory_budget import RowMemory

@@ -14,7 +14,6 @@ from contextlib import suppress
 import structlog
 
 from hyperagent.errors import HyperagentError
-from hyperagent.wire.errors import NotServing
 from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.service.canary import score_canary
 
@@ -82,6 +81,6 @@ class Watchdog:
     async def _drop_canary(self) -> None:
         if self._canary is not None:
             self._canary.cancel()
-            with suppress(asyncio.CancelledError, HyperagentError, NotServing):
+            with suppress(asyncio.CancelledError, HyperagentError):
                 await self._canary
             self._canary = None

@@ -33,7 +33,7 @@ class RunQueue:
             ConfigError: it is of another release.
             StorageError: it is no SQLite file, or the file system refuses.
         """
-        self._database = Database(
+        self._database = Database.open_or_create(
             runs / QUEUE_NAME,
             schema=_SCHEMA,
             version=_VERSION,

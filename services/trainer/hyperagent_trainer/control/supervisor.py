@@ -11,7 +11,6 @@ process continues to train until it is done or another supervisor adopts it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
+from hyperagent.file_lock import open_locked
 from hyperagent.files import is_temporary
 from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
 from hyperagent_trainer.config import load_recipe
@@ -380,12 +380,8 @@ def _lock_folder(runs: Path) -> int:
     """Lock the runs folder for as long as the returned descriptor is open; children do not inherit it."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(runs, os.O_RDONLY)
+        return open_locked(runs, exclusive=True)
+    except BlockingIOError:
+        raise ServiceError(f"another control process holds {runs}; stop it, or choose another runs folder") from None
     except OSError as error:
         raise ConfigError(f"cannot use {runs} as the runs folder: {error}; choose another") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ServiceError(f"another control process holds {runs}; stop it, or choose another runs folder") from None
-    return descriptor

@@ -6,7 +6,7 @@ is deleted last. Others may read meanwhile; who finds a shard gone asks the inde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from hyperagent.cache.index import Entry
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
 from hyperagent.files import fsync_directory, is_temporary, remedy_of
+from hyperagent.progress import Progress, no_progress
 
 _COPY_BYTES = 8 << 20
-Progress = Callable[[int, int], None]
 log = structlog.get_logger()
 
 
@@ -45,7 +45,7 @@ class CollectReport:
     compacted: CompactReport
 
 
-def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> CompactReport:
+def compact(cache: LocalCache, progress: Progress = no_progress) -> CompactReport:
     """Rewrite shards that hold dead bytes, or are small, and seal what comes of it.
 
     Raises:
@@ -69,9 +69,7 @@ def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) 
     return CompactReport(len(before), len(after), bytes_before, _size(after))
 
 
-def collect_garbage(
-    cache: LocalCache, keep: Iterable[str] | None, progress: Progress = lambda _done, _total: None
-) -> CollectReport:
+def collect_garbage(cache: LocalCache, keep: Iterable[str] | None, progress: Progress = no_progress) -> CollectReport:
     """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and what killed writers left.
 
     Args:
