@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hyperagent.architecture import LINEAR_ATTENTION_CHUNK
 from hyperagent.model.adapter import LoRAPair
 from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.report import Check
 
-# Two and four chunks of the Gated DeltaNet's 64 tokens, to which its reference implementation pads.
-_PROBE_TOKENS = (128, 256)
+# Whole chunks, to which the Gated DeltaNet's reference implementation pads.
+_PROBE_TOKENS = (2 * LINEAR_ATTENTION_CHUNK, 4 * LINEAR_ATTENTION_CHUNK)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 

@@ -40,9 +40,8 @@ from hyperagent_trainer.preflight.memory import MemoryBudget, peak_memory_bytes
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.runs.folder import RunFolder, RunStatus
-from hyperagent_trainer.student.activation_checkpoint import RoutingWatch
+from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputation
 from hyperagent_trainer.student.attention import Attention, agreed, choose_attention, earlier_choice
-from hyperagent_trainer.student.step_memory import recomputation
 from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
 from hyperagent_trainer.training.reporter import RunReporter, last_held_out_kl
