@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from data_identity import data_identity
 
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, read_tokens, write_tokens
@@ -106,3 +108,32 @@ def test_shuffled_prompts_are_never_of_the_same_repository(tokens_file: Path) ->
         assert not np.array_equal(prompt, trajectory.prompt_ids)
     (alone,) = foreign_prompts(held_out[:1], train, seed=0)
     assert any(np.array_equal(alone, t.prompt_ids) for t in train)
+
+
+def test_a_trajectory_is_hashed_once_however_often_it_is_read(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, hashed = CacheReader.key, []
+
+    def counted(self: CacheReader, token_ids: np.ndarray, positions: np.ndarray) -> str:
+        hashed.append(len(token_ids))
+        return original(self, token_ids, positions)
+
+    monkeypatch.setattr(CacheReader, "key", counted)
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64).with_full_views()
+        for _ in range(2):
+            for index in range(len(data.trajectories)):
+                data[[index]]
+    assert len(hashed) == len(data.trajectories) / 2
+
+
+def test_a_worker_gets_no_more_for_a_larger_split(student_folder: Path, tokens_file: Path, cache_folder: Path) -> None:
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+        larger = data.with_full_views()
+        sent = [len(pickle.dumps(split.reader)) for split in (data, larger)]
+    assert len(larger.trajectories) == 2 * len(data.trajectories)
+    assert sent[0] == sent[1] < 4096
