@@ -31,7 +31,7 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
-from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.activation_checkpoint import recomputation
 
 _SAMPLE_S = 0.25
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from data_identity import data_identity
 
+from hyperagent.cache.base import CacheReader
 from hyperagent.cache.format.shard import SHARD_HEADER_BYTES, read_footer
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.publish import publish
@@ -121,3 +123,32 @@ def test_what_does_not_belong_together_is_refused(
         copy.index.remove([bytes.fromhex(copy.key(trajectory.token_ids, trajectory.positions))])
     with pytest.raises(DataError, match="lacks 1 of 3 held_out trajectories, the first is 't8'"):
         load_split(tokens_file, copy, HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
+
+
+def test_a_trajectory_is_hashed_once_however_often_it_is_read(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, hashed = CacheReader.key, []
+
+    def counted(self: CacheReader, token_ids: np.ndarray, positions: np.ndarray) -> str:
+        hashed.append(len(token_ids))
+        return original(self, token_ids, positions)
+
+    monkeypatch.setattr(CacheReader, "key", counted)
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64).with_full_views()
+        for _ in range(2):
+            for index in range(len(data.trajectories)):
+                data[[index]]
+    assert len(hashed) == len(data.trajectories) / 2
+
+
+def test_a_worker_gets_no_more_for_a_larger_split(student_folder: Path, tokens_file: Path, cache_folder: Path) -> None:
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+        larger = data.with_full_views()
+        sent = [len(pickle.dumps(split.reader)) for split in (data, larger)]
+    assert len(larger.trajectories) == 2 * len(data.trajectories)
+    assert sent[0] == sent[1] < 4096

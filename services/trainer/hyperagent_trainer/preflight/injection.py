@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from hyperagent.architecture import routers
 from hyperagent_trainer.preflight.probe import Probe, b_gradients, outputs_of, resolution
-from hyperagent_trainer.preflight.student import routers
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 

@@ -34,8 +34,7 @@ from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import last_held_out_kl
-from hyperagent_trainer.student.activation_checkpoint import RoutingWatch
-from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputation
 from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
 from hyperagent_trainer.training.reporter import RunReporter
