@@ -93,3 +93,34 @@ def test_a_file_is_its_bytes(tmp_path: Path) -> None:
     assert file_fingerprint(tmp_path / "a") != file_fingerprint(tmp_path / "b")
     with pytest.raises(DataError, match="there is no file"):
         file_fingerprint(tmp_path / "c")
+
+
+def test_tokenizers_that_differ_in_one_part_have_different_digests(tmp_path: Path) -> None:
+    """Of the added tokens each field decides ids or how text around them is split."""
+    token = {"id": 1, "content": "<|im_end|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [token],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 2}, "merges": [["a", "b"]], "byte_fallback": False},
+    }
+    others = [
+        {**whole, "added_tokens": []},
+        {**whole, "added_tokens": [token, {**token, "id": 3, "content": "<|im_start|>"}]},
+        *({**whole, "added_tokens": [{**token, key: not token[key]}]} for key in ("special", "lstrip", "normalized")),
+        {**whole, "added_tokens": [{**token, "id": 7}]},
+        {**whole, "added_tokens": [{**token, "content": "<|im_stop|>"}]},
+        {**whole, "normalizer": None},
+        {**whole, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {**whole, "post_processor": {"type": "ByteLevel"}},
+        {**whole, "model": {**whole["model"], "merges": []}},
+        {**whole, "model": {**whole["model"], "byte_fallback": True}},
+    ]
+    digests = []
+    for content in (whole, *others):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        digests.append(tokenizer_sha256(tmp_path))
+    assert len(set(digests)) == len(digests)

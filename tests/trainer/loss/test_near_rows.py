@@ -1,0 +1,47 @@
+"""A divergence of two distributions that are nearly equal, where most of it is what the first-order terms leave over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_oracle import Case, oracle, relative
+
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
+
+OPTIONS = {
+    "forward_kl": LossOptions(),
+    "reverse_kl": LossOptions(divergence="reverse_kl"),
+    "jsd": LossOptions(divergence="jsd", jsd_beta=0.2),
+}
+
+
+def near_case(distance: float) -> Case:
+    """A teacher that is sure of one id, and a student whose log-odds differ from its by `distance` towards the others.
+
+    All of the difference lies in a bucket of 2 %, so that the terms of odd order do not cancel.
+    """
+    logprobs = torch.tensor([[0.98, 0.012]], dtype=torch.float64).log().float()
+    tail = torch.tensor([0.008], dtype=torch.float64).log().float()
+    # With a head of the identity the hidden state is the logits.
+    student = torch.cat([logprobs[0].double(), (tail.double() - torch.log(torch.tensor(2.0).double())).expand(2)])
+    student = student + torch.tensor([0.0, distance, distance, distance], dtype=torch.float64)
+    return Case(
+        student[None], torch.eye(4, dtype=torch.float64), torch.tensor([[0, 1]]), logprobs, tail, torch.tensor([0])
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("distance", [1e-6, 1e-5, 9e-4, -9e-4, 2e-3, 0.3, -0.9, 3.0, -4.0])
+def test_the_loss_keeps_its_digits(distance: float, options: LossOptions) -> None:
+    """In float64 the loss is a number of order distance**2, whose next term is smaller by no more than the distance."""
+    case = near_case(distance)
+    hidden = case.hidden.clone().requires_grad_()
+    loss = compute_distillation_loss(hidden, case.head, case.rows(), vocab_size=4, options=options)
+    loss.backward()
+    assert hidden.grad is not None
+    expected, expected_gradient = oracle(case, 4, options)
+    assert expected.item() > 1e-4 * distance**2
+    # Logits near 5 are rounded at 1e-15, of which a difference of 1e-6 keeps nine digits.
+    assert relative(loss.detach(), expected) < max(1e-9, 2e-14 / abs(distance))
+    assert relative(hidden.grad, expected_gradient) < max(1e-9, 2e-14 / abs(distance))
