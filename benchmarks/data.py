@@ -112,7 +112,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
         # A tokenizer of its own, so that no piece of text is known already from the repeat before.
         function = RowTokenizer(ViewMaker(ChatTokenizer(tokenizer.folder)), settings)
         results = map_rows(function, tasks, num_items=len(tasks), num_workers=processes)
-        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr]
+        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr, misc]
 
     variants: dict[str, Callable[[], int]] = {
         "plain": plain,
