@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist 
 CACHE_TESTS := tests/shared/cache
 BENCHMARKS := $(sort $(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup setup-vllm demo test test-all test-vllm lint proto bench bench-smoke bench-vllm clean
+.PHONY: help setup setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
@@ -29,6 +29,7 @@ help:
 	@echo "make setup                                         only install"
 	@echo "make setup-vllm                                    only install vLLM, in .venv-vllm"
 	@echo "make proto                                         regenerate the gRPC stubs"
+	@echo "make docs                                          write the tables of options into the services' READMEs"
 	@echo "make clean                                         remove .venv and runs"
 
 setup: $(INSTALLED)
@@ -83,6 +84,9 @@ proto: $(DEV_INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -Ihyperagent/wire=proto/hyperagent/teacher/v1 \
 		--python_out=shared --pyi_out=shared --grpc_python_out=shared proto/hyperagent/teacher/v1/teacher.proto
 	$(BIN)/python proto/record_contract.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/settings_tables.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loss.py

@@ -46,8 +46,8 @@ from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.verify import count
 from hyperagent.identity import TeacherIdentity
-from hyperagent.loader.rows import load_rows
 from hyperagent.topk import TopKRows
+from hyperagent_trainer.data.row_loader import load_rows
 
 BLOCK = 1024
 REPETITIONS = 5

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3NextConfig
 
 from hyperagent.model.blocks import Attention
+from hyperagent.model.config import PRESETS, HyperNetworkConfig
 from hyperagent.model.featurizer import EmbeddingFeaturizer
-from hyperagent.model.hypernetwork import PRESETS, AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 
 VOCAB, HIDDEN = 151_936, 2048

@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.data.teacher_rows import TeacherRows
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 
 FLOOR_CUTS = ((160, 4096), (1024, 4096), (1024, None), (4096, None))
 WARM_UP_ROWS = 8
@@ -53,13 +54,11 @@ class Problem:
 
     hidden: Tensor
     head: Tensor
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
+    rows: TeacherRows
 
     def first(self, n: int) -> Problem:
         hidden = self.hidden.detach()[:n].requires_grad_()
-        return Problem(hidden, self.head, self.ids[:n], self.logprobs[:n], self.tail[:n])
+        return Problem(hidden, self.head, self.rows[:n])
 
 
 def make_problem(options: argparse.Namespace) -> Problem:
@@ -78,7 +77,8 @@ def make_problem(options: argparse.Namespace) -> Problem:
     ) % options.vocab
     kept = torch.rand(options.rows, options.top_k, **new)
     logprobs = (0.95 * kept / kept.sum(1, keepdim=True)).log()
-    return Problem(hidden, head, ids, logprobs, torch.full((options.rows,), 0.05, device=options.device).log())
+    tail = torch.full((options.rows,), 0.05, device=options.device).log()
+    return Problem(hidden, head, TeacherRows(ids, logprobs, tail))
 
 
 def floor(problem: Problem, *, chunk: int, slab: int | None) -> None:
@@ -98,9 +98,8 @@ def floor(problem: Problem, *, chunk: int, slab: int | None) -> None:
 
 def ours(problem: Problem, *, backend: Any) -> None:
     compute_distillation_loss(
-        problem.hidden, problem.head, problem.ids, problem.logprobs, problem.tail,
-        vocab_size=problem.head.shape[0], backend=backend,
-    ).backward()  # fmt: skip
+        problem.hidden, problem.head, problem.rows, vocab_size=problem.head.shape[0], backend=backend
+    ).backward()
 
 
 def naive(problem: Problem, *, chunk: int | None = None) -> None:
@@ -108,9 +107,9 @@ def naive(problem: Problem, *, chunk: int | None = None) -> None:
     for start in range(0, problem.hidden.shape[0], chunk or problem.hidden.shape[0]):
         rows = slice(start, start + (chunk or problem.hidden.shape[0]))
         logq = (problem.hidden[rows] @ problem.head.T).float().log_softmax(-1)
-        logq_kept = logq.gather(1, problem.ids[rows])
-        logq_rest = logq.scatter(1, problem.ids[rows], -torch.inf).logsumexp(-1)
-        logp, logp_rest = problem.logprobs[rows], problem.tail[rows]
+        logq_kept = logq.gather(1, problem.rows.ids_NK[rows])
+        logq_rest = logq.scatter(1, problem.rows.ids_NK[rows], -torch.inf).logsumexp(-1)
+        logp, logp_rest = problem.rows.logprobs_NK[rows], problem.rows.tail_logmass_N[rows]
         total = total + (logp.exp() * (logp - logq_kept)).sum() + (logp_rest.exp() * (logp_rest - logq_rest)).sum()
     total.backward()
 
@@ -125,7 +124,7 @@ def liger_chunked(problem: Problem) -> None:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=LIGER_CHUNK)
-    loss(problem.hidden, problem.head, *_teacher(problem), problem.ids[:, 0]).backward()
+    loss(problem.hidden, problem.head, *_teacher(problem), problem.rows.ids_NK[:, 0]).backward()
 
 
 def liger_fused(problem: Problem) -> None:

@@ -20,8 +20,7 @@ from generate import real_student
 
 from hyperagent.data.files.tokens_file import TRAIN, read_tokens
 from hyperagent_trainer.data.cost import StepCost
-from hyperagent_trainer.data.dataset import batch_order
-from hyperagent_trainer.training.step import plan_step
+from hyperagent_trainer.data.schedule import batch_order, plan_step
 
 LONGEST = 131_072
 

@@ -43,6 +43,7 @@ from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.data.dataset import Batch
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 
@@ -98,11 +99,12 @@ def make_batch(options: argparse.Namespace, batch_size: int) -> Batch:
         num_tokens=ids_BT.numel(),
         sample_N=sample_N,
         index_N=index_N,
-        target_ids_N=ids_BT[sample_N, index_N],
-        ids_NK=(first_N1 + torch.arange(TOP_K) * (options.vocab // TOP_K)) % options.vocab,
-        logprobs_NK=(0.95 * kept / kept.sum(1, keepdim=True)).log(),
-        tail_logmass_N=torch.full((len(sample_N),), 0.05).log(),
-        temperature=1.0,
+        rows=TeacherRows(
+            ids_NK=(first_N1 + torch.arange(TOP_K) * (options.vocab // TOP_K)) % options.vocab,
+            logprobs_NK=(0.95 * kept / kept.sum(1, keepdim=True)).log(),
+            tail_logmass_N=torch.full((len(sample_N),), 0.05).log(),
+            target_ids_N=ids_BT[sample_N, index_N],
+        ),
         hot_tier_stats=HotTierStats(),
     )
 
@@ -152,10 +154,11 @@ def peft_step(options: argparse.Namespace, *, rows_only: bool) -> Step:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         logq_NV = supervised_logits().float().log_softmax(-1)
-        logq_NK = logq_NV.gather(1, batch.ids_NK)
-        logq_rest_N = logq_NV.scatter(1, batch.ids_NK, -torch.inf).logsumexp(-1)
-        kept = (batch.logprobs_NK.exp() * (batch.logprobs_NK - logq_NK)).sum()
-        rest = (batch.tail_logmass_N.exp() * (batch.tail_logmass_N - logq_rest_N)).sum()
+        rows = batch.rows
+        logq_NK = logq_NV.gather(1, rows.ids_NK)
+        logq_rest_N = logq_NV.scatter(1, rows.ids_NK, -torch.inf).logsumexp(-1)
+        kept = (rows.logprobs_NK.exp() * (rows.logprobs_NK - logq_NK)).sum()
+        rest = (rows.tail_logmass_N.exp() * (rows.tail_logmass_N - logq_rest_N)).sum()
         ((kept + rest) / batch.num_rows).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimizer.step()

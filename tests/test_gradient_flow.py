@@ -28,21 +28,22 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextForCausalLM
 
 from hyperagent.errors import ConfigError
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
-from hyperagent.model.targets import LayerInfo, discover_target_layers
+from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.network.build import assemble
-from hyperagent_trainer.preflight.command import fly, show
-from hyperagent_trainer.preflight.memory import check_weights_fit, saved_bytes
+from hyperagent_trainer.optim.optimizer import make_optimizer
+from hyperagent_trainer.preflight.command import run, show
+from hyperagent_trainer.preflight.memory import check_weights_fit, memory_budget, saved_bytes
 from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import Check, PreflightReport
 from hyperagent_trainer.student.attention import choose_attention
 from hyperagent_trainer.student.student import Student
-from hyperagent_trainer.training.trainer import make_optimizer, memory_budget
 
 SHAPE = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)
 
@@ -142,7 +143,7 @@ def test_a_student_of_another_architecture_passes(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen3Config(**shape, num_key_value_heads=1, head_dim=16, vocab_size=258, tie_word_embeddings=True)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    report = fly(recipe_of(tmp_path), tokens_per_sample=64)
+    report = run(recipe_of(tmp_path), tokens_per_sample=64)
     assert failed(report) == []
     assert check_named(report, "routing").measured == {"routers": 0}
 
@@ -426,7 +427,7 @@ def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Pat
 def main() -> int:
     """The pre-flight of a tiny student, as a table."""
     with tempfile.TemporaryDirectory() as place:
-        report = fly(recipe_of(write_tiny_student(Path(place))), tokens_per_sample=64)
+        report = run(recipe_of(write_tiny_student(Path(place))), tokens_per_sample=64)
     show(report, as_json=False)
     return 0 if report.passed else 1
 

@@ -1,1 +1,1 @@
-"""The demo: the whole loop on one machine, through real processes and ports."""
+"""Demo: run the whole loop on one machine, with real processes and ports."""

@@ -1,4 +1,4 @@
-"""`hyperagent demo`."""
+"""Command `hyperagent demo`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import typer
 
 def demo(
     data: Annotated[
-        Path | None, typer.Option(help="Your trajectories (Parquet); without, a sample is generated.")
+        Path | None, typer.Option(help="Your trajectories (Parquet); by default a sample is generated.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer's folder; without, one is trained.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer's folder; by default one is trained.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -24,7 +24,7 @@ def demo(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
-    model_store: Annotated[Path, typer.Option(help="Folder that keeps the pre-trained models.")] = Path("runs/models"),
+    model_store: Annotated[Path, typer.Option(help="Folder to store the pre-trained models in.")] = Path("runs/models"),
     seed: Annotated[int | None, typer.Option(min=0, help="Override the configuration's seed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on standard output.")] = False,
 ) -> None:
@@ -44,7 +44,7 @@ def demo(
     )
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
-    # So that the services it started end with it.
+    # Exit through SystemExit, so that the services started by the demo are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     with PeakMemory() as memory, progress_bars() as bars:
@@ -62,11 +62,11 @@ def demo(
 
 
 def next_commands(out: Path) -> str:
-    """What to try after the demo."""
+    """Return commands to try after the demo."""
     return f"""
-Next, serve adapters (the access token is made on the first start):
+Next, serve adapters (the access token is created on the first start):
     .venv/bin/hyperagent serve adapter-api --bundle {out}/bundle --store {out}/adapters
-and, in another terminal, ask for one:
+and, in another terminal, create one:
     .venv/bin/hyperagent adapter create "Fix the failing check in the repository." --out {out}/my-adapter
     curl -H "Authorization: Bearer $(cat ~/.hyperagent/token)" -H "Content-Type: application/json" \\
          -d '{{"prompt": "Fix the failing check in the repository."}}' http://127.0.0.1:8703/v1/adapters"""

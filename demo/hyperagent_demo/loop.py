@@ -209,8 +209,8 @@ def _distil(
                 f"the training run {run['state']}: {run['reason']}; see {_run_folder(out, run) / 'log.txt'}"
             )
         metrics = trainer.get_json(f"/v1/runs/{run['id']}/metrics")["metrics"]
-    with new_directory(out / "bundle") as aside:
-        shutil.copytree(_run_folder(out, run) / "bundle", aside, dirs_exist_ok=True)
+    with new_directory(out / "bundle") as temporary:
+        shutil.copytree(_run_folder(out, run) / "bundle", temporary, dirs_exist_ok=True)
     return run, metrics
 
 
@@ -225,9 +225,9 @@ def _adapter(source: Path, out: Path, token: str) -> str:
     ):
         process.wait_until_ready(client.wait_until_ready)
         created = client.post_json("/v1/adapters", {"prompt": prompt})
-        with new_directory(out / "adapter") as aside:
+        with new_directory(out / "adapter") as temporary:
             for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (aside / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
+                (temporary / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
     return prompt
 
 

@@ -1,9 +1,9 @@
-"""Tiny models of the real architectures, and the compact vocabulary they are pre-trained in.
+"""Build tiny models of the real architectures, and the compact vocabulary for their pre-training.
 
 A few hundred trajectories use a few thousand of a real tokenizer's 151,669 entries, so a model is pre-trained with
-one row per used entry and one row that stands for all the others: the softmax over "used or other", with log(number
-of others) added to the last logit, is exactly the softmax over the whole vocabulary in which all unused entries
-share one logit. `expand_vocabulary` then writes that row to each of them.
+one row per used entry and one row that represents all others: the softmax over "used or other", with log(number of
+others) added to the last logit, is exactly the softmax over the whole vocabulary in which all unused entries share one
+logit. `expand_vocabulary` then copies that row to each of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, Q
 
 from hyperagent_demo.config import PretrainConfig, Role
 
-# Embedding tables are padded to a multiple of this, as released models' are, so that padding rows exist to be masked.
+# Embedding tables are padded to a multiple of this, as in released models, so that there are padding rows to mask.
 _VOCABULARY_MULTIPLE = 64
 
 
 class CompactVocabulary:
-    """The used entries of a tokenizer's vocabulary, and one more for all the others."""
+    """The used entries of a tokenizer's vocabulary, and one entry for all others."""
 
     def __init__(self, used: Iterable[int], vocab_size: int) -> None:
         self.used = np.unique(np.fromiter(used, dtype=np.int64))
@@ -39,16 +39,16 @@ class CompactVocabulary:
         return len(self.used) + 1
 
     def encode(self, ids: NDArray[np.uint32]) -> Tensor:
-        """Compact ids (int64) of a tokenizer's ids."""
+        """Return the compact ids (int64) of a tokenizer's ids."""
         return torch.from_numpy(self._compact[ids])
 
     def full_logits(self, logits: Tensor) -> Tensor:
-        """Logits [..., len(self)] whose softmax is the model's over the full vocabulary, the others summed up."""
+        """Return logits [..., len(self)] whose softmax gives the probability of each used entry and of all others."""
         return logits + self._bias
 
 
 def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_tokens: int) -> PreTrainedModel:
-    """A randomly initialized tiny model: the teacher is a Qwen3-MoE, the student a Qwen3-Next."""
+    """Build a randomly initialized tiny model: the teacher is a Qwen3-MoE, the student a Qwen3-Next."""
     shared = {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
@@ -85,7 +85,7 @@ def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_toke
 
 @torch.no_grad()
 def expand_vocabulary(model: PreTrainedModel, vocabulary: CompactVocabulary) -> None:
-    """Give a model that was trained in a compact vocabulary the tokenizer's own ids, in place."""
+    """Expand a model trained in a compact vocabulary to the tokenizer's ids, in place."""
     num_rows = -(-vocabulary.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     used = torch.from_numpy(vocabulary.used)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -1,7 +1,7 @@
-"""Load an adapter with PEFT, as any user would, and compare its logits with those of the training process.
+"""Load an adapter with PEFT, as a user would, and compare its logits with those of the training process.
 
-`python -m hyperagent_demo.peft_check JOB.json` prints one JSON line with `max_abs_diff`. It imports nothing of the
-trainer or the adapter service: only Transformers and PEFT stand between the downloaded files and the numbers.
+`python -m hyperagent_demo.peft_check JOB.json` prints one JSON line with `max_abs_diff`. It imports nothing from the
+trainer or the adapter service: only Transformers and PEFT process the downloaded files.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hyperagent.config import StrictModel
 
 
 class PeftCheckJob(StrictModel):
-    """What the process is told."""
+    """Contents of JOB.json."""
 
     student: Path
     adapter: Path
     """Folder with the two downloaded files."""
     probe: Path
-    """What the training process wrote: token ids, and its logits for them."""
+    """File written by the training process: token ids, and its logits for them."""
 
 
 @torch.inference_mode()
 def max_abs_diff(job: PeftCheckJob) -> dict[str, float]:
-    """Largest absolute difference of two float32 logits, and how far the adapter moves the student at all."""
+    """Return the largest absolute difference of the float32 logits, and the adapter's effect on them."""
     probe = load(job.probe.read_bytes())
     student = AutoModelForCausalLM.from_pretrained(job.student, local_files_only=True, dtype=torch.float32).eval()
     token_ids = probe["token_ids"][None]

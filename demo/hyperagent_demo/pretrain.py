@@ -1,4 +1,4 @@
-"""The two models of the demo: taken from the store, or pre-trained side by side in two processes."""
+"""Provide the demo's two models: load them from the store, or pre-train them in two parallel processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hyperagent_demo.stages import Bar, Stages
 
 @dataclass(frozen=True)
 class PretrainedModels:
-    """Folders of the two models, and what their pre-training came to."""
+    """Folders of the two models, and the results of their pre-training."""
 
     teacher: Path
     student: Path
@@ -30,10 +30,10 @@ class PretrainedModels:
 def pretrain_models(
     config: DemoConfig, *, tokens: Path, tokenizer: Path, store: Path, out: Path, stages: Stages
 ) -> PretrainedModels:
-    """Both models for these tokens, from the `store` if it has them.
+    """Return both models for these tokens, from the `store` if it has them.
 
     Raises:
-        ServiceError: a pre-training process failed; names its log.
+        ServiceError: a pre-training process failed; the message names its log.
     """
     configs: dict[Role, PretrainConfig] = {"teacher": config.teacher, "student": config.student}
     folders = {role: store / _key(role, model, config, tokens) for role, model in configs.items()}
@@ -57,7 +57,7 @@ def _pretrain(
     out: Path,
     bar: Bar,
 ) -> None:
-    """Run one single-threaded process per model: two small models train faster side by side than in turn."""
+    """Run one single-threaded process per model: two small models train faster in parallel than in sequence."""
     last: dict[Role, dict[str, Any]] = {}
     total = sum(model.num_steps for model in models.values())
 
@@ -87,7 +87,7 @@ def _pretrain(
 
 
 def _key(role: Role, model: PretrainConfig, config: DemoConfig, tokens: Path) -> str:
-    """Name of a pre-trained model: a digest of all that decides its weights."""
+    """Return the name of a pre-trained model: a digest of everything that determines its weights."""
     content = {
         "role": role,
         "model": model.model_dump(mode="json"),

@@ -1,7 +1,7 @@
 """Pre-train one tiny model: `python -m hyperagent_demo.pretrain_worker JOB.json`, one JSON line of progress per step.
 
-A random teacher has nothing to teach, and nothing can be downloaded on a plane: so teacher and student learn the
-language of the training split first, the teacher larger and longer.
+A random teacher has nothing to teach, and the demo must run without network access. Therefore teacher and student are
+first pre-trained on the training split; the teacher is larger and trains longer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WARMUP_STEPS = 20
 
 
 class PretrainJob(StrictModel):
-    """What the process is told."""
+    """Contents of JOB.json."""
 
     role: Role
     config: PretrainConfig
@@ -43,22 +43,22 @@ class PretrainJob(StrictModel):
     max_tokens: int
     seed: int
     target: Path
-    """Folder to write: the model and its tokenizer."""
+    """Folder to write the model and its tokenizer to."""
 
 
 class PretrainResult(StrictModel):
-    """What `pretraining.json` in the model's folder tells."""
+    """Contents of `pretraining.json` in the model's folder."""
 
     steps: int
     seconds: float
     held_out_nll: float
-    """Nats per supervised token of the held-out split."""
+    """Negative log-likelihood on the held-out split, in nats per supervised token."""
     parameters: int
-    """As used: with the full vocabulary."""
+    """Number of parameters, with the full vocabulary."""
 
 
 def pretrain(job: PretrainJob) -> PretrainResult:
-    """Train, evaluate, expand the vocabulary, write the folder whole or not at all."""
+    """Train, evaluate, expand the vocabulary, and write the folder atomically."""
     started = time.monotonic()
     torch.manual_seed(job.seed)
     tokenizer = ChatTokenizer(job.tokenizer)
@@ -74,12 +74,12 @@ def pretrain(job: PretrainJob) -> PretrainResult:
         held_out_nll=held_out_nll,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    with new_directory(job.target) as aside:
-        model.save_pretrained(aside)
+    with new_directory(job.target) as temporary:
+        model.save_pretrained(temporary)
         for name in TOKENIZER_FILES:
             if (job.tokenizer / name).is_file():
-                shutil.copyfile(job.tokenizer / name, aside / name)
-        (aside / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                shutil.copyfile(job.tokenizer / name, temporary / name)
+        (temporary / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -91,7 +91,7 @@ def _train(
     *,
     deadline: float,
 ) -> int:
-    """Run the optimizer steps; returns how many there was time for."""
+    """Run optimizer steps until they are done or time is up, and return their number."""
     config = job.config
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
@@ -118,9 +118,9 @@ def _train(
 def _batches(
     trajectories: Sequence[TokenizedTrajectory], batch_size: int, generator: np.random.Generator
 ) -> Iterator[list[TokenizedTrajectory]]:
-    """Endless batches of similar lengths, in random order."""
+    """Yield an endless stream of batches of similar lengths, in random order."""
     while True:
-        # Neighbors in length share a batch; the noise makes them other neighbors in every epoch.
+        # Trajectories of similar length share a batch; the noise varies the batches between epochs.
         noisy = sorted(trajectories, key=lambda t: len(t.token_ids) * generator.uniform(0.8, 1.25))
         groups = [noisy[i : i + batch_size] for i in range(0, len(noisy), batch_size)]
         for place in generator.permutation(len(groups)):
@@ -142,7 +142,7 @@ def _logits(model: PreTrainedModel, vocabulary: CompactVocabulary, ids: Tensor) 
 def _supervised_nll(
     model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenizedTrajectory]
 ) -> float:
-    """Mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
+    """Return the mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
     model.eval()
     total, count = 0.0, 0
     for trajectory in held_out:
@@ -150,7 +150,7 @@ def _supervised_nll(
         positions = torch.from_numpy(trajectory.positions.astype(np.int64))
         logprobs = _logits(model, vocabulary, ids[None, :-1])[0].log_softmax(-1)[positions - 1]
         nll = -logprobs.gather(1, ids[positions, None])[:, 0]
-        # An unseen token has an equal share of the others' probability.
+        # The probability of "other" is divided equally among the unused tokens.
         nll += math.log(max(vocabulary.num_others, 1)) * (ids[positions] == len(vocabulary) - 1)
         total, count = total + float(nll.sum()), count + len(positions)
     return total / count

@@ -1,4 +1,4 @@
-"""What the demo ends with: report.json, a table, a plot."""
+"""Write the demo's results: report.json, a table, a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "peft", "grpcio", "fastapi")
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on."""
+    """Return the versions of the software that a result depends on."""
     return {
         "hyperagent": __version__,
         "python": platform.python_version(),
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 def build_report(
     config: DemoConfig, result: LoopResult, *, seconds: dict[str, float], peak_rss_bytes: int
 ) -> dict[str, Any]:
-    """The content of report.json."""
+    """Return the contents of report.json."""
     tokenized, cache, pretrained = result.tokenized, result.cache, result.models.results
     return {
         "data": {
@@ -78,7 +78,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def print_report(console: Console, report: dict[str, Any], *, plot: Path) -> None:
-    """The few numbers that matter."""
+    """Print the key numbers as a table."""
     kl = report["held_out_kl"]
     table = Table(title="held-out KL to the teacher, nats per supervised token", title_justify="left", box=None)
     for heading in ("arm", "KL", "of frozen"):
@@ -97,22 +97,22 @@ def print_report(console: Console, report: dict[str, Any], *, plot: Path) -> Non
     console.print(facts)
     if not report["teacher"]["better_on_held_out"]:
         console.print(
-            f"The teacher is not better than the student on held-out text ({report['teacher']['held_out_nll']:.3f} against "
-            f"{report['student']['held_out_nll']:.3f} nats per token): what it teaches is not worth learning. Give it "
-            "more steps or time in the configuration.",
+            f"The teacher is not better than the student on held-out text ({report['teacher']['held_out_nll']:.3f} "
+            f"against {report['student']['held_out_nll']:.3f} nats per token), so the student cannot learn from it. Give "
+            "it more steps or time in the configuration.",
             style="bold red",
         )
     for role in ("teacher", "student"):
         if report[role]["steps"] < report[role]["steps_planned"]:
             console.print(
-                f"The {role} had time for {report[role]['steps']} of {report[role]['steps_planned']} steps of "
-                "pre-training: on a faster machine, or with a larger max_seconds, the numbers will differ.",
+                f"The {role} completed {report[role]['steps']} of {report[role]['steps_planned']} pre-training steps in "
+                "the time limit; on a faster machine, or with a larger max_seconds, the numbers will differ.",
                 style="yellow",
             )
 
 
 def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]) -> None:
-    """The loss curve with the evaluations on it, and the held-out KL of every arm."""
+    """Plot the loss curve with the evaluations, and the held-out KL of every arm."""
     import matplotlib
 
     matplotlib.use("Agg")

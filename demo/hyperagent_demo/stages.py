@@ -1,4 +1,4 @@
-"""The stages of the demo: each timed, and shown with a progress bar."""
+"""Time the stages of the demo and show their progress bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyperagent.cli.display import stderr
 
 
 class Bar:
-    """One stage's progress bar."""
+    """Progress bar of one stage."""
 
     def __init__(self, bars: Progress, task: TaskID) -> None:
         self._bars = bars
@@ -32,7 +32,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, *, total: float | None = None) -> Iterator[Bar]:
-        """One stage, timed from here to the end of the block."""
+        """Show a stage's progress bar and time the block."""
         task = self._bars.add_task(name, total=total, note="")
         started = time.monotonic()
         yield Bar(self._bars, task)
@@ -40,5 +40,5 @@ class Stages:
         total = self._bars.tasks[self._bars.task_ids.index(task)].total or 1
         self._bars.update(task, completed=total, total=total)
         if not stderr.is_terminal:
-            # Bars are drawn once, at the end, where there is no terminal: a log gets a line per stage instead.
+            # Without a terminal, bars are drawn only once at the end, so print a line per stage.
             stderr.print(f"{name}: {self.seconds[name]:.1f} s", highlight=False)

@@ -1,4 +1,4 @@
-"""Training a tokenizer for the demo, in the form of Qwen's: byte-level BPE, digits one by one, ChatML turns."""
+"""Train a tokenizer for the demo in Qwen's format: byte-level BPE, single digits, ChatML turns."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 _CONTROL = re.compile("|".join(re.escape(token) for token in (_END_OF_TEXT, _TURN_START, _TURN_END)))
 _TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
-# The splitter in the tokenizer.json of Qwen2.5 and Qwen3. Qwen also normalizes to NFC, which is left out here:
-# without it decoding gives back the very bytes.
+# The splitter in the tokenizer.json of Qwen2.5 and Qwen3. Qwen also normalizes to NFC, which is left out here so that
+# decoding restores the exact bytes.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,10 +32,11 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = 204
     """Train on `texts` and write a folder that `ChatTokenizer` and Transformers load.
 
     Args:
-        vocab_size: control tokens and the 256 bytes included; fewer if the texts have no more pairs to merge.
+        vocab_size: number of entries, including control tokens and the 256 bytes; the vocabulary is smaller if the
+            texts have no more pairs to merge.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,21 +59,21 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = 204
         "pad_token": _END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    with new_directory(folder) as aside:
-        tokenizer.save(str(aside / "tokenizer.json"))
-        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(_TEMPLATE, aside / _TEMPLATE.name)
+    with new_directory(folder) as temporary:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(_TEMPLATE, temporary / _TEMPLATE.name)
 
 
 def tokenizer_texts(path: Path) -> Iterator[str]:
-    """What stands between the control tokens of every rendered trajectory of a Parquet file.
+    """Yield the text between the control tokens of every rendered trajectory of a Parquet file.
 
-    A row that tokenization will refuse, naming it, is passed over here.
+    Invalid rows are skipped; tokenization reports them later.
 
     Raises:
         DataError: the file is unusable.
     """
-    # Rendering needs a tokenizer object, but none of its vocabulary.
+    # Rendering needs a tokenizer object, but not its vocabulary.
     renderer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     template = _TEMPLATE.read_text(encoding="utf-8")
     for row in read_rows_or_refusals(path):

@@ -1,8 +1,8 @@
-"""The bearer token that every service asks for, and where both sides find it.
+"""Read, create and check the bearer token that all services require.
 
-`HYPERAGENT_TOKEN` wins; otherwise the token is a file (`HYPERAGENT_TOKEN_FILE`, by default
-`~/.hyperagent/token`) that the first service to start creates, readable by its owner only. So one person
-on one machine sets nothing up, and a deployment hands every container the same secret file.
+`HYPERAGENT_TOKEN` takes precedence. Otherwise the token is read from a file (`HYPERAGENT_TOKEN_FILE`, by default
+`~/.hyperagent/token`), which the first service to start creates, readable by its owner only. On one machine nothing has
+to be configured; in a deployment every container gets the same secret file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def token_file() -> Path:
 
 
 def read_token() -> str:
-    """The token a client sends.
+    """Return the token that a client sends.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no token.
     """
     token = os.environ.get("HYPERAGENT_TOKEN", "").strip()
     if not token and token_file().is_file():
@@ -39,37 +39,38 @@ def read_token() -> str:
 
 
 def ensure_token() -> str:
-    """The token a service asks for; makes the file if there is none.
+    """Return the token that a service requires, and create its file if there is none.
 
     Raises:
-        ConfigError: the file cannot be made.
+        ConfigError: the file cannot be created.
     """
     if not os.environ.get("HYPERAGENT_TOKEN", "").strip() and not token_file().is_file():
         try:
             _make_token_file()
         except OSError as error:
             raise ConfigError(
-                f"cannot make {token_file()}: {error.strerror}; set HYPERAGENT_TOKEN, or HYPERAGENT_TOKEN_FILE to a file"
+                f"cannot create {token_file()}: {error.strerror}; set HYPERAGENT_TOKEN, or HYPERAGENT_TOKEN_FILE to a "
+                "writable path"
             ) from error
     return read_token()
 
 
 def _make_token_file() -> None:
     token_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, aside = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
+    descriptor, temporary = tempfile.mkstemp(dir=token_file().parent)  # mode 0600
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
     try:
-        # link(2) fails where rename(2) would replace: of two services starting at once, one token wins.
-        os.link(aside, token_file())
+        # link(2) fails where rename(2) would replace, so two services that start at once end up with the same token.
+        os.link(temporary, token_file())
     except FileExistsError:
         pass
     finally:
-        Path(aside).unlink()
+        Path(temporary).unlink()
 
 
 def is_authorized(header: str | None, token: str) -> bool:
-    """Whether an `Authorization` header carries the token (RFC 6750), compared in constant time."""
+    """Return whether an `Authorization` header carries the token (RFC 6750), compared in constant time."""
     if header is None or not header.startswith(BEARER):
         return False
     return hmac.compare_digest(header[len(BEARER) :].encode(), token.encode())

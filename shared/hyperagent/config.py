@@ -1,4 +1,4 @@
-"""Configuration as frozen values that refuse what they do not know."""
+"""Load YAML configuration into frozen pydantic models that reject unknown fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyperagent.errors import ConfigError
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model; a string under each field is its documentation."""
+    """Frozen pydantic model that rejects unknown fields; the string under each field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -21,10 +21,11 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def load_yaml(path: Path, model: type[_Model], *, context: dict[str, Any] | None = None) -> _Model:
-    """Read a YAML file into `model`; `context` reaches the model's validators.
+    """Read a YAML file into `model`; `context` is passed to the model's validators.
 
     Raises:
-        ConfigError: the file is missing or unreadable, is not YAML, or has an unknown or bad field; every bad field is named.
+        ConfigError: the file is missing or unreadable, is not YAML, or has unknown or invalid fields; the message names
+            every one of them.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -38,10 +39,10 @@ def load_yaml(path: Path, model: type[_Model], *, context: dict[str, Any] | None
 
 
 def parse(raw: object, model: type[_Model], *, source: str, context: dict[str, Any] | None = None) -> _Model:
-    """Validate `raw` as `model`; `source` names where it came from in the error.
+    """Validate `raw` as `model`; `source` names its origin in error messages.
 
     Raises:
-        ConfigError: naming every bad field.
+        ConfigError: fields are unknown or invalid; the message names every one of them.
     """
     try:
         return model.model_validate(raw, context=context)
@@ -50,6 +51,6 @@ def parse(raw: object, model: type[_Model], *, source: str, context: dict[str, A
 
 
 def describe(error: ValidationError) -> str:
-    """One line that names every bad field of a validation error."""
+    """Describe a validation error in one line that names every invalid field."""
     said = (f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}" for e in error.errors())
     return " ".join("; ".join(said).split())

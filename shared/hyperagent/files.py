@@ -1,8 +1,8 @@
-"""Durable writes: a reader sees the old file, the new file, and nothing between.
+"""Write files and directories durably and atomically: a reader sees either the old content or the new one.
 
-The order is PostgreSQL's `durable_rename`: write aside, fsync the file, rename, fsync the directory
-(https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails
-leaves no trace of itself and is reported as one `StorageError`.
+The order of operations is that of PostgreSQL's `durable_rename`: write a temporary file, fsync it, rename it, fsync the
+directory (https://github.com/postgres/postgres/blob/master/src/backend/storage/file/fd.c). A write that fails leaves no
+files behind and raises a `StorageError`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 
 from hyperagent.errors import StorageError
 
+# Version 2 of the cache's format has every reader skip names that begin so (docs/cache-format.md).
+_TEMPORARY_PREFIX = ".aside-"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EFBIG: "the file is larger than the limit set for this process; raise it (ulimit -f) and run again",
-    errno.EIO: "the disk fails; see the system's log, and choose another one",
+    errno.EIO: "the disk failed; see the system's log, and choose another disk",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and run again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
@@ -30,32 +32,32 @@ _REMEDIES = {
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that it is there whole, and durably, or not at all.
+    """Write `content` to `path` atomically and durably.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
-    with new_file(path) as aside:
-        aside.write_bytes(content)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Write `content` to `path` unless something is there; of several writers at once exactly one succeeds.
+    """Write `content` to `path` unless the path exists; exactly one of several concurrent writers succeeds.
 
     Returns:
-        Whether it was this call that wrote it.
+        Whether this call wrote the file.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        _fsync(aside)
+        temporary.write_bytes(content)
+        _fsync(temporary)
         try:
-            # link(2) refuses a name that is taken, where rename(2) replaces it.
-            os.link(aside, path)
+            # link(2) fails if the name exists; rename(2) would replace it.
+            os.link(temporary, path)
         except FileExistsError:
             return False
         fsync_directory(path.parent)
@@ -64,58 +66,58 @@ def write_once(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield the path of a temporary file to write; on a clean exit it atomically replaces `path`.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _fsync(aside)
-        aside.replace(path)
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
         fsync_directory(path.parent)
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; on a clean exit it becomes `path`, whole, replacing what stood there.
+    """Yield a temporary folder to fill; on a clean exit it becomes `path`, replacing a folder that existed there.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.rglob("*"):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
             _fsync(file)
-        _fsync(aside)
+        _fsync(temporary)
         if path.exists():
             # rename(2) cannot replace a directory that is not empty.
-            retired = _aside(path)
+            retired = temporary_sibling(path)
             path.rename(retired)
-            aside.rename(path)
+            temporary.rename(path)
             shutil.rmtree(retired)
         else:
-            aside.rename(path)
+            temporary.rename(path)
         fsync_directory(path.parent)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder with all in it; its name is gone at once, so that nobody takes a part of it for the whole.
+    """Remove a folder and its contents; it is renamed first, so no reader sees a partly removed folder.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
-    aside = _aside(path)
-    with _no_trace(path, aside):
-        path.rename(aside)
+    temporary = temporary_sibling(path)
+    with _no_trace(path, temporary):
+        path.rename(temporary)
         fsync_directory(path.parent)
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
 
 
 def fsync_directory(path: Path) -> None:
@@ -124,17 +126,18 @@ def fsync_directory(path: Path) -> None:
 
 
 def remedy_of(error: OSError) -> str:
-    """What a user can do about a write that failed."""
+    """Return what a user can do about a failed write."""
     return _REMEDIES.get(error.errno or 0, "see the system's message")
 
 
-def is_aside(path: Path) -> bool:
-    """Whether `path` is a write in progress, or what a killed process left of one."""
-    return path.name.startswith(".aside-")
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name in the folder of `path`, to write under before the rename to `path`; nothing is created."""
+    return path.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
 
 
-def _aside(path: Path) -> Path:
-    return path.parent / f".aside-{uuid.uuid4().hex}-{path.name}"
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` is a temporary file of a write in progress, or one left by a killed process."""
+    return path.name.startswith(_TEMPORARY_PREFIX)
 
 
 def _fsync(path: Path) -> None:
@@ -146,7 +149,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _no_trace(path: Path, aside: Path) -> Iterator[None]:
+def _no_trace(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -154,9 +157,9 @@ def _no_trace(path: Path, aside: Path) -> Iterator[None]:
             raise
         raise StorageError(f"could not write {path}: {error.strerror or error}; {remedy_of(error)}") from error
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            # Where nothing could be written there may be nothing to remove, not even a folder.
+            # If the write failed, neither the file nor its folder may exist.
             with suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)

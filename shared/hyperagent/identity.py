@@ -1,7 +1,7 @@
-"""Who made what: fingerprints that an artifact carries and every reader compares.
+"""Fingerprints that identify what an artifact was made from; every reader compares them.
 
-A fingerprint is a lower-case hexadecimal digest of content, never of a path or a date, so that two
-machines with the same files agree.
+A fingerprint is a lower-case hexadecimal digest of content, never of a path or a date, so it is the same on two
+machines with the same files.
 """
 
 from __future__ import annotations
@@ -20,39 +20,42 @@ from hyperagent.errors import ConfigError, DataError, IdentityMismatch
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What decides which ids a conversation becomes."""
+    """Identity of a tokenizer: everything that determines the token ids of a conversation."""
 
     tokenizer_sha256: str
-    """Of the canonical form of `tokenizer.json` (see `tokenizer_sha256`)."""
+    """SHA-256 of the canonical form of `tokenizer.json` (see `tokenizer_sha256`)."""
     template_sha256: str
-    """Of the chat template's UTF-8 text."""
+    """SHA-256 of the chat template's UTF-8 text."""
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What decides the ids, positions and views of a tokens file; everything made from the file carries it on."""
+    """Identity of a tokens file: everything that determines its ids, positions and views.
+
+    Every artifact made from the file records it.
+    """
 
     tokenizer: TokenizerIdentity
     source: str
     """`file_fingerprint` of the data file."""
     settings: Mapping[str, Any]
-    """Every setting of tokenizing it, as JSON values; joined files stand in it by their fingerprints."""
+    """All settings of the tokenization, as JSON values; joined files are represented by their fingerprints."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of every field."""
+        """Digest (hex) of every field."""
         return blake3(canonical_json(asdict(self))).hexdigest()
 
     def to_json(self) -> bytes:
-        """Canonical JSON of every field."""
+        """Return canonical JSON of every field."""
         return canonical_json(asdict(self))
 
     @classmethod
     def from_json(cls, content: bytes | str) -> DataIdentity:
-        """The identity that `to_json` wrote.
+        """Return the identity that `to_json` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError: it is none.
+            ValueError, KeyError, TypeError: `content` is not such an identity.
         """
         fields = json.loads(content)
         settings = dict(fields["settings"])
@@ -61,52 +64,52 @@ class DataIdentity:
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """What decides which numbers a teacher answers; rows of two identities are never mixed."""
+    """Identity of a teacher: everything that determines its rows; rows of two identities are never mixed."""
 
     model: str
-    """Name of the model, for people."""
+    """Display name of the model."""
     weights: str
     """`weights_fingerprint` of the model's folder."""
     dtype: str
     """The weights' dtype at run time, such as "float32" or "bfloat16"."""
     backend: str
-    """What computed the rows, with its version, such as "transformers-5.23.0"."""
+    """Inference engine with its version, such as "transformers-5.23.0"."""
     tokenizer_sha256: str
     template_sha256: str
     vocab_size: int
     """Number of real vocabulary entries; ids at or above it are padding rows and never appear."""
     top_k: int
-    """Ids kept per row."""
+    """Number of ids kept per row."""
     temperatures: tuple[float, ...] = ()
-    """Those besides 1 at which rows can be had without error, rising."""
+    """Temperatures other than 1 at which rows are exact, in ascending order."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> TeacherIdentity:
-        """The identity whose `asdict` went through JSON.
+        """Restore an identity from its `asdict` after a round trip through JSON.
 
         Raises:
-            TypeError, KeyError: it is none.
+            TypeError, KeyError: `fields` are not those of an identity.
         """
         return cls(**{**fields, "temperatures": tuple(fields["temperatures"])})
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """Whose ids it takes."""
+        """Tokenizer whose ids the teacher accepts."""
         return TokenizerIdentity(self.tokenizer_sha256, self.template_sha256)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of every field except the display name."""
+        """Digest (hex) of every field except the display name."""
         content = asdict(self)
         del content["model"]
         return blake3(canonical_json(content)).hexdigest()
 
 
 def require_same(what: str, *, expected: object, found: object, remedy: str) -> None:
-    """Refuse to go on when two identities differ.
+    """Raise an error if two identities differ.
 
     Raises:
-        IdentityMismatch: showing both side by side; for dataclasses, only the fields that differ.
+        IdentityMismatch: they differ; the message shows both, for dataclasses only the fields that differ.
     """
     if expected == found:
         return
@@ -118,14 +121,15 @@ def require_same(what: str, *, expected: object, found: object, remedy: str) -> 
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no spaces, in UTF-8: equal values give equal bytes."""
+    """Return JSON with sorted keys and no spaces, in UTF-8; equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Digest of what `tokenizer.json` does to text: vocabulary, merges, added tokens, normalizer, splitter.
+    """Return a digest of everything in `tokenizer.json` that affects the ids of a text.
 
-    Truncation and padding are left out: they are settings of a caller and this project never uses them.
+    This covers vocabulary, merges, added tokens, normalizer and splitter. Truncation and padding are left out, since
+    they are settings of a caller and this project never uses them.
 
     Raises:
         ConfigError: the folder has no readable `tokenizer.json`.
@@ -143,10 +147,10 @@ def tokenizer_sha256(folder: Path) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """BLAKE3 (hex) of a file's bytes.
+    """Return the BLAKE3 digest (hex) of a file's bytes.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
@@ -157,10 +161,10 @@ def file_fingerprint(path: Path) -> str:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Digest of a model folder's `config.json` and every `*.safetensors` byte.
+    """Return a digest of a model folder's `config.json` and all bytes of its `*.safetensors` files.
 
     Raises:
-        ConfigError: the folder holds no config, a broken one, or no safetensors weights.
+        ConfigError: the folder has no config, a broken one, or no safetensors weights.
     """
     config = folder / "config.json"
     shards = sorted(folder.glob("*.safetensors"))

@@ -1,6 +1,6 @@
-"""One logging setup for every process: readable lines on a terminal, JSON lines elsewhere, always on stderr.
+"""Configure logging: readable lines on a terminal, JSON lines elsewhere, always on standard error.
 
-Standard output belongs to results (`--json`), so logs never go there.
+Standard output is reserved for results (`--json`), so logs never go there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import structlog
 
 
 def configure_logging(*, service: str, level: str = "info") -> None:
-    """Set structlog and the standard library's root logger up; only entry points call this."""
+    """Configure structlog and the standard library's root logger; only entry points call this."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -1,4 +1,4 @@
-"""The rows everybody passes on: a teacher's distribution at the supervised positions, cut to its top k.
+"""Top-k rows: a teacher's distribution at the supervised positions, truncated to its k most probable ids.
 
 Shapes: N rows, K kept ids per row, M temperatures besides 1.
 """
@@ -29,19 +29,19 @@ class TopKRows:
     """
 
     positions: NDArray[np.uint32]
-    """[N], strictly increasing."""
+    """Positions of the rows' tokens, shape [N], strictly increasing."""
     ids: NDArray[np.uint32]
-    """[N, K]."""
+    """Kept ids, shape [N, K]."""
     logprobs: NDArray[np.float32]
-    """[N, K]."""
+    """Log-probabilities of the kept ids, shape [N, K]."""
     tail_logmass: NDArray[np.float32]
-    """[N], log of the probability mass outside the kept ids; -inf when K is the whole vocabulary."""
+    """Log of the probability mass outside the kept ids, shape [N]; -inf if K is the whole vocabulary."""
     target_logprob: NDArray[np.float32]
-    """[N], log-probability of the token that really stands at the position, kept or not."""
+    """Log-probability of the actual token at the position, kept or not, shape [N]."""
     tail_logsumexps: NDArray[np.float32]
-    """[N, M], per temperature t of the teacher's identity the log of the sum of p^(1/t) over the ids outside the kept
-    ones; -inf when there are none. With it the row is known at t without error: log p(t) is log p / t less the
-    log-sum-exp of those and it. `tail_logmass` is the same at temperature 1."""
+    """Log of the sum of p^(1/t) over the ids that are not kept, per temperature t of the teacher's identity, shape
+    [N, M]; -inf if there are none. It makes the row exact at temperature t: the kept ids' log-probabilities at t are
+    log p / t minus the log-sum-exp of all log p / t and this value. At t = 1 it would be `tail_logmass`."""
 
     @property
     def num_rows(self) -> int:
@@ -53,15 +53,15 @@ class TopKRows:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """[N], ids that each row keeps, padding not counted."""
+        """Number of ids that each row keeps, padding excluded, shape [N]."""
         return np.asarray((self.logprobs > -np.inf).sum(axis=1), dtype=np.int64)
 
     def at(self, rows: NDArray[np.integer]) -> TopKRows:
-        """The rows of some indices [n]; copies."""
+        """Return copies of the rows at indices `rows` [n]."""
         return self._columns(rows)
 
     def part(self, cut: slice) -> TopKRows:
-        """Some consecutive rows; views, not copies."""
+        """Return consecutive rows as views."""
         return self._columns(cut)
 
     def _columns(self, index: slice | NDArray[np.integer]) -> TopKRows:
@@ -71,10 +71,10 @@ class TopKRows:
         """Check shapes, ranges and that each row is a distribution.
 
         Args:
-            temperatures: the M that `tail_logsumexps` is of.
+            temperatures: the M temperatures of `tail_logsumexps`.
 
         Raises:
-            InvalidRequest: naming the first thing that is wrong.
+            InvalidRequest: the rows are invalid; the message describes the first violation.
         """
         if self.ids.ndim != 2 or self.ids.shape[1] == 0:
             raise InvalidRequest(f"top-k ids must be [N, K] with K at least 1, not {self.ids.shape}")
@@ -84,7 +84,7 @@ class TopKRows:
             raise InvalidRequest(f"top-k rows disagree in shape: ids {(n, k)}, the others {shapes}")
         if self.tail_logsumexps.shape != (n, len(temperatures)):
             raise InvalidRequest(
-                f"the tails of {n} rows at {len(temperatures)} temperatures are of shape {self.tail_logsumexps.shape}"
+                f"the tails of {n} rows at {len(temperatures)} temperatures have shape {self.tail_logsumexps.shape}"
             )
         if n == 0:
             return
@@ -115,10 +115,12 @@ class TopKRows:
             self._require_possible_tail(column, temperature, vocab_size)
 
     def _require_possible_tail(self, column: int, temperature: float, vocab_size: int) -> None:
-        """The tail at a temperature lies between all of its mass on one id and all of it spread evenly.
+        """Check that the tail at a temperature is possible.
+
+        It lies between the value for all mass on one id and the value for all mass spread evenly.
 
         Raises:
-            InvalidRequest: it does not, so it is of another temperature.
+            InvalidRequest: it does not, so it belongs to a different temperature.
         """
         found_N, tail_N = self.tail_logsumexps[:, column].astype(np.float64), self.tail_logmass.astype(np.float64)
         num_others_N = np.maximum(vocab_size - self.counts, 1)
@@ -134,34 +136,34 @@ class TopKRows:
             )
 
     def _require_order(self) -> None:
-        """Ids stand by descending log-probability, ties by id, and each stands once.
+        """Check that ids are distinct and ordered by descending log-probability, ties by id.
 
         Raises:
-            InvalidRequest: they do not.
+            InvalidRequest: they are not.
         """
         is_padding = np.arange(self.top_k) >= self.counts[:, None]
         higher, lower = self.logprobs[:, :-1], self.logprobs[:, 1:]
         ties_out_of_order = (higher == lower) & (self.ids[:, :-1] >= self.ids[:, 1:]) & ~is_padding[:, 1:]
         if (higher < lower).any() or ties_out_of_order.any():
-            raise InvalidRequest("a row's ids are not in the order of their log-probabilities, ties by id")
+            raise InvalidRequest("a row's ids are not ordered by descending log-probability, ties by id")
         ids = self.ids.astype(np.int64)
         if (ids != np.where(is_padding, ids[:, :1], ids)).any():
             raise InvalidRequest("a row's padding does not repeat its first id")
-        # Padding is told apart by negative numbers, no two alike.
+        # Distinct negative numbers replace padding, so that it does not count as a repeated id.
         distinct = np.sort(np.where(is_padding, -1 - np.arange(self.top_k), ids), axis=1)
         if (distinct[:, :-1] == distinct[:, 1:]).any():
-            raise InvalidRequest("a row holds an id twice")
+            raise InvalidRequest("a row contains an id twice")
 
 
 DEFAULT_TEMPERATURES = (2.0,)
-"""Those besides 1 that a teacher keeps the tail at unless it is told otherwise."""
+"""Temperatures other than 1 at which a teacher records the tail by default."""
 
 MASS_TOLERANCE = 5e-3
-"""How far a row's stored probabilities may sum from 1 (float16 log-probabilities are off by up to 0.4 %)."""
+"""Tolerance for the sum of a row's stored probabilities (float16 log-probabilities are off by up to 0.4 %)."""
 
 
 def concatenate(parts: Sequence[TopKRows]) -> TopKRows:
-    """Join consecutive runs of rows of one sequence; a single one is returned as it is.
+    """Join consecutive runs of rows of one sequence; a single run is returned unchanged.
 
     Raises:
         InvalidRequest: `parts` is empty.

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.identity import weights_fingerprint
 from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_adapter_api.app import create_adapter_app
 from hyperagent_adapter_api.generator import AdapterGenerator

@@ -22,7 +22,7 @@ from hyperagent_teacher.engines.transformers import TransformersEngine
 from hyperagent_teacher.service.memory_budget import RowMemory
 from hyperagent_teacher.service.populate import Populator, Trajectory
 from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 from hyperagent_trainer.student.student import Student
 
 
@@ -58,9 +58,7 @@ def kl(student: Student, batch: Batch) -> float:
         total = compute_distillation_loss(
             hidden[batch.sample_N, batch.index_N],
             student.head,
-            batch.ids_NK,
-            batch.logprobs_NK,
-            batch.tail_logmass_N,
+            batch.rows,
             vocab_size=student.vocab_size,
         )
     return float(total) / batch.num_rows
@@ -83,8 +81,8 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     assert aligned < 1e-6
     for shift in (-1, 1):
         assert kl(student, replace(batch, index_N=batch.index_N + shift)) > 100 * max(aligned, 1e-6)
-        rows = {name: getattr(batch, name).roll(shift, 0) for name in ("ids_NK", "logprobs_NK", "tail_logmass_N")}
-        assert kl(student, replace(batch, **rows)) > 100 * max(aligned, 1e-6)
+        rows = {n: getattr(batch.rows, n).roll(shift, 0) for n in ("ids_NK", "logprobs_NK", "tail_logmass_N")}
+        assert kl(student, replace(batch, rows=replace(batch.rows, **rows))) > 100 * max(aligned, 1e-6)
         moved = batch.token_ids_BT.roll(shift, 1)
         assert kl(student, replace(batch, token_ids_BT=moved)) > 100 * max(aligned, 1e-6)
 
@@ -101,12 +99,13 @@ def test_without_the_caches_rounding_next_to_nothing_is_left(
             return concatenate([part async for part in parts])
 
     rows = asyncio.run(score())
+    batch = data[[0]]
     exact = replace(
-        data[[0]],
+        batch.rows,
         logprobs_NK=torch.from_numpy(rows.logprobs.copy()),
         tail_logmass_N=torch.from_numpy(rows.tail_logmass.copy()),
     )
-    assert abs(kl(student, exact)) < 1e-7
+    assert abs(kl(student, replace(batch, rows=exact))) < 1e-7
 
 
 def test_an_internalized_view_is_aligned(

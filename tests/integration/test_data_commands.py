@@ -73,7 +73,7 @@ def test_splitting_says_what_tokenizing_does(world: World, run: Run, tmp_path: P
 
 def test_options_that_make_no_sense_are_one_line(world: World, run: Run, tmp_path: Path) -> None:
     tokenize = ["data", "tokenize", world.sample, "t.parquet", "--tokenizer", world.tokenizer]
-    assert "must hold the task" in one_line(run(*tokenize, "--condition", "system"))
+    assert "must contain the task" in one_line(run(*tokenize, "--condition", "system"))
     assert "'system', 'tools', 'task' or 'extra'" in one_line(run(*tokenize, "--internalize", "weather"))
     assert "could not know it" in one_line(run(*tokenize, "--condition", "task", "--internalize", "tools"))
     assert "give a file that does with --licenses" in one_line(run(*tokenize, "--license", "MIT"))

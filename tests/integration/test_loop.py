@@ -64,7 +64,7 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
     planned = result(run("cache", "populate", world.tokens, "--teacher", address, "--dry-run", "--json"))
     assert (planned["trajectories"], planned["too_long"]) == (total, [])
     again = result(run("cache", "populate", world.tokens, "--teacher", address, "--json"))
-    assert (again["present"], again["written"], again["refused"], again["set_aside"]) == (total, 0, [], [])
+    assert (again["present"], again["written"], again["refused"], again["quarantined"]) == (total, 0, [], [])
 
     verified = result(run("cache", "verify", cache, "--json"))
     assert (verified["trajectories"], verified["damaged"]) == (total, [])

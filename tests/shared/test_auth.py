@@ -38,7 +38,7 @@ def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_token_that_cannot_be_made_says_what_to_set(token_file: Path) -> None:
     token_file.parent.write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match=r"cannot make .*token: .*; set HYPERAGENT_TOKEN, or HYPERAGENT_TOKEN_FILE"):
+    with pytest.raises(ConfigError, match=r"cannot create .*token: .*; set HYPERAGENT_TOKEN, or HYPERAGENT_TOKEN_FILE"):
         ensure_token()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hyperagent.errors import StorageError
-from hyperagent.files import is_aside, new_directory, write_atomically, write_once
+from hyperagent.files import is_temporary, new_directory, write_atomically, write_once
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_of_several_writers_of_one_name_one_succeeds(tmp_path: Path) -> None:
 def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     for name in ("old", "new"):
-        with new_directory(target) as aside:
-            (aside / name).write_text("x")
-            assert is_aside(aside)
+        with new_directory(target) as temporary:
+            (temporary / name).write_text("x")
+            assert is_temporary(temporary)
             assert not (target / name).exists()
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -46,12 +46,12 @@ def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> N
 
 def test_a_failing_block_leaves_the_old_directory(tmp_path: Path) -> None:
     target = tmp_path / "folder"
-    with new_directory(target) as aside:
-        (aside / "old").write_text("x")
+    with new_directory(target) as temporary:
+        (temporary / "old").write_text("x")
 
     def fail_halfway() -> None:
-        with new_directory(target) as aside:
-            (aside / "half").write_text("x")
+        with new_directory(target) as temporary:
+            (temporary / "half").write_text("x")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -88,7 +88,7 @@ def test_a_path_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
 
 def test_a_directory_never_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="could not write"), new_directory(tmp_path / "file") as aside:
-        (aside / "new").write_text("x")
+    with pytest.raises(StorageError, match="could not write"), new_directory(tmp_path / "file") as temporary:
+        (temporary / "new").write_text("x")
     assert (tmp_path / "file").read_text() == "x"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

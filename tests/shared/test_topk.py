@@ -73,17 +73,17 @@ def changed(name: str, index: Any, value: Any) -> TopKRows:
         (changed("tail_logmass", 1, 0.0), r"sum to [12]\.\d+, not 1"),
         (
             replace(rows(), tail_logsumexps=np.zeros((3, 1), np.float32)),
-            r"3 rows at 2 temperatures are of shape \(3, 1\)",
+            r"3 rows at 2 temperatures have shape \(3, 1\)",
         ),
         (changed("tail_logsumexps", (0, 1), np.nan), "at temperature 2"),
         (changed("tail_logsumexps", (0, 1), -np.inf), "at temperature 2"),
         (changed("tail_logsumexps", (2, 0), 0.0), "at temperature 0.5"),
         (replace(rows(), tail_logsumexps=rows().tail_logsumexps[:, ::-1]), "at temperature 0.5"),
         (changed("logprobs", (2, 3), -30.0), r"sum to 0\.\d+, not 1"),
-        (changed("logprobs", (2, 0), -30.0), "not in the order of their log-probabilities"),
+        (changed("logprobs", (2, 0), -30.0), "not ordered by descending log-probability"),
         (changed("logprobs", (2, 0), 0.1), "above 0"),
         (changed("target_logprob", 1, 1e-3), "above 0"),
-        (replace(rows(), ids=rows().ids[:, [0, 0, 2, 3]]), "holds an id twice"),
+        (replace(rows(), ids=rows().ids[:, [0, 0, 2, 3]]), "contains an id twice"),
         (
             replace(
                 rows(), ids=np.tile(np.array([5, 3, 1, 0], np.uint32), (3, 1)), logprobs=np.full((3, 4), -2, np.float32)

@@ -52,7 +52,7 @@ class Verdict:
     duplicated: int
     changed: int
     damaged: int
-    set_aside: int
+    quarantined: int
     digest_equal: bool
     seconds: float
 
@@ -60,7 +60,7 @@ class Verdict:
     def is_clean(self) -> bool:
         """Everything is there once, as it should be."""
         return self.digest_equal and not (
-            self.lost or self.duplicated or self.changed or self.damaged or self.set_aside
+            self.lost or self.duplicated or self.changed or self.damaged or self.quarantined
         )
 
 
@@ -130,7 +130,7 @@ def _compare(
         duplicated=len(found) - len(set(keys)),
         changed=sum(whole.stored_digest(key) != killed.stored_digest(key) for key in set(keys) & set(found)),
         damaged=len(checked.damaged) + len(checked.incomplete),
-        set_aside=len(report.set_aside),
+        quarantined=len(report.quarantined),
         digest_equal=digest_equal and checked.digest == verify(whole).digest == report.digest,
         seconds=seconds,
     )

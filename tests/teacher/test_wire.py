@@ -161,7 +161,7 @@ def test_a_teacher_that_states_more_than_this_side_knows_is_refused() -> None:
 def test_temperatures_that_are_no_numbers_are_refused() -> None:
     message = conversion.teacher_to_proto(make_teacher(temperatures=(2.0,)))
     message.temperatures += b"\0"
-    with pytest.raises(ServiceError, match="9 bytes, which are no float64"):
+    with pytest.raises(ServiceError, match="9 bytes, which is not a multiple of 8"):
         conversion.teacher_from_proto(message)
 
 

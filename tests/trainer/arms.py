@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 from worlds import Latent, World
 
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
+from hyperagent_trainer.optim.optimizer import learning_rate_factor, make_optimizer
 from hyperagent_trainer.student.student import Student
-from hyperagent_trainer.training.trainer import learning_rate_factor, make_optimizer
 
 SAMPLES_PER_COMBINATION = 4
 

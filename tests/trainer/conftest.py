@@ -23,7 +23,7 @@ from hyperagent.data.files.tokens_file import (
 )
 from hyperagent.data.pipeline.views import Condition, condition_ids
 from hyperagent.identity import TeacherIdentity
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.config import TrainRecipe
 

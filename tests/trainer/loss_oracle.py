@@ -9,7 +9,8 @@ import torch
 from mpmath import mp, mpf
 from torch import Tensor
 
-from hyperagent_trainer.loss import LossOptions
+from hyperagent_trainer.data.teacher_rows import TeacherRows
+from hyperagent_trainer.loss.options import LossOptions
 
 _DIGITS = 160
 
@@ -24,6 +25,10 @@ class Case:
     logprobs: Tensor
     tail: Tensor
     target: Tensor
+
+    def rows(self, temperature: float = 1.0) -> TeacherRows:
+        """As the loss takes them."""
+        return TeacherRows(self.ids, self.logprobs, self.tail, self.target, temperature)
 
 
 def make_case(

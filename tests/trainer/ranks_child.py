@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import TRAIN
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.data.dataset import batches_from, load_split
+from hyperagent_trainer.data.dataset import load_split
+from hyperagent_trainer.data.schedule import batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.network.build import assemble, shard_network
+from hyperagent_trainer.optim.optimizer import make_optimizer
 from hyperagent_trainer.student.step_memory import recomputation
 from hyperagent_trainer.student.student import Student
-from hyperagent_trainer.training.step import accumulate_gradients, plan_step
-from hyperagent_trainer.training.trainer import make_optimizer
+from hyperagent_trainer.training.step import accumulate_gradients
 
 NUM_STEPS = 3
 WAYS = {

@@ -14,13 +14,16 @@ from hyperagent_trainer.control.command import training_command
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 
+# After the imports, the student and the pre-flight.
+_CHECKS_WHILE_LOADING = 3
+
 
 class StopAfter(threading.Event):
-    """Set once it has been asked `count` times."""
+    """Set once a run has done `count` steps."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self._left = count
+        self._left = count + _CHECKS_WHILE_LOADING
 
     def is_set(self) -> bool:
         self._left -= 1

@@ -18,9 +18,9 @@ behavior = Path(recipe["student"]).name
 
 
 def say(state: str, step: int = 0) -> None:
-    aside = run / "status.aside"
-    aside.write_text(json.dumps({"state": state, "step": step, "num_steps": recipe["num_steps"]}))
-    aside.replace(run / "status.json")
+    temporary = run / "status.temporary"
+    temporary.write_text(json.dumps({"state": state, "step": step, "num_steps": recipe["num_steps"]}))
+    temporary.replace(run / "status.json")
 
 
 def save(step: int) -> None:

@@ -37,6 +37,7 @@ from transformers import Qwen3NextForCausalLM
 
 from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent_trainer.data.dataset import Batch
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 
 Kind = Literal["prompt", "constant"]
 Latent = tuple[int, ...]
@@ -122,11 +123,12 @@ class World:
             num_tokens=n,
             sample_N=torch.arange(len(latents)).repeat_interleave(SEQUENCE_TOKENS),
             index_N=torch.arange(SEQUENCE_TOKENS).repeat(len(latents)),
-            target_ids_N=torch.from_numpy(ids.reshape(n, k)[:, 0].copy()),
-            ids_NK=torch.from_numpy(ids.reshape(n, k)),
-            logprobs_NK=torch.tensor(KEPT_PROBABILITIES).log().expand(n, k).contiguous(),
-            tail_logmass_N=torch.full((n,), math.log(1 - sum(KEPT_PROBABILITIES))),
-            temperature=1.0,
+            rows=TeacherRows(
+                ids_NK=torch.from_numpy(ids.reshape(n, k)),
+                logprobs_NK=torch.tensor(KEPT_PROBABILITIES).log().expand(n, k).contiguous(),
+                tail_logmass_N=torch.full((n,), math.log(1 - sum(KEPT_PROBABILITIES))),
+                target_ids_N=torch.from_numpy(ids.reshape(n, k)[:, 0].copy()),
+            ),
             hot_tier_stats=HotTierStats(),
         )
 

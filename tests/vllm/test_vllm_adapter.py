@@ -18,9 +18,10 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm_world import ENGINE_ARGS
 
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.lora import HookBasedLoRAInjector
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
+from hyperagent.model.peft_io import encode_adapter
 from hyperagent.model.targets import discover_target_layers
 
 RANK, ALPHA = 8, 16.0

@@ -1,1 +1,1 @@
-"""The built-in sample: trajectories of small repairs, whose every command was really run."""
+"""Built-in sample: trajectories of small repairs in which every command was actually run."""

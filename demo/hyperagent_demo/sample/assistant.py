@@ -1,4 +1,4 @@
-"""An assistant at work: every tool call acts on a workspace, and the transcript records what came of it."""
+"""Scripted assistant: each tool call acts on a workspace, and its result is recorded in a transcript."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECK = "python3 check.py"
 
 
 class Assistant:
-    """Speaks, calls tools, and keeps the messages as the `trajectory` column holds them."""
+    """Writes remarks, calls tools, and records the messages in the format of the `trajectory` column."""
 
     def __init__(self, workspace: Workspace, prompt: str, *, random: Random) -> None:
         self.random = random
@@ -24,7 +24,7 @@ class Assistant:
         self._num_calls = 0
 
     def bash(self, remark: str, command: str) -> str:
-        """Run a command; returns what it printed."""
+        """Run a command and return its output."""
         call_id = self._call(remark, "execute_bash", command=command)
         printed, status = self._workspace.run(command)
         shown = printed.rstrip("\n") or "(no output)"

@@ -1,7 +1,7 @@
-"""Tasks that change the package: mend, add, rename, and set.
+"""Tasks that change the package: fix, add, rename, and set.
 
-The assistant's phrasing varies a little, its procedure does not: a model of a few million parameters is to learn it
-from about a hundred trajectories.
+The assistant's phrasing varies a little but its procedure does not, so that a model of a few million parameters can
+learn it from about a hundred trajectories.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from hyperagent_demo.sample.repositories import Repository
 from hyperagent_demo.sample.task import Task, full_prompt, start_files
 
 _HASTY_SHARE = 0.5
-"""How often the first repair of a function is a wrong one, which the check then shows."""
+"""Fraction of tasks in which the first repair of a function is wrong, which the check then reveals."""
 
 
 def fix_function(repository: Repository, random: Random) -> Task:
-    """Mend a fault in one function, which the check shows."""
+    """Make a task to fix a fault in one function, which the check reveals."""
     function = random.choice(repository.functions)
     hasty = random.random() < _HASTY_SHARE
     path = repository.path(repository.module)
@@ -58,7 +58,7 @@ def fix_function(repository: Repository, random: Random) -> Task:
 
 
 def add_function(repository: Repository, random: Random) -> Task:
-    """Add a function that the check already calls."""
+    """Make a task to add a function that the check already calls."""
     function = repository.absent
     hasty = random.random() < _HASTY_SHARE
     path = repository.path(repository.module)
@@ -97,7 +97,7 @@ def add_function(repository: Repository, random: Random) -> Task:
 
 
 def change_constant(repository: Repository, random: Random) -> Task:
-    """Set a constant to a new value, which the check already expects."""
+    """Make a task to set a constant to a new value, which the check already expects."""
     unit = random.choice(repository.units)
     value = random.choice([number for number in range(3, 49) if number != unit.value])
     changed = repository.with_value(unit, value)
@@ -126,7 +126,7 @@ def change_constant(repository: Repository, random: Random) -> Task:
 
 
 def rename_function(repository: Repository, random: Random) -> Task:
-    """Rename a function in the module and in the check."""
+    """Make a task to rename a function in the module and in the check."""
     names = [(repository.module, function.name, function.other_name) for function in repository.functions]
     names += [("units", unit.function, unit.other_function) for unit in repository.units]
     module, old, new = random.choice(names)
@@ -160,7 +160,7 @@ def rename_function(repository: Repository, random: Random) -> Task:
 
 
 def fix_import(repository: Repository, random: Random) -> Task:
-    """Mend the import of a module that does not exist."""
+    """Make a task to fix the import of a module that does not exist."""
     path = repository.path("report")
     constant = repository.units[0].constant
     wrong = random.choice(("constants", "measures", "numbers", "unit"))
@@ -192,6 +192,6 @@ def fix_import(repository: Repository, random: Random) -> Task:
 
 
 def _line(function: Function, fragment: str) -> str:
-    """The line of a function that `fragment`, in place of the right one, stands in."""
+    """Return the line of a function that contains `fragment` in place of the right one."""
     source = function.source.replace(function.right, fragment)
     return next(line.strip() for line in source.splitlines() if fragment in line)

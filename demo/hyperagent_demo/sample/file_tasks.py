@@ -11,7 +11,7 @@ from hyperagent_demo.sample.task import Task, full_prompt, start_files
 
 
 def write_settings(repository: Repository, random: Random) -> Task:
-    """Write the constants of a module to a file of settings."""
+    """Make a task to write the constants of a module to a settings file."""
     path = repository.path("units")
     name = f"{repository.package}.cfg"
     text = "".join(f"{unit.constant.lower()} = {unit.value}\n" for unit in repository.units)
@@ -36,7 +36,7 @@ def write_settings(repository: Repository, random: Random) -> Task:
 
 
 def count_lines(repository: Repository, random: Random) -> Task:
-    """Count something in a module and write the number down."""
+    """Make a task to count something in a module and write the number to a file."""
     module = random.choice(("units", repository.module))
     path = repository.path(module)
     source = repository.files()[path]
@@ -63,7 +63,7 @@ def count_lines(repository: Repository, random: Random) -> Task:
 
 
 def find_definition(repository: Repository, random: Random) -> Task:
-    """Find the file that defines a function and write its path down."""
+    """Make a task to find the file that defines a function and write its path to a file."""
     homes = {function.name: repository.module for function in repository.functions}
     homes |= {unit.function: "units" for unit in repository.units} | {"label": "report"}
     function = random.choice(sorted(homes))

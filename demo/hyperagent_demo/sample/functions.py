@@ -1,7 +1,7 @@
-"""The small functions that generated packages are made of, each with two ways to get it wrong.
+"""Small functions of the generated packages, each with two faulty variants.
 
-A `wrong` fragment is what a task plants; a `near_miss` is what a hasty repair would put in its place.
-Both fail the first of the function's cases, and the cases are what a repository's check runs.
+A task plants the `wrong` fragment; a hasty repair replaces it with the `near_miss`. Both fail the first of the
+function's cases, which a repository's check runs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ class Function:
 
     name: str
     other_name: str
-    """What a rename task calls it."""
+    """New name in a rename task."""
     parameters: str
     summary: str
-    """A noun phrase: what it returns."""
+    """Noun phrase that describes the return value."""
     body: str
-    """Its lines after the docstring, indented by four spaces."""
+    """Lines after the docstring, indented by four spaces."""
     right: str
-    """The fragment, occurring once in the module, that a fault replaces."""
+    """Fragment that a fault replaces; it occurs once in the module."""
     wrong: str
     near_miss: str
     symptom: str
-    """What an engineer says on seeing `wrong`; it follows the name of the function."""
+    """Description of the fault in `wrong`; it follows the name of the function in a sentence."""
     cases: tuple[tuple[str, str], ...]
-    """Arguments and what they give, as source text."""
+    """Arguments and expected results, as source text."""
 
     @property
     def source(self) -> str:
-        """The definition."""
+        """Source text of the definition."""
         return f'def {self.name}({self.parameters}):\n    """Return {self.summary}."""\n{self.body}\n'
 
 
@@ -296,4 +296,4 @@ SCORES = (
 ALGORITHMS: Mapping[str, tuple[Function, ...]] = MappingProxyType(
     {"series": SERIES, "spans": SPANS, "paging": PAGING, "text": TEXT, "scores": SCORES}
 )
-"""The functions of every module that a package can have, by the module's name."""
+"""Functions of each module that a package can have, by module name."""

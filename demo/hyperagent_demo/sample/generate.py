@@ -1,4 +1,4 @@
-"""The sample's trajectories: invented repositories, and an assistant whose every command was really run in them."""
+"""Generate the sample's trajectories: invented repositories, and an assistant whose commands are actually run."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ KINDS: Mapping[str, Callable[[Repository, Random], Task]] = MappingProxyType(
         "find-definition": file_tasks.find_definition,
     }
 )
-"""What draws a task of each kind."""
+"""Functions that draw a task, by kind of task."""
 
 _ROWS_PER_REPOSITORY = 4
 _FEWEST_REPOSITORIES = 24
 
 
 def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Callable[[int, int], None]) -> None:
-    """Write `rows` trajectories in the schema of nebius/SWE-rebench-openhands-trajectories, the same for the same seed.
+    """Write `rows` trajectories in the schema of nebius/SWE-rebench-openhands-trajectories; a seed fixes them.
 
     Args:
-        rows: at least 60 give 24 repositories or more, with several rows each.
+        rows: number of trajectories; 60 or more give at least 24 repositories with several rows each.
         progress: called with (rows done, rows to do).
 
     Raises:
         ConfigError: a command that the trajectories run is not installed.
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     require_commands()
     num_repositories = min(max(rows // _ROWS_PER_REPOSITORY, _FEWEST_REPOSITORIES), max(rows // 2, 1))
@@ -61,7 +61,7 @@ def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Callable[[
     for index in range(rows):
         progress(index, rows)
         round_number, place = divmod(index, num_repositories)
-        # A round shifts the kinds, so that the rows of one repository are of different kinds.
+        # Each round shifts the kinds, so that the rows of one repository have different kinds.
         kind = kinds[(index + round_number) % len(kinds)]
         table.append(_row(repositories[place], kind, index=index, seed=seed))
     progress(rows, rows)
@@ -71,7 +71,7 @@ def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Callable[[
 
 
 def _row(repository: Repository, kind: str, *, index: int, seed: int) -> dict[str, Any]:
-    """Draw a task, let the assistant solve it, and hold it to its acceptance."""
+    """Draw a task, let the assistant solve it, and assert that the acceptance command succeeds."""
     random = Random(f"{seed}/row/{index}")
     task = KINDS[kind](repository, random)
     try:
@@ -102,7 +102,7 @@ def _row(repository: Repository, kind: str, *, index: int, seed: int) -> dict[st
 
 
 def _patch(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """A unified diff of all files."""
+    """Return a unified diff of all files."""
     lines: list[str] = []
     for name in sorted({*before, *after}):
         old, new = (files.get(name, "").splitlines(keepends=True) for files in (before, after))

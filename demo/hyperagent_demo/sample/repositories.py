@@ -1,6 +1,6 @@
-"""Invented repositories: a package of two modules that compute, one that reports, and a check that runs them.
+"""Invent repositories: a package of two modules that compute, one that reports, and a check that runs them.
 
-All repositories share this shape. Which functions, constants, numbers and names one has is drawn by the seed.
+All repositories have this structure. The seed selects the functions, constants, numbers and names of each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _CONTAINERS = ("bag", "basket", "bin", "case", "cart", "crate", "drawer", "palle
 
 @dataclass(frozen=True)
 class Unit:
-    """How many of one thing another holds: a constant and the function that multiplies by it."""
+    """A constant (how many of one thing fit in another) and the function that multiplies by it."""
 
     good: str
     container: str
@@ -64,12 +64,12 @@ class Unit:
 
     @property
     def other_function(self) -> str:
-        """What a rename task calls the function."""
+        """New name of the function in a rename task."""
         return f"{self.good}s_for_{self.container}s"
 
     @property
     def source(self) -> str:
-        """The function's definition."""
+        """Source text of the function's definition."""
         return (
             f"def {self.function}({self.container}s):\n"
             f'    """Return how many {self.good}s that many {self.container}s hold."""\n'
@@ -79,16 +79,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Repository:
-    """One invented repository."""
+    """An invented repository."""
 
     name: str
-    """Such as "sample/garden-3"."""
+    """Repository name, such as "sample/garden-3"."""
     package: str
     module: str
-    """The module of `functions`, a key of `ALGORITHMS`."""
+    """Module of `functions`, a key of `ALGORITHMS`."""
     functions: tuple[Function, ...]
     absent: Function
-    """A function of the same kind that the module lacks."""
+    """Function of the same kind that the module lacks."""
     units: tuple[Unit, ...]
 
     @property
@@ -97,16 +97,16 @@ class Repository:
         return sorted(("report", "units", self.module))
 
     def path(self, module: str) -> str:
-        """A module's path from the root of the repository."""
+        """Return a module's path from the root of the repository."""
         return f"{self.package}/{module}.py"
 
     def with_value(self, unit: Unit, value: int) -> Repository:
-        """The same repository with another value of one unit's constant."""
+        """Return the same repository with another value of one unit's constant."""
         units = tuple(replace(each, value=value) if each == unit else each for each in self.units)
         return replace(self, units=units)
 
     def files(self) -> dict[str, str]:
-        """The package's files by path, without the check, which belongs to a task."""
+        """Return the package's files by path, without the check, which belongs to a task."""
         first = self.units[0]
         constants = "".join(f"{unit.constant} = {unit.value}\n" for unit in self.units)
         return {
@@ -124,7 +124,7 @@ class Repository:
         }
 
     def cases(self, *, functions: Sequence[Function] = (), units: Sequence[Unit] = ()) -> list[tuple[str, str]]:
-        """Expressions and what they should give, as source text; all of the repository's if none are named."""
+        """Return expressions and expected results, as source text; all of the repository's if none are given."""
         if not functions and not units:
             functions, units = self.functions, self.units
         computed = [
@@ -135,16 +135,16 @@ class Repository:
         return computed + [(f"units.{unit.function}(3)", str(3 * unit.value)) for unit in units]
 
     def label_case(self) -> tuple[str, str]:
-        """The case of the report, which speaks of the first unit."""
+        """Return the case of the report, which is about the first unit."""
         unit = self.units[0]
         return ("report.label()", f'"{unit.value} {unit.good}s per {unit.container}"')
 
     def check(self, cases: Sequence[tuple[str, str]], *, written: Sequence[tuple[str, str]] = ()) -> str:
-        """The source of `check.py`: it prints a line per failure and fails if there is any.
+        """Return the source of `check.py`, which prints a line per failure and fails if there is any.
 
         Args:
-            cases: expressions and what they should give, as source text.
-            written: files the task asks for and their text.
+            cases: expressions and expected results, as source text.
+            written: files that the task requires, and their text.
         """
         lines = [f"    ({_quoted(expression)}, {expression}, {expected})," for expression, expected in cases]
         lines += [f"    ({_quoted(name)}, read({_quoted(name)}), {_quoted(text)})," for name, text in written]
@@ -173,7 +173,7 @@ class Repository:
 
 
 def invent_repositories(count: int, *, seed: int) -> list[Repository]:
-    """Invent `count` repositories of different names."""
+    """Invent `count` repositories with different names."""
     return [_invent(index, Random(f"{seed}/repository/{index}")) for index in range(count)]
 
 

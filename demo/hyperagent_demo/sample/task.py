@@ -1,4 +1,4 @@
-"""What a task is, and what all tasks share: the opening of the prompt and the files at the start."""
+"""Definition of a task, and the parts that all tasks share: the prompt's opening and the initial files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Task:
 
     prompt: str
     files: Mapping[str, str]
-    """What the repository holds at the start, by path."""
+    """Initial files of the repository, by path."""
     solve: Callable[[Assistant], None]
     acceptance: str = CHECK
-    """A command that fails at the start and succeeds at the end."""
+    """Command that fails at the start and succeeds at the end."""
 
 
 def start_files(repository: Repository, check: str) -> dict[str, str]:
-    """The package's files and the check's source, by path."""
+    """Return the package's files and the check's source, by path."""
     return {**repository.files(), "check.py": check}
 
 
 def full_prompt(repository: Repository, request: str) -> str:
-    """The request, after a sentence about the repository and before one about its check."""
+    """Return the request between a sentence about the repository and one about its check."""
     modules = ", ".join(repository.modules)
     return (
         f"The repository in {SHOWN_ROOT} holds the package `{repository.package}` with the modules {modules}.\n\n"

@@ -1,4 +1,4 @@
-"""The sample's own system prompt and tools, null-padded as in the real file (see `hyperagent.data.files.schema`)."""
+"""System prompt and tools of the sample, null-padded as in the real file (see `hyperagent.data.files.schema`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYSTEM_PROMPT = (
 
 
 def _tool(name: str, description: str, **parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of the `tools` column; a parameter marked `optional` is left out of `required`."""
+    """Return one entry of the `tools` column; a parameter marked `optional` is left out of `required`."""
     declared = {
         key: {field: value for field, value in parameter.items() if field != "optional"}
         for key, parameter in parameters.items()

@@ -1,7 +1,7 @@
-"""A repository in a temporary folder, on which the tools of a trajectory really act.
+"""Repository in a temporary folder on which the tools of a trajectory act.
 
-What the tools print must be the same on every run. So commands get a fixed environment, the folder is called
-`/workspace` in all that is shown, and Python writes no bytecode, which would also hide an edit made within a second.
+The tools must print the same output on every run. Therefore commands get a fixed environment, the folder is displayed
+as `/workspace`, and Python writes no bytecode, which would also hide an edit made within a second.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from hyperagent.errors import ConfigError
 
 SHOWN_ROOT = "/workspace"
 
-# `python3` is the interpreter that runs this, without the site module, whose import is half of a start.
+# `python3` is the current interpreter without the site module, whose import takes half of the startup time.
 _PRELUDE = 'python3() { "$PYTHON" -S "$@"; }\n'
 _COMMANDS = ("bash", "cat", "grep", "ls", "rm", "sed", "tail")
 
 
 def require_commands() -> None:
-    """Make sure that the commands of the trajectories are there.
+    """Check that the commands of the trajectories are installed.
 
     Raises:
-        ConfigError: naming those that are not.
+        ConfigError: commands are missing; the message names them.
     """
     if missing := [command for command in _COMMANDS if shutil.which(command) is None]:
         raise ConfigError(
@@ -35,11 +35,11 @@ def require_commands() -> None:
 
 
 class Workspace:
-    """A folder of files, a shell in it and an editor."""
+    """A folder of files with a shell and an editor."""
 
     def __init__(self, root: Path, files: Mapping[str, str]) -> None:
-        """Write `files`, by path from `root`, an empty folder."""
-        # A temporary folder may be reached through a link, and Python prints where it really is.
+        """Write `files` (text by relative path) to the empty folder `root`."""
+        # The temporary folder may be reached through a link, but Python prints the resolved path.
         self._root = root.resolve()
         for name, text in files.items():
             path = self._root / name
@@ -47,12 +47,12 @@ class Workspace:
             path.write_text(text, encoding="utf-8")
 
     def files(self) -> dict[str, str]:
-        """The text of every file, by path from the root, in order of path."""
+        """Return the text of every file by path relative to the root, sorted by path."""
         paths = sorted(path for path in self._root.rglob("*") if path.is_file())
         return {path.relative_to(self._root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
     def run(self, command: str) -> tuple[str, int]:
-        """What a bash command prints, its errors included, and its exit status."""
+        """Run a bash command and return its output (stderr included) and exit status."""
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(self._root),
@@ -75,7 +75,7 @@ class Workspace:
         return done.stdout.replace(str(self._root), SHOWN_ROOT), done.returncode
 
     def view(self, name: str) -> str:
-        """A file's lines, numbered as `cat -n` does."""
+        """Return a file's lines, numbered as by `cat -n`."""
         lines = (self._root / name).read_text(encoding="utf-8").splitlines()
         return "".join(f"{number:6}\t{line}\n" for number, line in enumerate(lines, start=1))
 
@@ -85,7 +85,7 @@ class Workspace:
             file.write(text)
 
     def replace(self, name: str, old: str, new: str) -> None:
-        """Replace the one occurrence of `old` in a file."""
+        """Replace the only occurrence of `old` in a file."""
         path = self._root / name
         text = path.read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {name}"

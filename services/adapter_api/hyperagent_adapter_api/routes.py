@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
 
-from hyperagent.config import StrictModel
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
+from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, BundleBody, PromptBody, StoredAdapter
 from hyperagent_adapter_api.service import AdapterService
-from hyperagent_adapter_api.store import ID_PATTERN, StoredAdapter
+from hyperagent_adapter_api.store import ID_PATTERN
 
 router = APIRouter(prefix="/v1")
 
 _CHUNK_BYTES = 1 << 20
-
-
-class PromptBody(StrictModel):
-    """What to make an adapter for."""
-
-    prompt: str = Field(description="The task's text.")
-    system: str | None = Field(None, description="The system prompt; only if the hypernetwork reads it.")
-    tools: list[dict[str, Any]] | None = Field(None, description="Tools, as in a chat completion; likewise.")
-    extra: str | None = Field(None, description="Further text, such as a repository map; likewise.")
-
-    def parts(self) -> dict[str, Any]:
-        """What was sent, null or not, by the condition's names."""
-        return {"task" if name == "prompt" else name: getattr(self, name) for name in self.model_fields_set}
-
-
-class AdapterBody(StoredAdapter):
-    """An adapter, and where its files are."""
-
-    links: dict[str, str]
-    """Addresses of the adapter and of its two files."""
-
-
-class AdaptersBody(BaseModel):
-    adapters: list[AdapterBody]
-    next: str | None = Field(description="Address of the next page; null on the last one.")
-
-
-class BundleBody(BaseModel):
-    """What makes the adapters."""
-
-    fingerprint: str
-    base_model: str
-    student_weights: str
-    teacher: str
-    data: str = Field(description="Fingerprint of the data it was trained on.")
-    condition: tuple[str, ...] = Field(description="What a request must hold; the task is its prompt.")
-    rank: int
-    alpha: float
-    num_layers: int = Field(description="Linear layers that an adapter changes.")
-    max_prompt_tokens: int
-    step: int = Field(description="Optimizer steps the hypernetwork was trained for.")
 
 
 def _service(request: Request) -> AdapterService:

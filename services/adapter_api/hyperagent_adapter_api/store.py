@@ -25,36 +25,18 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from hyperagent.config import StrictModel, describe
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
+from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.files import fsync_directory, is_aside, new_directory
+from hyperagent.files import fsync_directory, is_temporary, new_directory
+from hyperagent.http.adapter_models import StoredAdapter
 from hyperagent.model.bundle import Bundle
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, AdapterFiles
+from hyperagent.model.peft_io import AdapterFiles
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 
 _RECORD_FILE = "adapter.json"
 _RETIRED_PREFIX = ".retired-"
-
-
-class StoredAdapter(StrictModel):
-    """What `adapter.json` holds."""
-
-    id: str
-    created_at: datetime
-    prompt_tokens: int
-    """Length of the prompt it was made for; the prompt itself is not kept."""
-    rank: int
-    bytes: int
-    """Size of `adapter_model.safetensors`."""
-    sha256: dict[str, str]
-    """Digest (hex) of each of the two files, by name."""
-    base_model: str
-    """The student it belongs to."""
-    bundle: str
-    """Fingerprint of the bundle that made it."""
-    data: str
-    """Fingerprint of the data that the bundle was trained on."""
 
 
 def id_of(bundle: Bundle, prompt_ids: NDArray[np.uint32]) -> str:
@@ -76,7 +58,7 @@ class AdapterStore:
         self._max_adapters = max_adapters
         self._lock = _hold(root)
         for path in root.iterdir():
-            if is_aside(path) or path.name.startswith(_RETIRED_PREFIX):
+            if is_temporary(path) or path.name.startswith(_RETIRED_PREFIX):
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
@@ -168,10 +150,10 @@ class AdapterStore:
             bundle=bundle.fingerprint,
             data=bundle.manifest.data.fingerprint,
         )
-        with new_directory(self._folder(adapter_id)) as aside:
-            (aside / MODEL_FILE).write_bytes(files.model)
-            (aside / CONFIG_FILE).write_bytes(files.config)
-            (aside / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with new_directory(self._folder(adapter_id)) as temporary:
+            (temporary / MODEL_FILE).write_bytes(files.model)
+            (temporary / CONFIG_FILE).write_bytes(files.config)
+            (temporary / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return adapter
 
     def delete(self, adapter_id: str) -> None:

@@ -2,78 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, Json, field_validator, model_validator
 
 from hyperagent.cache.format.manifest import CacheSettings
-from hyperagent.config import StrictModel
+from hyperagent.services import Service
+from hyperagent.settings import ServiceSettings, Setting
 from hyperagent.topk import DEFAULT_TEMPERATURES
 
+_MODEL = Setting("Model")
+_ROWS = Setting("Rows and cache")
+_REQUESTS = Setting("Requests")
+_NETWORK = Setting("Network")
+_PROCESS = Setting("Process")
 
-class TeacherSettings(StrictModel):
-    """What `hyperagent serve teacher` is told."""
 
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """What runs the model: Transformers in this process, or vLLM."""
-    model: Path
-    """Folder of the model: config.json and safetensors weights."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer and its chat template; by default the model's."""
-    cache: Path = Path("cache")
-    """Folder of the cache that PopulateCache fills."""
-    data_dir: Path | None = None
+class TeacherSettings(ServiceSettings):
+    """The settings of `hyperagent serve teacher`."""
+
+    variable_prefix: ClassVar[str] = "HYPERAGENT_TEACHER_"
+
+    model: Annotated[Path, _MODEL]
+    """Folder of the model: config.json, safetensors weights and, by default, the tokenizer."""
+    backend: Annotated[Literal["transformers", "vllm"], _MODEL] = "transformers"
+    """What runs the model: Transformers in this process, or vLLM in an environment that has it."""
+    tokenizer: Annotated[Path | None, _MODEL] = None
+    """Folder of tokenizer.json and the chat template; by default the model's."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _MODEL] = "auto"
+    """Dtype of the model; "auto" is that of the weights."""
+    head_dtype: Annotated[Literal["auto", "float32"], _MODEL] = "auto"
+    """Dtype of the head's product; "auto" is the model's. float32 has hardly any ties, and needs memory for a larger head."""
+    device: Annotated[str, _MODEL] = "auto"
+    """Transformers: auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    capture: Annotated[Literal["tensors", "flat"], _MODEL] = "tensors"
+    """vLLM: take the rows as tensors (exact, fast, known releases only) or flat through vLLM's public interface."""
+    engine_args: Annotated[Json[dict[str, Any]] | dict[str, Any], _MODEL] = Field(default_factory=dict)
+    """vLLM: JSON of further engine arguments, such as {"tensor_parallel_size": 8}."""
+
+    cache: Annotated[Path, _ROWS] = Path("cache")
+    """Folder of the cache to fill; it belongs to one teacher and refuses any other."""
+    data_dir: Annotated[Path | None, _ROWS] = None
     """The only folder that tokens files are read from; without it none are."""
-    host: str = "127.0.0.1"
-    port: int = Field(8701, ge=0, le=65_535)
-    """0 takes a free one, which the log names."""
-    top_k: int = Field(128, ge=1)
+    top_k: Annotated[int, _ROWS] = Field(128, ge=1)
     """Ids kept per row in the cache, and the most a request may ask for."""
-    temperatures: tuple[float, ...] | None = None
-    """Those besides 1 at which rows can be trained on without error, rising; by default 2, or none with capture flat."""
-    max_tokens: int = Field(131_072, ge=2, le=1 << 20)
-    """Longest sequence accepted; the model's own limit holds where it is lower."""
-    max_pending_requests: int = Field(8, ge=1)
-    """Most requests scored or waiting at once; each may hold one sequence's hidden states in memory."""
-    chunk_kib: int = Field(512, ge=64, le=2048)
-    """Rows in one message of an answer, in KiB."""
-    row_memory_mib: int = Field(256, ge=1)
-    """Most memory for rows of requests in progress; more requests wait, a larger one is refused."""
-    codec: Literal["exact", "compact", "archive"] | None = None
-    """How a new cache stores rows, "compact" by default; one that is there keeps its own way."""
-    kept_mass: float | None = Field(None, gt=0, le=1)
-    """Of a row, a new cache keeps only the most likely ids that reach this probability together; 1 by default."""
-    min_k: int | None = Field(None, ge=1)
-    """The fewest ids that a row keeps all the same; 8 by default."""
-    redis_url: str | None = None
-    """The cache's hot tier, such as redis://127.0.0.1:6379/0; the cache works without."""
-    redis_ttl_s: int = Field(86_400, ge=1)
+    temperatures: Annotated[tuple[float, ...] | None, _ROWS] = None
+    """Temperatures besides 1 at which rows can be trained on without error, rising, such as 2,4, or '' for none; by default
+    2, or none with --capture flat."""
+    codec: Annotated[Literal["exact", "compact", "archive"] | None, _ROWS] = None
+    """How a new cache stores rows; by default compact. An existing cache keeps its own codec."""
+    kept_mass: Annotated[float | None, _ROWS] = Field(None, gt=0, le=1)
+    """A new cache keeps of a row only the most likely ids that reach this probability together, such as 0.999; by default 1."""
+    min_k: Annotated[int | None, _ROWS] = Field(None, ge=1)
+    """Fewest ids that a row keeps whatever their probability; by default 8."""
+    redis_url: Annotated[str | None, replace(_ROWS, variable="HYPERAGENT_REDIS_URL")] = None
+    """The cache's hot tier, such as redis://127.0.0.1:6379/0; the cache works without it."""
+    redis_ttl_s: Annotated[int, replace(_ROWS, variable="HYPERAGENT_REDIS_TTL_S")] = Field(86_400, ge=1)
     """Seconds a record stays in the hot tier."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The weights' own dtype for "auto"."""
-    head_dtype: Literal["auto", "float32"] = "auto"
-    """Of the head's product: the model's own for "auto"; float32 has hardly any ties, at the price of a larger head."""
-    device: str = "auto"
-    """Transformers: one of "auto", "cpu", "cuda" and "cuda:N"; "auto" is a GPU if there is one."""
-    capture: Literal["tensors", "flat"] = "tensors"
-    """vLLM: how rows leave it, by the tap or by its public interface."""
-    engine_args: Json[dict[str, Any]] | dict[str, Any] = Field(default_factory=dict)
-    """vLLM: further arguments of its engine, such as {"tensor_parallel_size": 8}."""
-    engine_timeout_s: float = Field(10.0, gt=0, le=3600)
-    """How long an engine with work may get nothing done before the teacher stops serving."""
-    engine_restart_s: float = Field(60.0, ge=0)
-    """How long it may hang before it is started afresh."""
-    tls_certificate: Path | None = None
-    """PEM file with the server's certificate chain; traffic is encrypted then."""
-    tls_key: Path | None = None
+
+    max_tokens: Annotated[int, _REQUESTS] = Field(131_072, ge=2, le=1 << 20)
+    """Longest sequence accepted, in tokens; the model's own limit holds where it is lower."""
+    max_pending_requests: Annotated[int, _REQUESTS] = Field(8, ge=1)
+    """Most requests scored or waiting at once, each of which may hold one sequence's hidden states in memory; more are
+    refused."""
+    row_memory_mib: Annotated[int, _REQUESTS] = Field(256, ge=1)
+    """Most memory for the rows of all requests in progress, in MiB; further requests wait, and one that is larger is
+    refused."""
+    chunk_kib: Annotated[int, _REQUESTS] = Field(512, ge=64, le=2048)
+    """Rows in one message of an answer, in KiB."""
+
+    host: Annotated[str, _NETWORK] = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, _NETWORK] = Field(Service.TEACHER.default_port, ge=0, le=65_535)
+    """Port to listen on; 0 takes a free one, which the log names."""
+    tls_certificate: Annotated[Path | None, _NETWORK] = None
+    """PEM file with the server's certificate chain; traffic is then encrypted, and any host may be listened on."""
+    tls_key: Annotated[Path | None, _NETWORK] = None
     """PEM file with the certificate's private key."""
-    allow_remote: bool = False
-    """Listen on an address that other machines can reach although traffic is not encrypted."""
-    reflection: bool = False
+    allow_remote: Annotated[bool, _NETWORK] = False
+    """Permit an address that other machines can reach although traffic is not encrypted."""
+    reflection: Annotated[bool, _NETWORK] = False
     """Let clients such as grpcurl ask for the service's description."""
-    stop_grace_s: float = Field(30.0, ge=0, le=3600)
-    """Seconds that requests in progress have to end before they are cancelled."""
+
+    engine_timeout_s: Annotated[float, _PROCESS] = Field(10.0, gt=0, le=3600)
+    """Seconds an engine with work may make no progress before the teacher stops serving."""
+    engine_restart_s: Annotated[float, _PROCESS] = Field(60.0, ge=0)
+    """Seconds it may hang before it is started again."""
+    stop_grace_s: Annotated[float, _PROCESS] = Field(30.0, ge=0, le=3600)
+    """Seconds that requests in progress have to end before they are canceled."""
 
     @property
     def cache_settings(self) -> CacheSettings:

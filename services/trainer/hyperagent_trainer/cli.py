@@ -1,4 +1,4 @@
-"""The trainer's part of the command line: `hyperagent serve trainer`, `preflight`, `plan` and `export`."""
+"""The trainer's commands: `hyperagent preflight`, `plan` and `export`."""
 
 from __future__ import annotations
 
@@ -6,58 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-
-def serve(
-    recipes: Annotated[
-        Path, typer.Option(help="Folder of the recipes that may be run.", envvar="HYPERAGENT_TRAINER_RECIPES")
-    ] = Path("recipes"),
-    runs: Annotated[
-        Path, typer.Option(help="Folder that gets a folder per run.", envvar="HYPERAGENT_TRAINER_RUNS")
-    ] = Path("runs"),
-    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="HYPERAGENT_TRAINER_HOST")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", envvar="HYPERAGENT_TRAINER_PORT")] = 8702,
-    allow_remote: Annotated[
-        bool,
-        typer.Option(
-            "--allow-remote",
-            help="Permit an address that other machines can reach.",
-            envvar="HYPERAGENT_TRAINER_ALLOW_REMOTE",
-        ),
-    ] = False,
-    allowed_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-host",
-            help="A name the service answers to besides localhost and IP addresses; may be given several times.",
-            envvar="HYPERAGENT_TRAINER_ALLOWED_HOSTS",
-        ),
-    ] = None,
-    stop_grace_s: Annotated[
-        float,
-        typer.Option(
-            help="Seconds a training process has to save and end before it is killed.",
-            envvar="HYPERAGENT_TRAINER_STOP_GRACE_S",
-        ),
-    ] = 60.0,
-) -> None:
-    """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
-    given = {**locals(), "allowed_hosts": allowed_hosts or ()}
-    from hyperagent.auth import ensure_token
-    from hyperagent.config import parse
-    from hyperagent.http.server import listening, run
-    from hyperagent.logs import configure_logging
-    from hyperagent_trainer.config import ControlSettings
-
-    configure_logging(service="trainer-control")
-    settings = parse(given, ControlSettings, source="hyperagent serve trainer")
-    # The port is taken before the runs folder is touched: on a busy one, nothing has happened.
-    with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
-        from hyperagent_trainer.control.app import create_control_app
-        from hyperagent_trainer.control.supervisor import Supervisor
-
-        app = create_control_app(Supervisor(settings), token=ensure_token())
-        run(app, listener, allowed_hosts=settings.allowed_hosts)
 
 
 def preflight(

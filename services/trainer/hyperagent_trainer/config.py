@@ -1,4 +1,4 @@
-"""What a training run is told: the recipe, and what a caller of the control endpoint may change of it."""
+"""The recipe of a training run."""
 
 from __future__ import annotations
 
@@ -8,33 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hyperagent.config import StrictModel, load_yaml
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.http.run_models import RunOverrides
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent_trainer.loss.options import LossOptions
 
 AttentionName = Literal["auto", "cudnn", "flash", "efficient", "flash_attn"]
 """How softmax attention can be computed on a GPU: three kernels of PyTorch's, and the package flash-attn."""
-
-
-class RunOverrides(StrictModel):
-    """What `POST /v1/runs` may change of a named recipe, with the bounds it may change it within."""
-
-    num_steps: int | None = Field(None, ge=1, le=1_000_000)
-    """Optimizer steps."""
-    batch_size: int | None = Field(None, ge=1, le=256)
-    """Trajectories per step."""
-    learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak learning rate."""
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    """Seeds the network's start and the order of the data."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_a_number(cls, value: object) -> object:
-        # Pydantic would read `true` and "1" as numbers, against the schema; its strict mode would refuse 1.0, which is an
-        # integer in JSON.
-        if isinstance(value, (bool, str)):
-            raise ValueError("Input should be a number")
-        return value
 
 
 class TrainRecipe(StrictModel):
@@ -170,20 +149,3 @@ def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecip
     if "num_steps" in changes:
         changes |= {"num_epochs": None, "warmup_epochs": None}
     return load_yaml(path, TrainRecipe, context={"base": path.parent}).model_copy(update=changes)
-
-
-class ControlSettings(StrictModel):
-    """The control process's own settings."""
-
-    recipes: Path = Path("recipes")
-    """Folder of the recipes that may be run, `NAME.yaml` each."""
-    runs: Path = Path("runs")
-    """Folder that gets a folder per run."""
-    host: str = "127.0.0.1"
-    port: int = Field(8702, ge=1, le=65_535)
-    allow_remote: bool = False
-    """Listen on an address other machines can reach."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names the service answers to besides localhost and IP addresses."""
-    stop_grace_s: float = Field(60.0, gt=0, le=3600)
-    """Seconds a training process has to save and end before it is killed."""

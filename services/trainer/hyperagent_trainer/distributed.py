@@ -7,11 +7,15 @@ Without them there is one process and no process group, and everything below doe
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # Longer than any one of a step's parts takes, evaluation included, and short enough to learn of a rank that hangs.
 _TIMEOUT = timedelta(minutes=30)
 _BUCKET_NUMBERS = 2**25
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,22 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
         # Every rank has read the same, so nothing needs to be sent.
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)
+
+
+def machine_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the host as far as this process's control group may use it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = int(psutil.virtual_memory().total)
+    if not _CGROUP_LIMIT.is_file():
+        return total
+    limit = _CGROUP_LIMIT.read_text().strip()
+    return total if limit == "max" else min(total, int(limit))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that this process has held so far, of the GPU's memory or of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes (man page getrusage(2)).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER` (`hyperagent_trainer.control.command`).
+"""One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER`.
 
 SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` names the cache's hot tier,
 for this process as for the teacher.
@@ -12,19 +12,23 @@ import sys
 import threading
 from pathlib import Path
 
-from hyperagent.errors import HyperagentError
-from hyperagent.logs import configure_logging
-from hyperagent_trainer.runs.folder import RunFolder
-
 
 def main() -> int:
-    folder = RunFolder(Path(sys.argv[1]))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    configure_logging(service="trainer")
-    from hyperagent_trainer.training.trainer import train  # torch takes seconds to import: answer signals first
+    return _train(Path(sys.argv[1]), stop)
 
+
+def _train(root: Path, stop: threading.Event) -> int:
+    # Imported only now: torch takes seconds to import, and a signal must find its handler before that.
+    from hyperagent.errors import HyperagentError
+    from hyperagent.logs import configure_logging
+    from hyperagent_trainer.runs.folder import RunFolder
+    from hyperagent_trainer.training.trainer import train
+
+    configure_logging(service="trainer")
+    folder = RunFolder(root)
     try:
         train(folder.read_recipe(), folder, stop, redis_url=os.environ.get("HYPERAGENT_REDIS_URL"))
     except HyperagentError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.index import Entry, Index
 from hyperagent.errors import CorruptRecord, StorageError
-from hyperagent.files import fsync_directory, remedy_of
+from hyperagent.files import fsync_directory, remedy_of, temporary_sibling
 
 _LOCK_S = 600.0
 log = structlog.get_logger()
@@ -65,9 +64,9 @@ def rebuild_index(
         OSError: the file system refused; the index is as it was.
     """
     path = index_path(root)
-    aside = path.with_name(f".aside-{uuid.uuid4().hex}-{path.name}")
+    temporary = temporary_sibling(path)
     try:
-        index = Index.create(aside)
+        index = Index.create(temporary)
         paths = shard_paths(root / "shards")
         for done, shard in enumerate(paths):
             progress(done, len(paths))
@@ -77,10 +76,10 @@ def rebuild_index(
                 index.set_end(shard.stem, end)
         index.close()
         _remove_index(path)
-        aside.replace(path)
+        temporary.replace(path)
         fsync_directory(root)
     finally:
-        _remove_index(aside)
+        _remove_index(temporary)
 
 
 def index_path(root: Path) -> Path:

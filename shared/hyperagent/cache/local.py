@@ -35,7 +35,7 @@ from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
-from hyperagent.files import is_aside, write_atomically
+from hyperagent.files import is_temporary, write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
 from hyperagent.topk import TopKRows
 
@@ -144,7 +144,7 @@ class LocalCache(CacheReader):
 
     def data_fingerprints(self) -> list[str]:
         """See `CacheReader.data_fingerprints`."""
-        return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_aside(path))
+        return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_temporary(path))
 
     def data_identities(self) -> list[DataIdentity]:
         """Identities of all data that trajectories were put in of.

@@ -50,9 +50,9 @@ def create(
         client.wait_until_ready(_READY_TIMEOUT_S)
     with ApiClient(server, read_token()) as client:
         created = client.post_json("/v1/adapters", body)
-        with new_directory(out) as aside:
+        with new_directory(out) as temporary:
             for name in (MODEL_FILE, CONFIG_FILE):
-                (aside / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
+                (temporary / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
     print_result({**created, "folder": str(out)}, as_json=as_json)
 
 

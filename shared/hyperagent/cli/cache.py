@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from hyperagent.cli import cache_care, cache_exchange
 from hyperagent.cli.cache_care import Json, Root
 from hyperagent.cli.display import print_result, progress_bars
-from hyperagent.identity import require_same
+from hyperagent.services import Service
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
 for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
@@ -37,7 +38,7 @@ TlsCa = Annotated[
 @app.command()
 def populate(
     tokens: Annotated[Path, typer.Argument(help="Tokens file, made by `hyperagent data tokenize`.")],
-    teacher: Teachers = ["127.0.0.1:8701"],  # noqa: B006  # typer copies it
+    teacher: Teachers = [Service.TEACHER.default_address],  # noqa: B006  # typer copies it
     queue: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +46,7 @@ def populate(
         ),
     ] = None,
     calls: Annotated[int, typer.Option(min=1, help="Trajectories that each teacher holds at once.")] = 1,
-    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is set aside.")] = 5,
+    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is quarantined.")] = 5,
     lease_s: Annotated[
         float, typer.Option(min=1, help="Seconds after which a worker that vanished loses its trajectory.")
     ] = 60.0,
@@ -61,11 +62,13 @@ def populate(
     Run it on several machines with one redis:// queue, and they share the work. Run again after an interruption, it goes
     on; run again after the end, it checks everything.
     """
+    import asyncio
+
     settings = _PopulateSettings(queue or f"{tokens}.queue.sqlite", calls, max_tries, lease_s, teacher_wait_s)
     with progress_bars() as bars:
         result = asyncio.run(_populate(tokens, teacher, tls_ca, settings, bars, dry_run=dry_run))
     print_result(result, as_json=as_json)
-    if result.get("refused") or result.get("set_aside"):
+    if result.get("refused") or result.get("quarantined"):
         raise typer.Exit(1)
 
 
@@ -73,7 +76,7 @@ def populate(
 def audit(
     root: Root,
     tokens: Annotated[Path, typer.Argument(help="Tokens file that the cache was populated from.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's host:port.")] = "127.0.0.1:8701",
+    teacher: Annotated[str, typer.Option(help="The teacher's host:port.")] = Service.TEACHER.default_address,
     positions: Annotated[int, typer.Option("--positions", "-n", min=1, help="Positions to score again.")] = 64,
     seed: Annotated[int, typer.Option(help="Decides which positions.")] = 0,
     max_kl: Annotated[float, typer.Option(min=0, help="Exit with 1 if the mean KL is above this, in nats.")] = 1e-3,
@@ -81,6 +84,8 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Score random cached positions again with the live teacher and report the drift."""
+    import asyncio
+
     with progress_bars() as bars:
         result = asyncio.run(_audit(root, tokens, teacher, tls_ca, positions, seed, bars))
     print_result(result, as_json=as_json)
@@ -156,6 +161,7 @@ async def _populate(
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
     from hyperagent.data.files.tokens_file import read_data_identity
+    from hyperagent.identity import require_same
     from hyperagent.populate.run import find_teachers, open_queue, plan, populate
     from hyperagent.wire.client import TeacherClient
 
@@ -205,7 +211,7 @@ async def _populate(
             )
         finally:
             queue.close()
-    return {**asdict(report), "refused": list(report.refused), "set_aside": list(report.set_aside)}
+    return {**asdict(report), "refused": list(report.refused), "quarantined": list(report.quarantined)}
 
 
 async def _audit(

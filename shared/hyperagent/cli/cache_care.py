@@ -69,7 +69,7 @@ def plan(
 
 
 def repair(root: Root, as_json: Json = False) -> None:
-    """Make the index again and set damaged shards aside; exits 1 if trajectories have to be populated again."""
+    """Rebuild the index and quarantine damaged shards; exits 1 if trajectories have to be populated again."""
     from hyperagent.cache.maintenance.repair import repair as mend
 
     with progress_bars() as bars:
@@ -79,7 +79,7 @@ def repair(root: Root, as_json: Json = False) -> None:
         {
             "trajectories": report.trajectories,
             "damaged": [f"{found.path} at byte {found.offset}: {found.reason}" for found in report.damaged],
-            "set_aside": [str(path) for path in report.set_aside],
+            "quarantined": [str(path) for path in report.quarantined],
             "to_populate": list(report.to_populate),
         },
         as_json=as_json,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as EtaColumn
 
 from hyperagent.errors import RowRefused
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 stderr = Console(stderr=True)
 
 
 def progress_bars() -> Progress:
-    """Progress bars on standard error, each with count, elapsed time, ETA and a `note` field."""
+    """Return progress bars on standard error, each with count, elapsed time, ETA and a `note` field."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as EtaColumn
+
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

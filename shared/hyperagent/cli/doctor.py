@@ -1,4 +1,4 @@
-"""`hyperagent doctor`: is this machine ready, and if not, what mends it."""
+"""`hyperagent doctor`: check whether this machine is ready, and name the fix where it is not."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.table import Table
 
 from hyperagent.cli.display import print_result
 from hyperagent.errors import ConfigError
+from hyperagent.services import Service
 
-_SERVICE_PORTS = {"teacher": 8701, "trainer": 8702, "adapter-api": 8703}
 _PACKAGES = ("torch", "transformers", "safetensors", "grpcio", "fastapi", "uvicorn", "redis", "pyarrow", "peft")
 _MIN_FREE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """One check and its result."""
 
     name: str
     state: Literal["ok", "note", "fail"]
@@ -40,7 +40,7 @@ def doctor(
     tokenizer: Annotated[Path | None, typer.Option(help="Also check this tokenizer folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check Python, packages, disk, ports, GPU, Redis and tokenizer; exits 1 if something must be mended."""
+    """Check Python, packages, disk, ports, GPU, Redis and tokenizer; exits 1 if something must be fixed."""
     checks = list(_checks(tokenizer))
     healthy = all(check.state != "fail" for check in checks)
     if as_json:
@@ -62,8 +62,8 @@ def _checks(tokenizer: Path | None) -> Iterator[Check]:
     for name in _PACKAGES:
         yield _package(name)
     yield _disk()
-    for service, port in _SERVICE_PORTS.items():
-        yield _port(service, port)
+    for service in Service:
+        yield _port(service, service.default_port)
     yield _gpu()
     yield _redis()
     yield _tokenizer(tokenizer)
@@ -91,7 +91,7 @@ def _disk() -> Check:
     return Check("disk", "ok", detail)
 
 
-def _port(service: str, port: int) -> Check:
+def _port(service: Service, port: int) -> Check:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

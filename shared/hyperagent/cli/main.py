@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from hyperagent import __version__
 from hyperagent.cli import adapter, cache, data
@@ -21,8 +23,29 @@ from hyperagent.cli.wait import wait
 from hyperagent.errors import HyperagentError
 
 
+class _InstalledServices(TyperGroup):
+    """The `serve` commands of the installed packages; a service is imported when its command is looked up."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  # the signature is typer's
+        return sorted(entry_points(group="hyperagent.serve").names)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        for point in entry_points(group="hyperagent.serve", name=cmd_name):
+            service = typer.Typer(add_completion=False)
+            service.command(name=cmd_name)(point.load())
+            return get_command(service)
+        return None
+
+
+_serve = typer.Typer(
+    cls=_InstalledServices,
+    help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.",
+    no_args_is_help=True,
+)
+
+
 def build_app() -> typer.Typer:
-    """The whole command tree, with what the installed packages add to it."""
+    """Return the whole command tree, with what the installed packages add to it."""
     app = typer.Typer(callback=_root, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
     app.add_typer(data.app, name="data")
     app.add_typer(cache.app, name="cache")
@@ -30,12 +53,7 @@ def build_app() -> typer.Typer:
     app.add_typer(adapter.app, name="adapter")
     app.command()(wait)
     app.command()(doctor)
-    serve = typer.Typer(
-        help="Start a service and stay in the foreground until SIGTERM or Ctrl-C.", no_args_is_help=True
-    )
-    for point in sorted(entry_points(group="hyperagent.serve"), key=lambda point: point.name):
-        serve.command(name=point.name)(point.load())
-    app.add_typer(serve, name="serve")
+    app.add_typer(_serve, name="serve")
     for point in sorted(entry_points(group="hyperagent.commands"), key=lambda point: point.name):
         app.command(name=point.name)(point.load())
     return app

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-
-class Service(StrEnum):
-    """A service and, as its value, its name on the command line."""
-
-    TEACHER = "teacher"
-    TRAINER = "trainer"
-    ADAPTER_API = "adapter-api"
-
-
-_ADDRESSES = {
-    Service.TEACHER: "127.0.0.1:8701",
-    Service.TRAINER: "http://127.0.0.1:8702",
-    Service.ADAPTER_API: "http://127.0.0.1:8703",
-}
+from hyperagent.services import Service
 
 
 def wait(
@@ -30,12 +15,12 @@ def wait(
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Give up after this many seconds.")] = 60.0,
 ) -> None:
     """Block until a service is ready; exits 1 when it is not within the timeout."""
-    from hyperagent.http.client import ApiClient
-    from hyperagent.wire.client import TeacherClient
-
-    address = address or _ADDRESSES[service]
-    # Health is the one thing that a service tells without a token.
+    address = address or service.default_address
+    # The health checks are answered without a token.
     if service is Service.TEACHER:
+        import asyncio
+
+        from hyperagent.wire.client import TeacherClient
 
         async def wait_for_teacher() -> None:
             async with TeacherClient(address, token="") as teacher:
@@ -43,5 +28,7 @@ def wait(
 
         asyncio.run(wait_for_teacher())
     else:
+        from hyperagent.http.client import ApiClient
+
         with ApiClient(address, token="") as client:
             client.wait_until_ready(timeout_s)

@@ -1,1 +1,1 @@
-"""From a data set row to exact token ids: schema, reader, tokenizer, rendering, splits."""
+"""Conversion of data set rows to exact token ids: schema, reader, tokenizer, rendering, splits."""

@@ -27,7 +27,8 @@ from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitE
 from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.featurizer import EMBEDDINGS, EmbeddingFeaturizer, PromptFeaturizer
+from hyperagent.model.config import EMBEDDINGS
+from hyperagent.model.featurizer import EmbeddingFeaturizer, PromptFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.static_lora import StaticLoRA
@@ -125,23 +126,25 @@ def save_bundle(
     """
     if missing := [name for name in TOKENIZER_FILES if not (tokenizer_folder / name).is_file()]:
         raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks {', '.join(missing)}")
-    with new_directory(folder) as aside:
+    with new_directory(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
-        (aside / "hypernetwork.safetensors").write_bytes(save(weights))
+        (temporary / "hypernetwork.safetensors").write_bytes(save(weights))
         if manifest.hypernetwork.featurizer == EMBEDDINGS:
-            (aside / "embeddings.safetensors").write_bytes(save({"embeddings": embeddings.detach().cpu().contiguous()}))
-        (aside / "tokenizer").mkdir()
+            (temporary / "embeddings.safetensors").write_bytes(
+                save({"embeddings": embeddings.detach().cpu().contiguous()})
+            )
+        (temporary / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer_folder / name, aside / "tokenizer" / name)
+            shutil.copyfile(tokenizer_folder / name, temporary / "tokenizer" / name)
         files = {
-            str(p.relative_to(aside)): blake3(p.read_bytes()).hexdigest()
-            for p in sorted(aside.rglob("*"))
+            str(p.relative_to(temporary)): blake3(p.read_bytes()).hexdigest()
+            for p in sorted(temporary.rglob("*"))
             if p.is_file()
         }
         # Not among the files with a digest: people add to it.
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         manifest = manifest.model_copy(update={"files": files})
-        (aside / "bundle.json").write_text(
+        (temporary / "bundle.json").write_text(
             json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8"
         )
     return manifest

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hyperagent.errors import ConfigError
-
-EMBEDDINGS = "embeddings"
-PATTERN = rf"^({EMBEDDINGS}|hidden@[1-9][0-9]*)$"
-"""What a featurizer may be called."""
+from hyperagent.model.config import EMBEDDINGS, FEATURIZER_PATTERN
 
 
 class PromptFeaturizer(Protocol):
@@ -79,7 +76,7 @@ def make_featurizer(name: str, student: PreTrainedModel) -> PromptFeaturizer:
     Raises:
         ConfigError: there is none of that name, or the student has too few layers for it.
     """
-    if re.fullmatch(PATTERN, name) is None:
+    if re.fullmatch(FEATURIZER_PATTERN, name) is None:
         raise ConfigError(f"there is no featurizer {name!r}; choose {EMBEDDINGS} or hidden@K with K decoder layers")
     if name == EMBEDDINGS:
         return EmbeddingFeaturizer(student.get_input_embeddings().weight)  # type: ignore[arg-type]

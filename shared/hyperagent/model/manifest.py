@@ -8,8 +8,7 @@ from pydantic import model_validator
 
 from hyperagent.config import StrictModel
 from hyperagent.identity import DataIdentity
-from hyperagent.model.hypernetwork import HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 
 Mode = Literal["from_zero", "warm_start", "static"]
 """A hypernetwork whose adapter starts at zero, one that starts from a static adapter, or a static adapter itself."""

@@ -24,11 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-
-MODEL_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hyperagent.errors import ConfigError
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.config import LayerInfo
 
 
 class StaticLoRA(nn.Module):

@@ -18,35 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hyperagent.errors import ConfigError
+from hyperagent.model.config import LayerInfo
 
 Shape = tuple[int, int]
 """(in_features, out_features)."""
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One linear layer that an adapter changes."""
-
-    name: str
-    """Full module name inside the student, such as "model.layers.3.self_attn.q_proj"."""
-    in_features: int
-    out_features: int
-
-    @property
-    def depth(self) -> int:
-        """Index of its decoder layer."""
-        return int(self._place()[1])
-
-    @property
-    def kind(self) -> str:
-        """Path inside its decoder layer, such as "self_attn.q_proj"."""
-        return self._place()[2]
-
-    def _place(self) -> re.Match[str]:
-        place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", self.name)
-        if place is None:
-            raise ConfigError(f"{self.name!r} is no module of a decoder layer: its name lacks `layers.<index>.`")
-        return place
 
 
 def _attention(config: Any, *, query_gate: bool = False) -> dict[str, Shape]:

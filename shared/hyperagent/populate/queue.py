@@ -1,7 +1,7 @@
 """The work queue's contract: trajectories to be scored, shared by many processes and nodes.
 
 Delivery is at least once. Doing an item twice does no harm, since an item is its content and the cache is addressed
-by content. An item that fails goes to the back of the queue; one that fails too often is set aside with its reason.
+by content. An item that fails goes to the back of the queue; one that fails too often is quarantined with its reason.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class SetAside:
+class Quarantined:
     """An item that failed too often."""
 
     item: WorkItem
@@ -67,10 +67,10 @@ class QueueCounts:
     pending: int
     claimed: int
     finished: int
-    set_aside: int
+    quarantined: int
     tokens_total: int
     tokens_over: int
-    """Of items finished or set aside."""
+    """Of items finished or quarantined."""
 
     @property
     def is_over(self) -> bool:
@@ -98,7 +98,11 @@ class WorkQueue(Protocol):
         """The item is over, even if the claim has lapsed: whoever did it, the content is the same."""
 
     def fail(self, claim: Claim, reason: str) -> bool:
-        """Back to the end of the queue, or aside; True if aside. Nothing if the claim is no longer held."""
+        """Return the item to the end of the queue, or quarantine it if it has failed too often.
+
+        Returns:
+            Whether it is quarantined; False too if the claim is no longer held, and nothing changes then.
+        """
 
     def give_back(self, claim: Claim) -> None:
         """Back into the queue; the try does not count."""
@@ -109,8 +113,8 @@ class WorkQueue(Protocol):
     def finished(self) -> Iterator[Finished]:
         """What is finished, by row."""
 
-    def set_aside(self) -> list[SetAside]:
-        """What is set aside, by row."""
+    def quarantined(self) -> list[Quarantined]:
+        """List the quarantined items, by row."""
 
     def close(self) -> None:
         """Let go of what it is kept in."""

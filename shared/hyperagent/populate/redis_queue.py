@@ -4,7 +4,7 @@
     {prefix}items   item id -> the item, JSON
     {prefix}tries   item id -> claims so far
     {prefix}done    item id -> what became of it, JSON
-    {prefix}aside   item id -> tries and reason, JSON
+    {prefix}aside   item id -> tries and reason of a quarantined item, JSON
     {prefix}tokens  total, over
 
 Every step that changes two of them is one Lua script, so a client that is killed leaves nothing half done. Leases are
@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import redis
 
 from hyperagent.errors import ServiceError
-from hyperagent.populate.queue import VANISHED, Claim, Finished, QueueCounts, SetAside, WorkItem
+from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, QueueCounts, WorkItem
 
 _GROUP = "teachers"
 _ITEMS_PER_CALL = 1000
@@ -76,7 +76,7 @@ end
 """
 )
 # ... item id, tries and reason, tokens.
-_SET_ASIDE = (
+_QUARANTINE = (
     _HELD
     + """
 if not held() then return 0 end
@@ -107,7 +107,7 @@ class RedisQueue:
 
         Args:
             name: tells this population from others in the same Redis.
-            max_tries: how often an item may fail before it is set aside.
+            max_tries: how often an item may fail before it is quarantined.
             lease_s: how long a claim is held without being renewed.
 
         Raises:
@@ -116,7 +116,7 @@ class RedisQueue:
         self._url, self._max_tries, self._lease_ms = url, max_tries, int(lease_s * 1000)
         # The braces keep all keys on one node of a Redis cluster.
         self._keys = [f"hyperagent:populate:{{{name}}}:{key}" for key in _KEYS]
-        self._todo, self._items, self._tries, self._done, self._aside, self._tokens = self._keys
+        self._todo, self._items, self._tries, self._done, self._quarantined, self._tokens = self._keys
         # The library's annotations leave open whether it is the asynchronous client.
         self._redis: Any
         with self._refusals():
@@ -126,7 +126,7 @@ class RedisQueue:
             with suppress(redis.ResponseError):  # it is there already
                 self._redis.xgroup_create(self._todo, _GROUP, id="0", mkstream=True)
         self._scripts: dict[str, Callable[..., Any]] = {
-            text: self._redis.register_script(text) for text in (_BEGIN, _ADD, _RENEW, _FINISH, _SET_ASIDE, _PUT_BACK)
+            text: self._redis.register_script(text) for text in (_BEGIN, _ADD, _RENEW, _FINISH, _QUARANTINE, _PUT_BACK)
         }
 
     def fill(self, items: Iterable[WorkItem]) -> None:
@@ -152,7 +152,7 @@ class RedisQueue:
                 if tries < self._max_tries:
                     self._redis.hincrby(self._tries, item_id, 1)
                     return claim
-                self._set_aside(claim, tries, f"{VANISHED} {tries} times")
+                self._quarantine(claim, tries, f"{VANISHED} {tries} times")
         return None
 
     def renew(self, claim: Claim) -> bool:
@@ -171,7 +171,7 @@ class RedisQueue:
         """See `WorkQueue.fail`."""
         with self._refusals():
             if claim.tries >= self._max_tries:
-                return self._set_aside(claim, claim.tries, reason)
+                return self._quarantine(claim, claim.tries, reason)
             self._run(_PUT_BACK, _GROUP, claim.handle, claim.worker, claim.item.item_id, 0)
             return False
 
@@ -183,17 +183,17 @@ class RedisQueue:
     def counts(self) -> QueueCounts:
         """See `WorkQueue.counts`."""
         with self._refusals(), self._redis.pipeline() as together:
-            for key in (self._items, self._done, self._aside):
+            for key in (self._items, self._done, self._quarantined):
                 together.hlen(key)
             together.xpending(self._todo, _GROUP)
             together.hgetall(self._tokens)
-            total, done, aside, pending, tokens = together.execute()
+            total, done, quarantined, pending, tokens = together.execute()
         claimed = int(pending["pending"])
         return QueueCounts(
-            max(0, total - done - aside - claimed),
+            max(0, total - done - quarantined - claimed),
             claimed,
             done,
-            aside,
+            quarantined,
             tokens_total=int(tokens.get("total", 0)),
             tokens_over=int(tokens.get("over", 0)),
         )
@@ -203,9 +203,9 @@ class RedisQueue:
         for item, result in self._results(self._done):
             yield Finished(item, **result)
 
-    def set_aside(self) -> list[SetAside]:
-        """See `WorkQueue.set_aside`."""
-        return [SetAside(item, **result) for item, result in self._results(self._aside)]
+    def quarantined(self) -> list[Quarantined]:
+        """See `WorkQueue.quarantined`."""
+        return [Quarantined(item, **result) for item, result in self._results(self._quarantined)]
 
     def close(self) -> None:
         """See `WorkQueue.close`."""
@@ -223,10 +223,10 @@ class RedisQueue:
                 return handle, fields["id"]
         return None
 
-    def _set_aside(self, claim: Claim, tries: int, reason: str) -> bool:
+    def _quarantine(self, claim: Claim, tries: int, reason: str) -> bool:
         item = claim.item
         result = json.dumps({"tries": tries, "reason": reason})
-        return bool(self._run(_SET_ASIDE, _GROUP, claim.handle, claim.worker, item.item_id, result, item.num_tokens))
+        return bool(self._run(_QUARANTINE, _GROUP, claim.handle, claim.worker, item.item_id, result, item.num_tokens))
 
     def _results(self, key: str) -> list[tuple[WorkItem, dict[str, Any]]]:
         with self._refusals():

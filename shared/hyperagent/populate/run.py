@@ -34,7 +34,7 @@ class PopulateReport:
     present: int
     refused: tuple[str, ...]
     """Trajectory and reason of each that cannot be scored."""
-    set_aside: tuple[str, ...]
+    quarantined: tuple[str, ...]
     """Trajectory, tries and last reason of each that failed too often."""
     supervised_tokens: int
     digest: str
@@ -177,12 +177,12 @@ def _report(queue: WorkQueue) -> PopulateReport:
             digests[finished.cache_key] = finished.record_digest
         else:
             refused.append(f"{finished.item.trajectory_id}: {finished.reason}")
-    aside = [f"{s.item.trajectory_id}: failed {s.tries} times, last: {s.reason}" for s in queue.set_aside()]
+    quarantined = [f"{s.item.trajectory_id}: failed {s.tries} times, last: {s.reason}" for s in queue.quarantined()]
     return PopulateReport(
         written=outcomes[Outcome.WRITTEN],
         present=outcomes[Outcome.PRESENT],
         refused=tuple(refused),
-        set_aside=tuple(aside),
+        quarantined=tuple(quarantined),
         supervised_tokens=rows,
         digest=cache_digest(digests),
     )

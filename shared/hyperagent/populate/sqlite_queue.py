@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hyperagent.populate.queue import VANISHED, Claim, Finished, QueueCounts, SetAside, WorkItem
+from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, QueueCounts, WorkItem
 from hyperagent.sqlite import Database
 
 _VERSION = 1
-_SCHEMA = """
+_QUARANTINED = "set_aside"
+"""The state's name in files of version 1."""
+_SCHEMA = f"""
 CREATE TABLE items (
     queue TEXT NOT NULL,
     item_id TEXT NOT NULL,
@@ -24,7 +26,7 @@ CREATE TABLE items (
     trajectory_id TEXT NOT NULL,
     num_tokens INTEGER NOT NULL,
     num_rows INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'claimed', 'finished', 'set_aside')),
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'claimed', 'finished', '{_QUARANTINED}')),
     tries INTEGER NOT NULL DEFAULT 0,
     handle TEXT NOT NULL DEFAULT '',
     lease_until REAL NOT NULL DEFAULT 0,
@@ -48,7 +50,7 @@ class SqliteQueue:
 
         Args:
             name: tells this population from others in the same file.
-            max_tries: how often an item may fail before it is set aside.
+            max_tries: how often an item may fail before it is quarantined.
             lease_s: how long a claim is held without being renewed.
 
         Raises:
@@ -83,7 +85,7 @@ class SqliteQueue:
         with self._database.transaction() as database:
             lapsed = "WHERE queue = ? AND state = 'claimed' AND lease_until < ?"
             database.execute(
-                f"UPDATE items SET state = 'set_aside', reason = ? || ' ' || tries || ' times' {lapsed} AND tries >= ?",
+                f"UPDATE items SET state = '{_QUARANTINED}', reason = ? || ' ' || tries || ' times' {lapsed} AND tries >= ?",
                 (VANISHED, self._name, now, self._max_tries),
             )
             database.execute(f"UPDATE items SET state = 'pending' {lapsed}", (self._name, now))
@@ -118,7 +120,7 @@ class SqliteQueue:
     def fail(self, claim: Claim, reason: str) -> bool:
         """See `WorkQueue.fail`."""
         if claim.tries >= self._max_tries:
-            return self._change_held(claim, "state = 'set_aside', reason = ?", reason)
+            return self._change_held(claim, f"state = '{_QUARANTINED}', reason = ?", reason)
         self._change_held(claim, "state = 'pending', reason = ?", reason)
         return False
 
@@ -138,9 +140,9 @@ class SqliteQueue:
             pending=number.get("pending", 0),
             claimed=number.get("claimed", 0),
             finished=number.get("finished", 0),
-            set_aside=number.get("set_aside", 0),
+            quarantined=number.get(_QUARANTINED, 0),
             tokens_total=sum(tokens.values()),
-            tokens_over=tokens.get("finished", 0) + tokens.get("set_aside", 0),
+            tokens_over=tokens.get("finished", 0) + tokens.get(_QUARANTINED, 0),
         )
 
     def finished(self) -> Iterator[Finished]:
@@ -148,10 +150,10 @@ class SqliteQueue:
         for row in self._in_state("finished", "outcome, reason, cache_key, record_digest"):
             yield Finished(WorkItem(*row[:_ITEM_FIELDS]), *row[_ITEM_FIELDS:])
 
-    def set_aside(self) -> list[SetAside]:
-        """See `WorkQueue.set_aside`."""
-        found = self._in_state("set_aside", "tries, reason")
-        return [SetAside(WorkItem(*row[:_ITEM_FIELDS]), *row[_ITEM_FIELDS:]) for row in found]
+    def quarantined(self) -> list[Quarantined]:
+        """See `WorkQueue.quarantined`."""
+        found = self._in_state(_QUARANTINED, "tries, reason")
+        return [Quarantined(WorkItem(*row[:_ITEM_FIELDS]), *row[_ITEM_FIELDS:]) for row in found]
 
     def close(self) -> None:
         """See `WorkQueue.close`."""

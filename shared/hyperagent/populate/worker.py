@@ -99,7 +99,7 @@ class Worker:
             if self._claims:
                 claim = self._claims.popleft()
                 if await asyncio.to_thread(self._queue.fail, claim, str(error)):
-                    _log.error("trajectory set aside", trajectory=claim.item.trajectory_id, reason=str(error))
+                    _log.error("trajectory quarantined", trajectory=claim.item.trajectory_id, reason=str(error))
             await self._release()
 
     async def _claimed(self) -> AsyncIterator[Trajectory]:

@@ -1,1 +1,1 @@
-"""The teacher's gRPC contract: generated stubs, packed rows, client."""
+"""The teacher's gRPC API: generated stubs, conversion of messages, client."""

@@ -1,4 +1,4 @@
-"""The teacher's client: everybody who asks a teacher asks through this class.
+"""Client of the teacher service; all calls to a teacher go through it.
 
 Without `tls_ca` its channel is not encrypted, and the bearer token travels in the clear: that is for the loopback
 interface and private networks.
@@ -32,21 +32,21 @@ from hyperagent.wire.pem import read_pem
 
 HEALTH_POLL_S = 0.2
 RESUMES = 3
-"""How often a stream that broke off is taken up again."""
+"""Maximum number of times that an interrupted stream is resumed."""
 RESUME_WAIT_S = 120.0
-"""How long a teacher has to come back meanwhile."""
+"""Seconds to wait for the teacher before each resumption."""
 POPULATE_TIMEOUT_S = 7 * 24 * 3600.0
 
 Trajectory = tuple[str, NDArray[np.uint32], NDArray[np.uint32]]
-"""Id, token ids [T], positions [N]."""
+"""Trajectory id, token ids [T], positions [N]."""
 
 _CHANNEL_OPTIONS = (
-    # A service on this machine or in this cluster is never behind the proxy that `http_proxy` names.
+    # A service on this machine or in this cluster is never reached through the proxy that `http_proxy` names.
     ("grpc.enable_http_proxy", 0),
-    # A teacher that restarts is found again within a second; the default backs off to two minutes.
+    # Reconnect to a restarted teacher within a second; the default backs off to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A teacher whose machine is gone, or frozen as a whole, is noticed within a minute.
+    # Detect within a minute that the teacher's machine is gone or frozen.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
@@ -54,29 +54,29 @@ _CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What GetTeacher answers."""
+    """Response of GetTeacher: the teacher's identity and limits."""
 
     identity: TeacherIdentity
     max_tokens: int
     """Longest sequence accepted, in tokens."""
     max_pending_requests: int
-    """Most requests scored or waiting at once."""
+    """Maximum number of requests that are scored or waiting at once."""
 
 
 class TeacherClient:
-    """A connection to one teacher; an async context manager.
+    """Connection to one teacher; an async context manager.
 
-    Every method raises `ServiceError` when no teacher answers, `ConfigError` when the token is not the
-    teacher's, and otherwise the error that the teacher met.
+    Every method raises `ServiceError` if no teacher answers, `ConfigError` if the teacher rejects the token, and
+    otherwise the error that the teacher reports.
     """
 
     def __init__(self, address: str, token: str, *, tls_ca: Path | None = None) -> None:
-        """Name the teacher; nothing is sent yet.
+        """Configure the connection; nothing is sent yet.
 
         Args:
             address: `host:port`.
-            token: see `hyperagent.auth.read_token`.
-            tls_ca: PEM file with the certificates to trust; the channel is encrypted then.
+            token: bearer token (see `hyperagent.auth.read_token`).
+            tls_ca: PEM file with the certificates to trust; if given, the channel is encrypted.
 
         Raises:
             ConfigError: `tls_ca` cannot be read.
@@ -104,7 +104,7 @@ class TeacherClient:
         """Return as soon as the teacher is ready to score.
 
         Raises:
-            ServiceError: it is not within `timeout_s`.
+            ServiceError: the teacher is not ready within `timeout_s`.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -122,7 +122,7 @@ class TeacherClient:
         raise no_answer(self.address, f"waited {timeout_s:g} s: {last}")
 
     async def get_teacher(self, *, timeout_s: float = 10.0) -> TeacherFacts:
-        """Ask who the teacher is and what it accepts."""
+        """Return the teacher's identity and limits."""
         with self._domain_errors():
             answer = await self._stub.GetTeacher(pb.GetTeacherRequest(), timeout=timeout_s, metadata=self._metadata)
         return TeacherFacts(
@@ -138,20 +138,20 @@ class TeacherClient:
         tokenizer: TokenizerIdentity,
         timeout_s: float = 600.0,
     ) -> AsyncGenerator[TopKRows, None]:
-        """Score one sequence; yields its rows in order of position, some at a time.
+        """Score one sequence and yield its rows in order of position, in chunks.
 
-        A stream that breaks off after it has begun is taken up again at the first row that is missing, up to
-        `RESUMES` times. Leaving the loop early and closing the generator (`contextlib.aclosing`) stops the teacher.
+        A stream that is interrupted after it has begun is resumed at the first missing row, up to `RESUMES` times.
+        Leaving the loop early and closing the generator (`contextlib.aclosing`) stops the teacher.
 
         Args:
-            token_ids: [T].
-            positions: [N], strictly increasing in [1, T).
-            top_k: ids wanted per row, at most the teacher's.
-            timeout_s: for each attempt.
+            token_ids: token ids of the sequence, shape [T].
+            positions: positions to score, shape [N], strictly increasing in [1, T).
+            top_k: number of ids per row, at most the teacher's.
+            timeout_s: timeout of each attempt, in seconds.
 
         Raises:
             InvalidRequest, LimitExceeded, IdentityMismatch: the teacher refuses the request.
-            CorruptRecord: the rows are damaged, or not the ones asked for.
+            CorruptRecord: the rows are damaged, or not the requested ones.
         """
         received = resumes = 0
         while received < len(positions) or not len(positions):
@@ -170,7 +170,7 @@ class TeacherClient:
                         yield rows
             except (ServiceError, CorruptRecord):
                 resumes += 1
-                # Rows that have all come, but with another digest, are not mended by asking for no more of them.
+                # If all rows arrived but their digest differs, resuming would request no rows and cannot help.
                 if received in (begun_at, len(positions)) or resumes > RESUMES:
                     raise
                 await self.wait_until_serving(RESUME_WAIT_S)
@@ -178,7 +178,7 @@ class TeacherClient:
     async def _score(
         self, request: pb.ScoreTokensRequest, positions: NDArray[np.uint32], timeout_s: float
     ) -> AsyncGenerator[TopKRows, None]:
-        """One attempt: the rows from `request.first_row` on."""
+        """Make one attempt and yield the rows from `request.first_row` on."""
         call = self._stub.ScoreTokens(request, timeout=timeout_s, metadata=self._metadata)
         received = request.first_row
         digest, stated = blake3(), b""
@@ -192,9 +192,9 @@ class TeacherClient:
                     received += rows.num_rows
                     yield rows
             if received != len(positions):
-                raise CorruptRecord(f"the teacher answered {received} of {len(positions)} rows; ask for them again")
+                raise CorruptRecord(f"the teacher sent only {received} of {len(positions)} rows; request them again")
             if stated != digest.digest():
-                raise CorruptRecord("the rows do not have the digest that the teacher states; ask for them again")
+                raise CorruptRecord("the rows do not match the digest that the teacher sent; request them again")
         finally:
             call.cancel()
 
@@ -205,17 +205,17 @@ class TeacherClient:
         data: DataIdentity,
         timeout_s: float = POPULATE_TIMEOUT_S,
     ) -> AsyncGenerator[PopulateOutcome, None]:
-        """Have trajectories scored into the teacher's cache; yields one outcome per trajectory, in order.
+        """Score trajectories into the teacher's cache and yield one outcome per trajectory, in order.
 
-        A trajectory that cannot be scored is an outcome too. What is cached stays cached when this stops
-        halfway; asking again goes on from there.
+        A trajectory that cannot be scored yields an outcome too. If the call is interrupted, the trajectories written
+        so far stay in the cache, and a repeated call skips them.
 
         Args:
-            data: of the file the trajectories are from; the cache records it.
-            timeout_s: for all of them together.
+            data: identity of the data that the trajectories are from; the cache records it.
+            timeout_s: timeout of the whole call, in seconds.
 
         Raises:
-            IdentityMismatch: the teacher's tokenizer is another.
+            IdentityMismatch: the teacher's tokenizer is a different one.
             StorageError: the teacher cannot write to its cache.
         """
         return self._populate(_trajectory_items(trajectories), data, timeout_s)
@@ -223,18 +223,18 @@ class TeacherClient:
     def populate_file(
         self, name: str, *, data: DataIdentity, timeout_s: float = POPULATE_TIMEOUT_S
     ) -> AsyncGenerator[PopulateOutcome, None]:
-        """`populate` with a tokens file inside the teacher's own data folder.
+        """Call `populate` with a tokens file inside the teacher's own data folder.
 
         Raises:
-            NotFound: there is no such file there.
+            NotFound: the data folder has no such file.
         """
         return self._populate(_file_item(name), data, timeout_s)
 
     async def _populate(
         self, items: AsyncIterator[pb.PopulateCacheRequest], data: DataIdentity, timeout_s: float
     ) -> AsyncGenerator[PopulateOutcome, None]:
-        # grpc.aio loses the status of a call that ends while a message is being sent (grpc/grpc#36066), so nothing is
-        # sent unless the teacher waits for it: each answer, and the acceptance of the options, is a turn to send.
+        # grpc.aio loses the status of a call that ends while a message is being sent (grpc/grpc#36066). So a message is
+        # sent only while the teacher waits for one: after it accepted the options, and after each of its responses.
         turns: asyncio.Queue[bool] = asyncio.Queue()
         failure: Exception | None = None
 
@@ -251,7 +251,7 @@ class TeacherClient:
                         return
                     yield item
             except Exception as error:
-                # gRPC drops an error of the request iterator and reports a cancelled call in its stead.
+                # gRPC drops an error of the request iterator and reports a canceled call instead.
                 failure = error
                 raise
 
@@ -309,4 +309,6 @@ def _require_in_order(
 ) -> None:
     asked = positions[received : received + rows.num_rows]
     if chunk.first_row != received or rows.top_k != top_k or not np.array_equal(rows.positions, asked):
-        raise CorruptRecord(f"the teacher answered other rows than were asked for, from row {received}; ask again")
+        raise CorruptRecord(
+            f"the teacher sent rows other than the requested ones, from row {received}; request them again"
+        )

@@ -1,7 +1,7 @@
-"""Between the wire's messages and the values the rest of the project uses.
+"""Convert between protobuf messages and the types used in the rest of the project.
 
-Arrays travel as packed little-endian bytes in row-major order, so encoding is one copy and decoding none;
-the arrays that come out of a message are read-only views of its bytes.
+Arrays are sent as packed little-endian bytes in row-major order, so encoding takes one copy and decoding none. The
+arrays decoded from a message are read-only views of its bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _U4 = np.dtype("<u4")
 _F4 = np.dtype("<f4")
 
 OPTIONS_ACCEPTED = ("options", "accepted")
-"""The initial metadata by which PopulateCache accepts its options."""
+"""Initial metadata with which PopulateCache accepts its options."""
 
 _OUTCOMES = {
     Outcome.WRITTEN: pb.PopulateCacheResponse.OUTCOME_WRITTEN,
@@ -36,10 +36,10 @@ _OUTCOME_NAMES = {number: outcome for outcome, number in _OUTCOMES.items()}
 
 
 def pack_u32(values: NDArray[np.integer], *, what: str) -> bytes:
-    """Packed uint32 of a one-dimensional array; `what` names it in the error.
+    """Pack a one-dimensional array as uint32; `what` names it in error messages.
 
     Raises:
-        InvalidRequest: the array has another shape, is not of integers, or a value does not fit 32 bits.
+        InvalidRequest: the array is not one-dimensional or not of integers, or a value does not fit in 32 bits.
     """
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise InvalidRequest(f"{what} must be one row of integers, not {values.dtype} of shape {values.shape}")
@@ -49,7 +49,7 @@ def pack_u32(values: NDArray[np.integer], *, what: str) -> bytes:
 
 
 def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
-    """[n]: the array of `pack_u32`.
+    """Return the array [n] that `pack_u32` packed.
 
     Raises:
         InvalidRequest: the bytes are not a whole number of 32-bit values.
@@ -60,14 +60,14 @@ def unpack_u32(packed: bytes, *, what: str) -> NDArray[np.uint32]:
 
 
 class ChunkEncoder:
-    """Cuts the rows of one answer into messages of about `max_bytes` each; the last one carries the digest of all."""
+    """Splits the rows of one response into messages of about `max_bytes` each; the last one has the digest of all."""
 
     def __init__(self, *, top_k: int, num_temperatures: int, first_row: int = 0, max_bytes: int = 1 << 19) -> None:
-        """Begin an answer.
+        """Begin a response.
 
         Args:
-            num_temperatures: of the teacher's identity.
-            first_row: index of its first row among the request's positions.
+            num_temperatures: number of temperatures in the teacher's identity.
+            first_row: index of the response's first row among the request's positions.
         """
         self._rows_per_chunk = max(1, max_bytes // row_bytes(top_k, num_temperatures))
         self._next_row = first_row
@@ -76,7 +76,7 @@ class ChunkEncoder:
         self._digest = blake3()
 
     def add(self, rows: TopKRows) -> Iterator[pb.ScoreTokensResponse]:
-        """Take the next rows; yields the messages that are full, of which none can be the last."""
+        """Add rows and yield the messages that are full; none of them is the last."""
         self._pending.append(rows)
         self._num_pending += rows.num_rows
         if self._num_pending <= self._rows_per_chunk:
@@ -89,7 +89,7 @@ class ChunkEncoder:
         self._num_pending -= full
 
     def finish(self) -> pb.ScoreTokensResponse:
-        """The last message, with the rows that are left and the digest.
+        """Return the last message, with the remaining rows and the digest.
 
         Raises:
             InvalidRequest: no row was added.
@@ -119,35 +119,35 @@ class ChunkEncoder:
 
 
 def row_bytes(top_k: int, num_temperatures: int) -> int:
-    """Bytes of one row, on the wire and in memory."""
+    """Return the size of one row in bytes, on the wire and in memory."""
     return 8 * top_k + 12 + 4 * num_temperatures
 
 
 def update_digest(digest: blake3, chunk: pb.ScoreTokensResponse) -> None:
-    """Add one message's rows to an answer's digest."""
+    """Add one message's rows to a response's digest."""
     for packed in _arrays(chunk):
         digest.update(packed)
 
 
 def chunk_to_rows(chunk: pb.ScoreTokensResponse) -> TopKRows:
-    """The rows of one message.
+    """Return the rows of one message.
 
     Raises:
-        CorruptRecord: the checksum or a length does not fit.
+        CorruptRecord: the checksum or a length does not match.
     """
     checksum = _checksum(chunk)
     if checksum != chunk.checksum:
         raise CorruptRecord(
-            f"top-k rows from row {chunk.first_row} were damaged on the way: checksum {checksum:016x}, "
-            f"expected {chunk.checksum:016x}; ask for them again"
+            f"top-k rows from row {chunk.first_row} were damaged in transit: checksum {checksum:016x}, "
+            f"expected {chunk.checksum:016x}; request them again"
         )
     if (chunk.id_dtype, chunk.logprob_dtype) != (pb.DTYPE_UINT32, pb.DTYPE_FLOAT32):
         raise CorruptRecord(
-            f"top-k rows are of dtypes {chunk.id_dtype} and {chunk.logprob_dtype}, which are unknown here; "
+            f"top-k rows have dtypes {chunk.id_dtype} and {chunk.logprob_dtype}, which this version does not know; "
             "run the same version of hyperagent on both sides"
         )
     n, k = chunk.num_rows, chunk.top_k
-    # As many as the teacher has temperatures besides 1.
+    # Number of the teacher's temperatures other than 1.
     m = len(chunk.tail_logsumexps) // (_F4.itemsize * n) if n else 0
     return TopKRows(
         positions=_array(chunk.positions, _U4, (n,), "positions").astype(np.uint32, copy=False),
@@ -175,7 +175,9 @@ def _arrays(chunk: pb.ScoreTokensResponse) -> tuple[bytes, ...]:
 def _array(packed: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
     expected = dtype.itemsize * int(np.prod(shape))
     if len(packed) != expected:
-        raise CorruptRecord(f"top-k rows are damaged: {what} has {len(packed)} bytes, expected {expected}; ask again")
+        raise CorruptRecord(
+            f"top-k rows are damaged: {what} has {len(packed)} bytes, not {expected}; request them again"
+        )
     return np.frombuffer(packed, dtype).reshape(shape)
 
 
@@ -197,17 +199,17 @@ def data_to_proto(identity: DataIdentity) -> pb.DataIdentity:
 
 
 def data_from_proto(message: pb.DataIdentity) -> DataIdentity:
-    """The identity of the data that a client sends.
+    """Return the data identity of a client's message.
 
     Raises:
-        InvalidRequest: its settings are not a JSON object.
-        IdentityMismatch: its fingerprint is not that of its fields.
+        InvalidRequest: the settings are not a JSON object.
+        IdentityMismatch: the fingerprint does not match the fields.
     """
     try:
         settings = dict(json.loads(message.settings))
     except (ValueError, TypeError) as error:
         raise InvalidRequest(
-            f"the data's settings are not a JSON object: {error}; send the identity that the tokens file holds"
+            f"the data's settings are not a JSON object: {error}; send the identity stored in the tokens file"
         ) from error
     identity = DataIdentity(tokenizer_from_proto(message.tokenizer), message.source, settings)
     require_same(
@@ -236,16 +238,15 @@ def teacher_to_proto(identity: TeacherIdentity) -> pb.TeacherIdentity:
 
 
 def teacher_from_proto(message: pb.TeacherIdentity) -> TeacherIdentity:
-    """The identity a teacher states.
+    """Return the teacher identity of a teacher's message.
 
     Raises:
-        IdentityMismatch: its fingerprint is not that of its fields, so the teacher knows fields that this side
-            does not.
-        ServiceError: its temperatures are not packed float64.
+        IdentityMismatch: the fingerprint does not match the fields, so the teacher has fields that this version lacks.
+        ServiceError: the temperatures are not packed float64.
     """
     if len(message.temperatures) % 8:
         raise ServiceError(
-            f"the teacher's temperatures take {len(message.temperatures)} bytes, which are no float64; "
+            f"the teacher's temperatures have {len(message.temperatures)} bytes, which is not a multiple of 8; "
             "run the same version of hyperagent on both sides"
         )
     identity = TeacherIdentity(
@@ -281,15 +282,15 @@ def outcome_to_proto(outcome: PopulateOutcome) -> pb.PopulateCacheResponse:
 
 
 def outcome_from_proto(message: pb.PopulateCacheResponse) -> PopulateOutcome:
-    """One line of progress.
+    """Return the outcome of one PopulateCache message.
 
     Raises:
-        ServiceError: the teacher names an outcome that this side does not know.
+        ServiceError: this version does not know the outcome.
     """
     outcome = _OUTCOME_NAMES.get(message.outcome)
     if outcome is None:
         raise ServiceError(
-            f"the teacher answered with outcome {message.outcome}, which is unknown here; "
+            f"the teacher answered with outcome {message.outcome}, which this version does not know; "
             "run the same version of hyperagent on both sides"
         )
     return PopulateOutcome(

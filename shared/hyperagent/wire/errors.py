@@ -1,8 +1,8 @@
-"""The one table between the project's errors and gRPC's status codes.
+"""Convert between the project's errors and gRPC status codes.
 
-Codes follow https://grpc.io/docs/guides/status-codes/. A refusal also carries google.rpc.ErrorInfo, whose reason a
-program can act on, and google.rpc.RetryInfo if, and only if, asking again later helps
-(https://google.aip.dev/193; the `grpc-status-details-bin` trailer).
+Codes follow https://grpc.io/docs/guides/status-codes/. A refusal also carries google.rpc.ErrorInfo, whose reason is
+machine-readable, and google.rpc.RetryInfo if and only if retrying later can succeed (https://google.aip.dev/193; the
+`grpc-status-details-bin` trailer).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from hyperagent.errors import (
 
 
 class Busy(LimitExceeded):
-    """The service holds as many requests as it accepts at once."""
+    """The service already holds the maximum number of requests."""
 
 
 class BeyondEnd(InvalidRequest):
-    """A stream is to be taken up behind its end."""
+    """A stream was asked to resume after its end."""
 
 
 class NotServing(ServiceError):
-    """The service is starting or shutting down, or its engine has stopped; what was asked has not been done."""
+    """The service is starting or shutting down, or its engine has stopped; the request was not executed."""
 
 
 class _Answer(NamedTuple):
@@ -46,7 +46,7 @@ class _Answer(NamedTuple):
     retry_after_s: float | None = None
 
 
-# The first class that fits decides, so a class stands before its base.
+# The first matching class is used, so a class precedes its base.
 _ANSWERS = (
     _Answer(Busy, grpc.StatusCode.RESOURCE_EXHAUSTED, "BUSY", 1.0),
     _Answer(NotServing, grpc.StatusCode.UNAVAILABLE, "NOT_SERVING", 2.0),
@@ -66,7 +66,7 @@ _ANSWERS = (
 DOMAIN = "hyperagent"
 _DETAILS = "grpc-status-details-bin"
 
-# What grpc.aio says, in place of the real status, when a call ends while a message is being sent (grpc/grpc#36066).
+# grpc.aio reports this instead of the real status if a call ends while a message is being sent (grpc/grpc#36066).
 _BROKEN_OFF = "Internal error from Core"
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[HyperagentError]] = {
@@ -82,7 +82,7 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[HyperagentError]] = {
 
 
 def refusal(error: HyperagentError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """Code, one sentence and trailing metadata that tell a caller of `error`."""
+    """Return the status code, message and trailing metadata that report `error` to a caller."""
     answer = next(answer for answer in _ANSWERS if isinstance(error, answer.error))
     return answer.code, str(error), rich_details(answer.code, str(error), answer.reason, answer.retry_after_s)
 
@@ -90,7 +90,7 @@ def refusal(error: HyperagentError) -> tuple[grpc.StatusCode, str, tuple[tuple[s
 def rich_details(
     code: grpc.StatusCode, message: str, reason: str, retry_after_s: float | None = None
 ) -> tuple[tuple[str, bytes], ...]:
-    """Trailing metadata with google.rpc.Status, as grpcio-status writes it."""
+    """Return trailing metadata with google.rpc.Status, in the format of grpcio-status."""
     status = status_pb2.Status(code=code.value[0], message=message)
     _pack(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
     if retry_after_s is not None:
@@ -107,7 +107,7 @@ def _pack(status: status_pb2.Status, detail: error_details_pb2.ErrorInfo | error
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason that a refusal carries; empty if it carries none of ours."""
+    """Return the reason in a refusal's details, or "" if they have none of this project's domain."""
     trailers = dict(list(error.trailing_metadata() or ()))
     info = error_details_pb2.ErrorInfo()
     for detail in status_pb2.Status.FromString(trailers.get(_DETAILS, b"")).details:
@@ -117,7 +117,7 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
 
 
 def to_domain_error(error: grpc.aio.AioRpcError, address: str) -> HyperagentError:
-    """The error that a teacher's answer, or its silence, stands for."""
+    """Convert a failed call to the teacher at `address` to the project's error."""
     code, details, reason = error.code(), " ".join((error.details() or "").split()), reason_of(error)
     if reason == "NOT_SERVING":
         return NotServing(details)
@@ -129,18 +129,18 @@ def to_domain_error(error: grpc.aio.AioRpcError, address: str) -> HyperagentErro
         return no_answer(address, "the connection broke off")
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return ConfigError(
-            f"the teacher at {address} does not know this access token; set HYPERAGENT_TOKEN to the teacher's "
-            "(it keeps its own in ~/.hyperagent/token)"
+            f"the teacher at {address} rejects this access token; set HYPERAGENT_TOKEN to the teacher's token "
+            "(stored in ~/.hyperagent/token on its machine)"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServiceError(f"the teacher at {address} did not finish in time; give the call a longer timeout")
     if kind := _ERROR_OF_CODE.get(code):
         return kind(details)
-    return ServiceError(f"the teacher at {address} failed with {code.name}: {details}; its log says more")
+    return ServiceError(f"the teacher at {address} failed with {code.name}: {details}; see its log")
 
 
 def no_answer(address: str, reason: str) -> ServiceError:
-    """The error of a teacher that cannot be reached or is not ready."""
+    """Return the error for a teacher that cannot be reached or is not ready."""
     return ServiceError(
         f"no teacher answers at {address} ({reason}); start one with `hyperagent serve teacher`, "
         "or wait if it is starting"

@@ -1,4 +1,4 @@
-"""What became of one trajectory that was sent to be cached."""
+"""Outcomes of PopulateCache, one per trajectory."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """How a trajectory ended."""
+    """Result of caching one trajectory."""
 
     WRITTEN = "written"
-    """Computed and written to the cache."""
+    """The trajectory was scored and written to the cache."""
     PRESENT = "present"
-    """Was in the cache already."""
+    """The trajectory was already in the cache."""
     REFUSED = "refused"
-    """Cannot be scored; the others go on."""
+    """The trajectory cannot be scored; the call continues with the others."""
 
 
 @dataclass(frozen=True)
 class PopulateOutcome:
-    """One line of progress of PopulateCache."""
+    """Outcome of one trajectory in PopulateCache."""
 
     trajectory_id: str
     outcome: Outcome
     num_rows: int
-    """Supervised rows."""
+    """Number of supervised rows."""
     num_tokens: int
-    """Tokens, context included."""
+    """Number of tokens, context included."""
     cache_key: str = ""
-    """Key of the cache record; empty when refused."""
+    """Key of the cache record; empty if refused."""
     record_digest: str = ""
-    """Digest (hex) that the record ends with; empty when refused."""
+    """Digest (hex) at the end of the record; empty if refused."""
     reason: str = ""
-    """Why, when refused."""
+    """Reason of a refusal; empty otherwise."""

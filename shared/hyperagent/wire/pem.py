@@ -1,4 +1,4 @@
-"""Certificates and keys, as files."""
+"""Read certificates and keys from PEM files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hyperagent.errors import ConfigError
 
 
 def read_pem(path: Path) -> bytes:
-    """The content of a PEM file (RFC 7468).
+    """Return the content of a PEM file (RFC 7468).
 
     Raises:
-        ConfigError: it cannot be read or is none.
+        ConfigError: the file cannot be read or is not PEM.
     """
     try:
         content = path.read_bytes()

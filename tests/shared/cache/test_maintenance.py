@@ -19,7 +19,7 @@ from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance import compact as compact_module
 from hyperagent.cache.maintenance import repair as repair_module
 from hyperagent.cache.maintenance.compact import collect_garbage, compact
-from hyperagent.cache.maintenance.repair import SET_ASIDE, repair
+from hyperagent.cache.maintenance.repair import QUARANTINE, repair
 from hyperagent.cache.maintenance.verify import count, verify
 from hyperagent.errors import Conflict, CorruptRecord, NotFound, StorageError
 
@@ -37,7 +37,7 @@ def assert_rows(cache: LocalCache, keys: list[str]) -> None:
         np.testing.assert_array_equal(np.sort(cache.get(key).rows.ids), np.sort(meant.ids))
 
 
-def test_repair_keeps_what_is_whole_and_sets_the_rest_aside(
+def test_repair_keeps_what_is_whole_and_quarantines_the_rest(
     tmp_path: Path, flip_byte: Callable[[Path, int], None]
 ) -> None:
     keys = make(tmp_path)
@@ -53,8 +53,8 @@ def test_repair_keeps_what_is_whole_and_sets_the_rest_aside(
 
     assert report.to_populate == (keys[0],)
     assert report.trajectories == 11
-    assert [path.name for path in report.set_aside] == [shard.name]
-    assert report.set_aside[0].read_bytes()[:8] == b"HATKSHD2"
+    assert [path.name for path in report.quarantined] == [shard.name]
+    assert report.quarantined[0].read_bytes()[:8] == b"HATKSHD2"
     assert {damage.offset for damage in report.damaged} >= {at.offset}
     with LocalCache.open(tmp_path) as cache:
         after = verify(cache)
@@ -76,7 +76,7 @@ def test_repair_of_a_shard_without_its_header_or_footer(tmp_path: Path, flip_byt
     assert (report.to_populate, report.trajectories) == ((), 12)
     flip_byte(sealed[0], 10)
     report = repair(tmp_path)
-    assert len(report.set_aside) == 1
+    assert len(report.quarantined) == 1
     with LocalCache.open(tmp_path) as cache:
         assert (verify(cache).damaged, verify(cache).incomplete) == ((), ())
         for number in range(12):
@@ -94,7 +94,7 @@ def test_repair_of_a_shard_that_was_being_written(tmp_path: Path, flip_byte: Cal
     shard.write_bytes(shard.read_bytes() + b"torn")
     report = repair(tmp_path)
     assert (report.to_populate, report.trajectories) == ((keys[1],), 2)
-    assert [path.name for path in report.set_aside] == [shard.name]
+    assert [path.name for path in report.quarantined] == [shard.name]
     assert not shard.exists()
     with LocalCache.open(tmp_path) as cache:
         assert verify(cache).damaged == ()
@@ -259,10 +259,10 @@ def test_repair_that_is_refused_is_one_clear_error(
             repair(tmp_path)
     damaged = next(path for path in shard_paths(tmp_path / "shards") if path.suffix == SEALED)
     flip_byte(damaged, 200)
-    (tmp_path / SET_ASIDE).write_bytes(b"in the way")
-    with pytest.raises(StorageError, match=f"could not set .*{damaged.name} aside"):
+    (tmp_path / QUARANTINE).write_bytes(b"in the way")
+    with pytest.raises(StorageError, match=f"could not quarantine .*{damaged.name}: "):
         repair(tmp_path)
-    (tmp_path / SET_ASIDE).unlink()
+    (tmp_path / QUARANTINE).unlink()
     assert repair(tmp_path).trajectories < len(keys)
 
 

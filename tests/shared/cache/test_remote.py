@@ -5,13 +5,12 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import torch
 from cache_rows import IDENTITY, TOKENS, filled, random_rows
 from data_identity import data_identity
 
@@ -19,8 +18,7 @@ from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.remote import RemoteCache, open_for_reading, publish, read_identity
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
-from hyperagent.loader.decode import DeviceRows
-from hyperagent.loader.rows import load_rows
+from hyperagent.topk import TopKRows
 
 SETTINGS = CacheSettings(block_tokens=16)
 DATA = data_identity(IDENTITY.tokenizer)
@@ -51,9 +49,9 @@ def test_what_is_published_reads_like_the_cache(cache: LocalCache, url: str) -> 
         for key in keys:
             assert published.contains(key)
             assert published.stored_digest(key) == cache.stored_digest(key)
-            tensors, meant = load_rows(published, key, first_token=5), load_rows(cache, key, first_token=5)
-            for name in DeviceRows._fields:
-                assert torch.equal(getattr(tensors, name), getattr(meant, name))
+            found, meant = published.get(key).rows, cache.get(key).rows
+            for field in fields(TopKRows):
+                np.testing.assert_array_equal(getattr(found, field.name), getattr(meant, field.name))
         assert not published.contains("0" * 64)
         with pytest.raises(NotFound, match="publish it again"):
             published.get("0" * 64)

@@ -103,7 +103,7 @@ def test_bytes_that_are_not_the_stated_ones_are_removed(hub: LocalHub, download:
     refused = download()
     assert refused["error"] == "DataError"
     assert (
-        f"the hub states {len(whole)} and {hub.stated_sha256}; it was removed, run the command again"
+        f"but the hub states {len(whole)} and {hub.stated_sha256}; the file was removed, run the command again"
         in refused["message"]
     )
     assert not (tmp_path / "data" / DATASET_FILE).exists()

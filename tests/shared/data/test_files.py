@@ -167,7 +167,7 @@ def test_a_refused_row_is_named_and_the_others_go_on(tmp_path: Path, tokenizer: 
     source = write_parquet(tmp_path / "d.parquet", data)
     report = tokenize(source, tmp_path / "t.parquet", tokenizer)
     assert [str(refused) for refused in report.refused[:2]] == [
-        "trajectory 't4': it has no assistant message, so nothing to learn from",
+        "trajectory 't4': it has no assistant message, so there is nothing to learn from",
         "trajectory 't3': row 5 has the id of an earlier row",
     ]
     assert report.refused[2].trajectory_id == "t6"
@@ -195,7 +195,7 @@ def test_the_extra_text_is_joined_by_instance(tmp_path: Path, tokenizer: ChatTok
     views = {"condition": ("task", "extra")}
     report = tokenize(source, tmp_path / "t.parquet", tokenizer, views=views, joined=JoinedFiles(extra=extra))
     assert [str(refused) for refused in report.refused] == [
-        "trajectory 't0': it has no extra text, which the condition asks for"
+        "trajectory 't0': it has no extra text, which the condition requires"
     ]
     prompts = [tokenizer.decode(t.prompt_ids.tolist()) for t in read_tokens(tmp_path / "t.parquet")]
     assert prompts == [f"<|im_start|>user\ntask {n}\n\nmap {n}<|im_end|>\n" for n in range(1, 12)]

@@ -221,7 +221,10 @@ def maker_of(template: str, folder: Path) -> ViewMaker:
         ),
         # Never ends a turn by a control token, so a student would never learn to stop.
         ("<|im_start|>{{ m.role }}\n{{ m.content }}\n", "would never learn to stop"),
-        ("<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' }}<|im_end|>\n", "does not show what the"),
+        (
+            "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' }}<|im_end|>\n",
+            "does not show the assistant's text",
+        ),
         ("{{ raise_exception('no') }}", "refuses a plain conversation"),
     ],
 )

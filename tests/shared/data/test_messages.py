@@ -50,7 +50,7 @@ def test_the_parts_of_a_dialogue() -> None:
         (row(USER, LAST, trajectory_id=None), "it has no trajectory_id$"),
         (row(USER, LAST, trajectory_id="", repo=None), "it has no trajectory_id and no repo$"),
         (row(USER, LAST, repo=7), "its repo is 7, not text"),
-        (row(), "it has no assistant message, so nothing to learn from"),
+        (row(), "it has no assistant message, so there is nothing to learn from"),
         (row(USER, LAST, trajectory=None), "it has no assistant message"),
         (row(USER), "it has no assistant message"),
         (row(LAST, USER), "its first message is the assistant's"),
@@ -66,7 +66,7 @@ def test_the_parts_of_a_dialogue() -> None:
         (row(USER, {**LAST, "tool_calls": [{"function": None}]}), "message 1 has a tool call without a name"),
         (row(USER, {**LAST, "tool_calls": [call("", "{}")]}), "message 1 has a tool call without a name"),
         (row(USER, {**LAST, "tool_calls": [call("f", "{oops")]}), "message 1 calls f with arguments that are not JSON"),
-        (row(USER, {**LAST, "tool_calls": [call("f", '{"a": NaN}')]}), "not JSON: NaN is no number"),
+        (row(USER, {**LAST, "tool_calls": [call("f", '{"a": NaN}')]}), "not JSON: NaN is not a JSON number"),
         (row(USER, {**LAST, "tool_calls": [call("f", "[1]")]}), "not a JSON object"),
         (
             row(USER, {**LAST, "content": "x" * (10 << 20)}),

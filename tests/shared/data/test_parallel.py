@@ -33,7 +33,7 @@ def test_items_are_taken_only_as_fast_as_results() -> None:
 
 
 def test_a_process_that_dies_is_told() -> None:
-    with pytest.raises(ServiceError, match=r"a worker process was killed, .* use fewer with --workers"):
+    with pytest.raises(ServiceError, match=r"a worker process was killed, .* use fewer processes with --workers"):
         list(map_rows(os._exit, [3] * 9, num_items=9, num_workers=2))
 
 

@@ -109,7 +109,7 @@ def test_the_standard_error_is_that_of_many_samples() -> None:
 def test_a_census_has_no_error_and_nothing_has_no_plan() -> None:
     assert estimate(np.array([1.0, 5.0]), 2).standard_error == 0
     assert estimate(np.array([1.0]), 10).total == 10
-    with pytest.raises(DataError, match="nothing can be planned"):
+    with pytest.raises(DataError, match="the cost cannot be estimated"):
         estimate(np.array([]), 10)
 
 

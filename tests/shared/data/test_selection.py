@@ -83,7 +83,7 @@ def test_rows_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no row of .* is left \(0 of 4 refused, 4 not wanted\)"):
+    with pytest.raises(DataError, match=r"no row of .* is left \(0 of 4 refused, 4 not selected\)"):
         select(tmp_path, many_rows(4), exit_statuses=("never",))
 
 
@@ -141,7 +141,7 @@ def test_joined_files(tmp_path: Path) -> None:
         ("{oops\n", "JSONDecodeError"),
         ("[1]\n", "TypeError"),
         ('{"instance_id": 1, "text": "x"}\n', "both must be text"),
-        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "two different things about a"),
+        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "values of text for a"),
     ],
 )
 def test_a_joined_file_that_cannot_be_used_is_one_line(content: str | None, why: str, tmp_path: Path) -> None:
@@ -151,5 +151,5 @@ def test_a_joined_file_that_cannot_be_used_is_one_line(content: str | None, why:
     with pytest.raises(DataError, match=why) as refused:
         read_joined(path, "text")
     assert "\n" not in str(refused.value)
-    with pytest.raises(DataError, match=r"there is no file|is no Parquet file"):
+    with pytest.raises(DataError, match=r"there is no file|is not a Parquet file"):
         read_joined(path.rename(tmp_path / "l.parquet") if content is not None else tmp_path / "n.parquet", "text")

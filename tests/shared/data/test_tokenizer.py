@@ -157,7 +157,7 @@ def test_a_template_that_looks_into_literals_refuses_the_row(tmp_path: Path) -> 
     )
     maker = ViewMaker(ChatTokenizer(make_tokenizer(tmp_path, template=template)))
     maker.masked(dialogue(USER, LAST, tools=[]))
-    with pytest.raises(DataError, match=r"treats a literal of a control token .* in a way of its own"):
+    with pytest.raises(DataError, match=r"treats a literal of a control token .* specially, so it cannot be kept"):
         maker.masked(dialogue({"role": "user", "content": END}, LAST, tools=[]))
 
 

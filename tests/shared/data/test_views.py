@@ -128,8 +128,11 @@ def test_a_row_without_the_extra_text_is_refused(tokenizer: ChatTokenizer) -> No
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"condition": ["system"]}, "must hold the task"),
-        ({"condition": ["task"], "internalized": ["tools"]}, "tools cannot be hidden from the student and missing"),
+        ({"condition": ["system"]}, "must contain the task"),
+        (
+            {"condition": ["task"], "internalized": ["tools"]},
+            "tools cannot be both hidden from the student and missing",
+        ),
         ({"condition": ["task", "extra"], "internalized": ["extra"]}, "cannot be internalized"),
         ({"condition": ["task", "weather"]}, "'system', 'tools', 'task' or 'extra'"),
     ],
@@ -153,9 +156,9 @@ def test_a_long_row_is_refused_or_cut_at_a_message(tokenizer: ChatTokenizer) -> 
         expected = views(row(USER, ASSISTANT, TOOL, LAST), tokenizer, internalized=hidden)
         for name in ("token_ids", "positions", "student_ids", "student_positions"):
             assert getattr(cut, name).tolist() == getattr(expected, name).tolist()
-    with pytest.raises(TooLong, match="first assistant turn ends beyond"):
+    with pytest.raises(TooLong, match="first assistant turn ends after"):
         views(data, tokenizer, max_tokens=10, cut=True)
-    with pytest.raises(DataError, match="the limit for a prompt is 3"):
+    with pytest.raises(DataError, match="the limit for a condition is 3"):
         views(data, tokenizer, max_prompt_tokens=3)
 
 

@@ -18,9 +18,9 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, StorageError
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import TOKENIZER_FILES, BundleManifest, load_bundle, save_bundle
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 from hyperagent.model.featurizer import EmbeddingFeaturizer, make_featurizer
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 
 LAYERS = (LayerInfo("model.layers.0.self_attn.q_proj", 16, 24),)
 CONFIG = HyperNetworkConfig(width=16, num_latents=2, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=2, alpha=4)

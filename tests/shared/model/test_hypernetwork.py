@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from hyperagent.errors import InvalidRequest
 from hyperagent.model.adapter import AdapterWeights
-from hyperagent.model.hypernetwork import PRESETS, AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.config import PRESETS, HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 
 LAYERS = (
     LayerInfo("layers.0.in", 48, 80),

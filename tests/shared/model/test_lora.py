@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import InvalidRequest
 from hyperagent.model import augmented_linear
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.lora import HookBasedLoRAInjector, make_batched_lora_hook
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
+from hyperagent.model.peft_io import encode_adapter
 from hyperagent.model.targets import discover_target_layers
 
 SCALE = 2.0

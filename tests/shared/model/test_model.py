@@ -20,10 +20,11 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.peft_io import encode_adapter
-from hyperagent.model.targets import LayerInfo, discover_target_layers
+from hyperagent.model.targets import discover_target_layers
 
 CONFIG = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)
 

@@ -16,9 +16,10 @@ from tiny_models import configurations
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import ConfigError, CorruptRecord
 from hyperagent.model.adapter import LoRAPair
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter, read_adapter
+from hyperagent.model.peft_io import encode_adapter, read_adapter
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj")
 A, B = (f"base_model.model.{NAMES[0]}.lora_{factor}.weight" for factor in "AB")

@@ -10,9 +10,9 @@ import torch
 
 from hyperagent.errors import ConfigError
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
-from hyperagent.model.targets import LayerInfo
 
 LAYERS = (LayerInfo("layers.0.in", 48, 80), LayerInfo("layers.0.out", 80, 48), LayerInfo("layers.1.in", 48, 80))
 CONFIG = HyperNetworkConfig(width=32, num_latents=4, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=4, alpha=8)

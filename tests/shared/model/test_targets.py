@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from hyperagent.errors import ConfigError
-from hyperagent.model.targets import ARCHITECTURES, LayerInfo, discover_target_layers, num_adapter_parameters
+from hyperagent.model.config import LayerInfo
+from hyperagent.model.targets import ARCHITECTURES, discover_target_layers, num_adapter_parameters
 
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
 DELTA = ("linear_attn.in_proj_qkvz", "linear_attn.out_proj")

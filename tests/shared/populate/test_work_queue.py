@@ -80,7 +80,7 @@ def test_items_come_once_in_order_and_end(opened: Open) -> None:
     assert queue.counts().is_over
     assert queue.counts().tokens_over == 46
     assert list(queue.finished()) == [finished(claim) for claim in claims]
-    assert queue.set_aside() == []
+    assert queue.quarantined() == []
 
 
 def test_filling_again_joins_a_round_in_progress(opened: Open) -> None:
@@ -103,7 +103,7 @@ def test_filling_after_the_end_begins_a_new_round(opened: Open) -> None:
     assert queue.counts().is_over
     queue.fill(ITEMS[:2])
     counts = queue.counts()
-    assert (counts.pending, counts.finished, counts.set_aside, counts.tokens_total, counts.tokens_over) == (
+    assert (counts.pending, counts.finished, counts.quarantined, counts.tokens_total, counts.tokens_over) == (
         2,
         0,
         0,
@@ -121,7 +121,7 @@ def test_populations_of_other_names_are_apart(opened: Open) -> None:
     assert (queue.counts().pending, other.counts().pending) == (4, 1)
 
 
-def test_an_item_that_fails_goes_to_the_back_and_is_set_aside_in_the_end(opened: Open) -> None:
+def test_an_item_that_fails_goes_to_the_back_and_is_quarantined_in_the_end(opened: Open) -> None:
     queue = opened(max_tries=2)
     queue.fill(ITEMS[:2])
     assert queue.fail(taken(queue), "first reason") is False
@@ -131,11 +131,11 @@ def test_an_item_that_fails_goes_to_the_back_and_is_set_aside_in_the_end(opened:
     again = taken(queue)
     assert (again.item.row, again.tries) == (0, 2)
     assert queue.fail(again, "second reason") is True
-    (aside,) = queue.set_aside()
-    assert (aside.item, aside.tries, aside.reason) == (ITEMS[0], 2, "second reason")
+    (item,) = queue.quarantined()
+    assert (item.item, item.tries, item.reason) == (ITEMS[0], 2, "second reason")
     counts = queue.counts()
     assert counts.is_over
-    assert (counts.set_aside, counts.tokens_over) == (1, 21)
+    assert (counts.quarantined, counts.tokens_over) == (1, 21)
 
 
 def test_a_try_that_is_given_back_does_not_count(opened: Open) -> None:
@@ -177,15 +177,15 @@ def test_a_renewed_claim_does_not_lapse(opened: Open) -> None:
         assert queue.claim("other") is None
 
 
-def test_an_item_whose_workers_vanish_is_set_aside(opened: Open) -> None:
+def test_an_item_whose_workers_vanish_is_quarantined(opened: Open) -> None:
     queue = opened(max_tries=2, lease_s=0.1)
     queue.fill(ITEMS[:1])
     for tries in (1, 2):
         assert taken(queue, f"w{tries}").tries == tries
         time.sleep(0.15)
     assert queue.claim("w3") is None
-    (aside,) = queue.set_aside()
-    assert (aside.tries, aside.reason) == (2, "its worker vanished 2 times")
+    (item,) = queue.quarantined()
+    assert (item.tries, item.reason) == (2, "its worker vanished 2 times")
 
 
 def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:

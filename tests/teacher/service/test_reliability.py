@@ -233,7 +233,7 @@ async def test_rows_with_another_digest_are_refused(
 ) -> None:
     monkeypatch.setattr(wire_client, "blake3", lambda: blake3(b"something else"))
     async with serve() as client, aclosing(client.score_tokens(*sequence, top_k=4, tokenizer=tokenizer)) as rows:
-        with pytest.raises(HyperagentError, match="do not have the digest"):
+        with pytest.raises(HyperagentError, match="do not match the digest"):
             async for _ in rows:
                 pass
 

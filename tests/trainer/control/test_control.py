@@ -16,11 +16,11 @@ import typer
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from hyperagent_trainer.cli import serve
-from hyperagent_trainer.config import ControlSettings
+from hyperagent.http.run_models import FINAL_STATES
 from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.cli import serve
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import FINAL_STATES
 
 CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_child.py"))
 TOKEN = "secret"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from hyperagent_trainer.config import ControlSettings
 from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
 
 CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_child.py"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from served import served
 
-from hyperagent_trainer.config import ControlSettings
 from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
 
 CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_child.py"))

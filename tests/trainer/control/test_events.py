@@ -13,14 +13,15 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hyperagent.files import write_atomically
-from hyperagent_trainer.config import ControlSettings, TrainRecipe
+from hyperagent.http.run_models import RunRequest, RunState, RunStatus
+from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control import events
 from hyperagent_trainer.control.app import create_control_app
 from hyperagent_trainer.control.events import run_events
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import RunState, RunStatus
 from hyperagent_trainer.runs.metrics_file import START, Place
-from hyperagent_trainer.runs.store import Run, RunRequest, Runs, new_run_id
+from hyperagent_trainer.runs.store import Run, Runs, new_run_id
 
 Event = tuple[str, str | None, dict[str, Any]]
 

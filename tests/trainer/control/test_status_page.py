@@ -22,12 +22,13 @@ from served import served
 
 import hyperagent_trainer
 from hyperagent.files import write_atomically
-from hyperagent_trainer.config import ControlSettings, TrainRecipe
+from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.status_page import PUBLIC_PATHS
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import RunStatus
-from hyperagent_trainer.runs.store import Run, RunRequest, new_run_id
+from hyperagent_trainer.runs.store import Run, new_run_id
 from hyperagent_trainer.training.trainer import train
 
 TOKEN = "secret"

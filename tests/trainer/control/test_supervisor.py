@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, ServiceError
-from hyperagent_trainer.config import ControlSettings, RunOverrides
+from hyperagent.http.run_models import FINAL_STATES, RunOverrides, RunRequest
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder
-from hyperagent_trainer.runs.store import Run, RunRequest
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.runs.store import Run
 
 CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_child.py"))
 BEHAVIORS = (

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hyperagent.model.adapter import LoRAPair
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 
 LAYERS = [LayerInfo("layers.0.q", 12, 20), LayerInfo("layers.1.q", 12, 20), LayerInfo("layers.1.out", 20, 12)]

@@ -73,16 +73,16 @@ def test_a_world_shows_the_student_nothing_of_its_latent() -> None:
     # The same tokens under another latent: the context is the same, the answers are not.
     one, other = (world.batch([x], np.random.default_rng(5)) for x in world.held_out[:2])
     assert torch.equal(one.token_ids_BT, other.token_ids_BT)
-    assert not torch.equal(one.ids_NK, other.ids_NK)
+    assert not torch.equal(one.rows.ids_NK, other.rows.ids_NK)
 
 
 def test_a_world_s_rows_are_distributions_and_their_mean_is_what_the_student_learns() -> None:
     world = World.make("prompt")
-    batch = world.batch(world.train, np.random.default_rng(0))
+    rows = world.batch(world.train, np.random.default_rng(0)).rows
     assert (
-        float((batch.logprobs_NK.double().exp().sum(1) + batch.tail_logmass_N.double().exp()).sub(1).abs().max()) < 1e-6
+        float((rows.logprobs_NK.double().exp().sum(1) + rows.tail_logmass_N.double().exp()).sub(1).abs().max()) < 1e-6
     )
-    assert all(len(set(row)) == len(KEPT_PROBABILITIES) for row in batch.ids_NK.tolist())
+    assert all(len(set(row)) == len(KEPT_PROBABILITIES) for row in rows.ids_NK.tolist())
     mean = world.mean_rows()
     assert mean.shape == (48, VOCAB_SIZE)
     torch.testing.assert_close(mean.sum(1), torch.ones(48))

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from loss_oracle import Case, make_case, oracle, relative, top_rows
 from torch import Tensor
 
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss, torch_backend
+from hyperagent_trainer.data.teacher_rows import TeacherRows
+from hyperagent_trainer.loss import torch_backend
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
 
 OPTIONS = {
     "forward_kl": LossOptions(),
@@ -34,12 +37,10 @@ def narrow_slabs() -> Iterator[None]:
         yield
 
 
-def loss_of(case: Case, vocab: int, **settings_: Any) -> tuple[Tensor, Tensor]:
+def loss_of(case: Case, vocab: int, *, temperature: float = 1.0, **settings_: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
     hidden = case.hidden.detach().clone().requires_grad_()
-    loss = compute_distillation_loss(
-        hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=vocab, target_ids_N=case.target, **settings_
-    )
+    loss = compute_distillation_loss(hidden, case.head, case.rows(temperature), vocab_size=vocab, **settings_)
     loss.backward()
     assert hidden.grad is not None
     return loss.detach(), hidden.grad
@@ -92,10 +93,7 @@ def test_gradcheck(temperature: float, options: LossOptions) -> None:
     case = make_case(4, 5, 23, size=6, std=2.0, dtype=torch.float64)
 
     def loss(hidden: Tensor) -> Tensor:
-        return compute_distillation_loss(
-            hidden, case.head, case.ids, case.logprobs, case.tail,
-            vocab_size=23, options=options, temperature=temperature, target_ids_N=case.target,
-        )  # fmt: skip
+        return compute_distillation_loss(hidden, case.head, case.rows(temperature), vocab_size=23, options=options)
 
     assert torch.autograd.gradcheck(loss, (case.hidden.requires_grad_(),), eps=1e-6, atol=1e-7)
 
@@ -147,7 +145,7 @@ def test_a_factor_of_the_result_reaches_a_bfloat16_gradient_unrounded() -> None:
     case = near_case(noise=1.0, std=3.0, dtype=torch.bfloat16)
     hidden = case.hidden.clone().requires_grad_()
 
-    loss = compute_distillation_loss(hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=701)
+    loss = compute_distillation_loss(hidden, case.head, case.rows(), vocab_size=701)
     (loss / 3).backward()
 
     _, expected = oracle(case, 701)
@@ -159,7 +157,7 @@ def test_a_factor_of_the_result_reaches_a_bfloat16_gradient_unrounded() -> None:
 def test_a_retained_graph_gives_its_gradient_again() -> None:
     case = make_case(6, 8, 90)
     hidden = case.hidden.requires_grad_()
-    loss = compute_distillation_loss(hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=90)
+    loss = compute_distillation_loss(hidden, case.head, case.rows(), vocab_size=90)
 
     (first,) = torch.autograd.grad(2 * loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(3 * loss, hidden)
@@ -185,7 +183,8 @@ def test_no_row_is_ever_negative(
     teacher = logits + noise * torch.randn(1, 40, generator=generator, dtype=torch.float64)
     ids, logprobs, tail = top_rows(teacher, k)
 
-    loss = compute_distillation_loss(hidden, head.to(dtype), ids, logprobs, tail, vocab_size=40, options=options)
+    rows = TeacherRows(ids, logprobs, tail)
+    loss = compute_distillation_loss(hidden, head.to(dtype), rows, vocab_size=40, options=options)
 
     assert loss.item() >= 0
 
@@ -333,7 +332,7 @@ def test_without_a_gradient_the_loss_is_the_same() -> None:
     case = make_case(6, 8, 90)
 
     with torch.no_grad():
-        loss = compute_distillation_loss(case.hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=90)
+        loss = compute_distillation_loss(case.hidden, case.head, case.rows(), vocab_size=90)
 
     assert not loss.requires_grad
     assert torch.equal(loss, loss_of(case, 90)[0])

@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
-from hyperagent_trainer.loss.options import Divergence
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import Divergence, LossOptions
 
 
-def loss_of(case: Case, **settings: Any) -> Tensor:
-    return compute_distillation_loss(
-        case.hidden, case.head, case.ids, case.logprobs, case.tail, **{"vocab_size": 40, **settings}
-    )
+def loss_of(case: Case, *, vocab_size: int = 40, temperature: float = 1.0, **settings: Any) -> Tensor:
+    return compute_distillation_loss(case.hidden, case.head, case.rows(temperature), vocab_size=vocab_size, **settings)
 
 
 def _changed(tensor: Tensor, *at: int, to: float) -> Tensor:
@@ -82,9 +80,15 @@ def test_a_tail_must_fit_what_is_left_out() -> None:
 def test_settings_that_mean_nothing_are_refused() -> None:
     case = make_case(4, 5, 40)
     with pytest.raises(InvalidRequest, match="needs the target ids"):
-        loss_of(case, options=LossOptions(ce_weight=0.5))
+        compute_distillation_loss(
+            case.hidden,
+            case.head,
+            replace(case.rows(), target_ids_N=None),
+            vocab_size=40,
+            options=LossOptions(ce_weight=0.5),
+        )
     with pytest.raises(InvalidRequest, match="a target id is outside"):
-        loss_of(case, options=LossOptions(ce_weight=0.5), target_ids_N=torch.tensor([0, 1, 2, 40]))
+        loss_of(replace(case, target=torch.tensor([0, 1, 2, 40])), options=LossOptions(ce_weight=0.5))
     with pytest.raises(InvalidRequest, match="is no softmax"):
         loss_of(case, temperature=0.0)
     with pytest.raises(InvalidRequest, match="holds no logits"):
@@ -98,11 +102,11 @@ def test_settings_that_mean_nothing_are_refused() -> None:
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_a_damaged_student_cannot_pass_as_a_loss(divergence: Divergence, ce_weight: float, value: float) -> None:
     case = make_case(4, 5, 40, std=1.0)
-    settings = {"options": LossOptions(divergence=divergence, ce_weight=ce_weight), "target_ids_N": case.target}
+    options = LossOptions(divergence=divergence, ce_weight=ce_weight)
     outside = next(i for i in range(40) if i not in case.ids[0])
     for id_ in (outside, int(case.ids[0, 0])):
-        assert not loss_of(replace(case, head=_changed(case.head, id_, 0, to=value)), **settings).isfinite()
-    assert not loss_of(replace(case, hidden=_changed(case.hidden, 1, 2, to=value)), **settings).isfinite()
+        assert not loss_of(replace(case, head=_changed(case.head, id_, 0, to=value)), options=options).isfinite()
+    assert not loss_of(replace(case, hidden=_changed(case.hidden, 1, 2, to=value)), options=options).isfinite()
 
 
 def test_the_gradient_can_be_taken_only_once() -> None:
@@ -112,14 +116,12 @@ def test_the_gradient_can_be_taken_only_once() -> None:
         torch.autograd.grad(loss_of(case), hidden, create_graph=True)
 
 
-def peak_bytes(case: Case, folder: Path, **settings: Any) -> int:
+def peak_bytes(case: Case, folder: Path, *, temperature: float = 1.0, **settings: Any) -> int:
     """Most memory that torch held at once beyond what it held before, by its own allocator's account."""
     hidden = case.hidden.requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.empty(1)
-        loss = compute_distillation_loss(
-            hidden, case.head, case.ids, case.logprobs, case.tail, target_ids_N=case.target, **settings
-        )
+        loss = compute_distillation_loss(hidden, case.head, case.rows(temperature), **settings)
         # `backward` would copy the gradient into that of a leaf, which hidden states of a network are not.
         torch.autograd.grad(loss, hidden)
     trace = folder / "trace.json"

@@ -14,8 +14,10 @@ from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss, triton_backend
-from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
+from hyperagent_trainer.loss import triton_backend
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
+from hyperagent_trainer.loss.row_terms import Objective
 
 OPTIONS = {
     "forward_kl": LossOptions(),
@@ -46,7 +48,7 @@ def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_small_tiles(case: Case, vocab: int, options: LossOptions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Loss and gradient with blocks, slabs and tiles so small that every one of them occurs more than once."""
-    rows = TeacherRows(case.ids, case.logprobs, case.tail, case.target if options.ce_weight else None)
+    rows = case.rows(temperature) if options.ce_weight else replace(case.rows(temperature), target_ids_N=None)
     loss, gradient = triton_backend.loss_and_gradient(
         case.hidden, case.head[:vocab], rows, Objective(options, temperature, scale=1.0),
         wants_grad=True, tiling=triton_backend.Tiling(rows=16, slab_ids=64, tile_rows=8, tile_ids=32),
@@ -90,9 +92,7 @@ def test_the_public_function_gives_the_same_by_either_path(options: LossOptions)
     found = {}
     for backend in ("torch", "triton"):
         hidden = case.hidden.clone().requires_grad_()
-        loss = compute_distillation_loss(
-            hidden, head, case.ids, case.logprobs, case.tail, vocab_size=300, options=options, backend=backend
-        )
+        loss = compute_distillation_loss(hidden, head, case.rows(), vocab_size=300, options=options, backend=backend)
         loss.backward()
         assert hidden.grad is not None
         found[backend] = loss.detach().double(), hidden.grad.double()
@@ -147,15 +147,11 @@ def test_twice_the_same_bits() -> None:
 def test_float64_is_the_torch_paths() -> None:
     case = make_case(4, 5, 40, dtype=torch.float64)
     with pytest.raises(InvalidRequest, match='take backend "torch"'):
-        compute_distillation_loss(
-            case.hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=40, backend="triton"
-        )
+        compute_distillation_loss(case.hidden, case.head, case.rows(), vocab_size=40, backend="triton")
 
 
 def test_without_a_gpu_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     case = make_case(4, 5, 40)
     with pytest.raises(InvalidRequest, match="needs the triton package and a GPU"):
-        compute_distillation_loss(
-            case.hidden, case.head, case.ids, case.logprobs, case.tail, vocab_size=40, backend="triton"
-        )
+        compute_distillation_loss(case.hidden, case.head, case.rows(), vocab_size=40, backend="triton")

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from hyperagent.cli.main import build_app
 from hyperagent.errors import ConfigError
 from hyperagent_trainer.config import TrainRecipe, load_recipe
+from hyperagent_trainer.distributed import machine_bytes
 from hyperagent_trainer.planning.command import trainable_network
 from hyperagent_trainer.planning.flops import Trajectories
 from hyperagent_trainer.planning.machines import machine_named, num_cores
 from hyperagent_trainer.planning.memory import shard_bytes
 from hyperagent_trainer.planning.plan import Plan, make_plan
-from hyperagent_trainer.preflight.memory import bytes_by_dtype, machine_bytes
+from hyperagent_trainer.preflight.memory import bytes_by_dtype
 from hyperagent_trainer.student.sharding import shard_student
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

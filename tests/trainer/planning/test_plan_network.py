@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from hyperagent.model.hypernetwork import AgenticHyperNetwork, HyperNetworkConfig
-from hyperagent.model.targets import LayerInfo, discover_target_layers, num_adapter_parameters
+from hyperagent.model.config import HyperNetworkConfig, LayerInfo
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.targets import discover_target_layers, num_adapter_parameters
 from hyperagent_trainer.planning.network_cost import NetworkCost
 
 SIZE = 2048

@@ -21,7 +21,8 @@ from hyperagent.flops import FROZEN, ModelShape
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.targets import ARCHITECTURES, discover_target_layers
-from hyperagent_trainer.loss import compute_distillation_loss
+from hyperagent_trainer.data.teacher_rows import TeacherRows
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
 from hyperagent_trainer.planning.student_memory import block_bytes, mixer_bytes
 
 DENSE = {
@@ -159,7 +160,9 @@ def test_the_losss_products_are_those_that_torch_counts() -> None:
     head, teacher = torch.randn(vocab + kept, size), torch.full((rows, kept), 0.1).log()
     tail = torch.full((rows,), 0.2).log()
     counted = products_of(
-        lambda: compute_distillation_loss(hidden, head, ids, teacher, tail, vocab_size=vocab + kept).backward()
+        lambda: compute_distillation_loss(
+            hidden, head, TeacherRows(ids, teacher, tail), vocab_size=vocab + kept
+        ).backward()
     )
     shape = ModelShape("head", 0, 0, 0, 0, head_parameters=size * (vocab + kept))
     stated = shape.training_flops(np.array([0]), np.array([rows]), FROZEN)["head"]

@@ -14,9 +14,9 @@ from hyperagent.files import write_atomically
 from hyperagent_trainer.evaluation.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluation.evaluate import HeldOut
 from hyperagent_trainer.runs.folder import RunFolder
-from hyperagent_trainer.runs.metrics_file import START, Place, read_lines
+from hyperagent_trainer.runs.metrics_file import START, Place, last_held_out_kl, read_lines
 from hyperagent_trainer.training.loggers import Loggers
-from hyperagent_trainer.training.reporter import RunReporter, last_held_out_kl
+from hyperagent_trainer.training.reporter import RunReporter
 
 
 def test_lines_are_read_from_a_place_on_and_never_torn(tmp_path: Path) -> None:

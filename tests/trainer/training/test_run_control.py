@@ -14,10 +14,12 @@ import pytest
 from tiny_runs import last_checkpoint, losses, run
 
 from hyperagent.errors import Conflict
-from hyperagent_trainer.config import ControlSettings, TrainRecipe
+from hyperagent.http.run_models import FINAL_STATES, RunRequest
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder
-from hyperagent_trainer.runs.store import Run, RunRequest
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.runs.store import Run
 
 NEVER = 1_000_000
 

@@ -22,19 +22,22 @@ from safetensors.torch import load, load_file, save
 from tiny_runs import StopAfter, last_checkpoint, losses, metrics, run, start_worker
 from torch import Tensor
 
+from hyperagent.cache.base import CacheReader
 from hyperagent.data.files.tokens_file import HELD_OUT_TASKS, read_data_identity, read_tokens, write_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, StorageError
-from hyperagent.loader.rows import RowTensors
+from hyperagent.http.run_models import RunOverrides
 from hyperagent.model.bundle import load_bundle
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent_trainer.checkpoint import format as checkpoint_format
-from hyperagent_trainer.config import RunOverrides, TrainRecipe, load_recipe
-from hyperagent_trainer.data.dataset import DistillationData
+from hyperagent_trainer.config import TrainRecipe, load_recipe
+from hyperagent_trainer.data import dataset
+from hyperagent_trainer.data.row_loader import load_rows
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.evaluation.evaluate import Evaluation, HeldOut
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
+from hyperagent_trainer.optim.optimizer import learning_rate_factor
 from hyperagent_trainer.runs.folder import RunFolder
-from hyperagent_trainer.training.trainer import learning_rate_factor
 
 
 def test_training_lowers_the_held_out_divergence(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -115,7 +118,7 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: Trai
     folder = run(recipe, tmp_path / "run", StopAfter(2))
     with pytest.raises(ConfigError, match="another recipe"):
         run(recipe.model_copy(update={"learning_rate": 1e-3}), tmp_path / "run")
-    manifest = last_checkpoint(folder) / "format.json"
+    manifest = last_checkpoint(folder) / "checkpoint.json"
     whole = manifest.read_text()
     for field, changed in (
         ("data", {**json.loads(whole)["data"], "source": "1" * 64}),
@@ -165,7 +168,7 @@ def test_a_static_adapter_is_trained_by_the_same_code(recipe: TrainRecipe, tmp_p
 def test_a_stopped_static_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe, tmp_path: Path) -> None:
     static = recipe.model_copy(update={"arm": "static"})
     straight, stopped = run(static, tmp_path / "straight"), run(static, tmp_path / "stopped", StopAfter(3))
-    assert json.loads((last_checkpoint(stopped) / "format.json").read_text())["mode"] == "static"
+    assert json.loads((last_checkpoint(stopped) / "checkpoint.json").read_text())["mode"] == "static"
     assert not stopped.adapter.exists()
     run(static, tmp_path / "stopped")
     assert losses(stopped) == losses(straight)
@@ -198,7 +201,7 @@ def test_a_warm_start_begins_where_the_static_adapter_ended(recipe: TrainRecipe,
 
 def test_a_checkpoint_is_plain_safetensors_with_the_step(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(recipe, tmp_path / "run", StopAfter(2))
-    assert json.loads((last_checkpoint(folder) / "format.json").read_text())["step"] == 2
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == 2
     moments = load((last_checkpoint(folder) / "optimizer.safetensors").read_bytes())
     assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
     assert all(float(value) == 2 for name, value in moments.items() if name.endswith(".step"))
@@ -230,7 +233,7 @@ def test_sigterm_saves_and_ends_as_stopped(recipe: TrainRecipe, tmp_path: Path) 
         process.kill()
     status = folder.read_status()
     assert status.state == "stopped"
-    assert json.loads((last_checkpoint(folder) / "format.json").read_text())["step"] == status.step > 0
+    assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] == status.step > 0
 
 
 def test_a_worker_that_cannot_start_says_why_in_one_line(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def test_a_diverging_run_stops_and_names_its_trajectories(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The pre-flight refuses such a rate; what diverges later gets past it.
-    monkeypatch.setattr("hyperagent_trainer.training.trainer._preflight", lambda *_: None)
+    monkeypatch.setattr("hyperagent_trainer.training.trainer.require_preflight", lambda *_: None)
     wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf, "evaluate_every": 100})
     with pytest.raises(DataError, match=r"step \d+ is the 4\. in a row without a finite loss"):
         run(wild, tmp_path / "run")
@@ -304,15 +307,15 @@ def test_a_run_whose_held_out_kl_stops_falling_ends_with_the_best_network(
 def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = DistillationData.rows
+    damaged = next(t for t in read_tokens(recipe.tokens) if t.trajectory_id == "t3")
 
-    def with_nan(self: DistillationData, index: int) -> RowTensors:
-        rows = original(self, index)
-        if self.trajectories[index].trajectory_id == "t3":
+    def with_nan(cache: CacheReader, key: str) -> TeacherRows:
+        rows = load_rows(cache, key)
+        if key == cache.key(damaged.token_ids, damaged.positions):
             rows.logprobs_NK[1, 2] = math.nan
         return rows
 
-    monkeypatch.setattr(DistillationData, "rows", with_nan)
+    monkeypatch.setattr(dataset, "load_rows", with_nan)
     with pytest.raises(DataError, match=r"the teacher's rows of t3 cannot be trained on: .*NaN"):
         run(recipe, tmp_path / "run")
 

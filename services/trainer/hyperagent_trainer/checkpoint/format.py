@@ -109,21 +109,21 @@ def write_checkpoint(
     Raises:
         StorageError: the file system refused; there is no trace of the folder.
     """
-    with new_directory(folder) as aside:
+    with new_directory(folder) as temporary:
         files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
         if found.average:
             files[_AVERAGE] = found.average
         for name, tensors in files.items():
-            _save(tensors, aside / name)
+            _save(tensors, temporary / name)
         manifest = CheckpointManifest(
             **dict(network_manifest),
             recipe=_digest(recipe),
             step=step,
             best=best,
             num_averaged=found.num_averaged,
-            files={name: _digest_of(aside / name) for name in files},
+            files={name: _digest_of(temporary / name) for name in files},
         )
-        (aside / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from hyperagent.files import is_aside, remove_directory
+from hyperagent.files import is_temporary, remove_directory
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.format import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
@@ -51,7 +51,7 @@ class CheckpointStore:
         self._saved: tuple[int, BestEvaluation] | None = None
         """The last that was handed to the writer, or loaded."""
         if ranks.is_first and folder.checkpoints.is_dir():
-            for path in filter(is_aside, folder.checkpoints.iterdir()):
+            for path in filter(is_temporary, folder.checkpoints.iterdir()):
                 shutil.rmtree(path)
 
     def __enter__(self) -> CheckpointStore:

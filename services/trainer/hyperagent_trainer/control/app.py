@@ -8,52 +8,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
 
 from hyperagent import __version__
 from hyperagent.http.app import create_app
+from hyperagent.http.run_models import FINAL_STATES, MetricsBody, RecipesBody, RunBody, RunRequest, RunsBody
 from hyperagent_trainer.control import events
 from hyperagent_trainer.control.status_page import PUBLIC_PATHS, page_router
 from hyperagent_trainer.control.supervisor import Supervisor
-from hyperagent_trainer.runs.folder import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs.metrics_file import PLACE_PATTERN, START, Place
-from hyperagent_trainer.runs.store import MAX_METRIC_LINES, Run, RunRequest
+from hyperagent_trainer.runs.store import MAX_METRIC_LINES, Run
 
 router = APIRouter(prefix="/v1")
-
-
-class RunBody(RunStatus):
-    """A run: its status, and where to go from here."""
-
-    id: str
-    recipe: str
-    """The recipe's name."""
-    folder: str
-    """Where the service keeps the run's files; a finished run's bundle lies in it."""
-    links: dict[str, str]
-    """Addresses of the run, of its metrics, and of what can be done with it now."""
-
-
-class RunsBody(BaseModel):
-    runs: list[RunBody]
-
-
-class RecipesBody(BaseModel):
-    recipes: list[str]
-
-
-class MetricsBody(BaseModel):
-    metrics: list[dict[str, Any]]
-    next: str = Field(description="`since` of the next call")
-    reset: bool = Field(
-        description="Whether the lines before `since` are no longer there, as after a resume; then `metrics` begins with "
-        "the first line of all, and what was read before is to be forgotten"
-    )
 
 
 def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
@@ -173,7 +143,7 @@ def _body(run: Run) -> RunBody:
     links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
         commands = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
-        links |= {wish: f"{path}/{wish}" for wish in commands}
+        links |= {command: f"{path}/{command}" for command in commands}
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(

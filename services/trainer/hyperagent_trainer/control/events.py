@@ -21,7 +21,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from hyperagent.errors import HyperagentError
 from hyperagent.http.problems import one_line
-from hyperagent_trainer.runs.folder import FINAL_STATES, RunStatus
+from hyperagent.http.run_models import FINAL_STATES, RunStatus
 from hyperagent_trainer.runs.metrics_file import Place
 from hyperagent_trainer.runs.store import Runs
 

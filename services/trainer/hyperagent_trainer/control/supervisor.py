@@ -27,14 +27,16 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
-from hyperagent.files import is_aside
-from hyperagent_trainer.config import ControlSettings, load_recipe
+from hyperagent.files import is_temporary
+from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
+from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.control.command import training_command
 from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers
 from hyperagent_trainer.control.run_queue import RunQueue
+from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.runs.commands import RunCommands, read_commands, write_commands
-from hyperagent_trainer.runs.folder import FINAL_STATES, RunFolder, RunState
-from hyperagent_trainer.runs.store import NAME_PATTERN, Run, RunRequest, Runs, new_run_id
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.runs.store import Run, Runs, new_run_id
 
 MAX_WAITING = 100
 """Most runs that may wait for their turn."""
@@ -312,7 +314,7 @@ class Supervisor:
 
     def _take_over(self) -> None:
         """Adopt the training process that an earlier supervisor left, and settle the runs whose process died."""
-        for path in filter(is_aside, self.runs.root.iterdir()):
+        for path in filter(is_temporary, self.runs.root.iterdir()):
             shutil.rmtree(path)
         runs = self.runs.all()
         for gone in self._queue.ids() - {run.run_id for run in runs}:

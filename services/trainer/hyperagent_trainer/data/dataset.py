@@ -1,18 +1,17 @@
-"""Trajectories joined with the teacher's rows, and the order in which training sees them.
+"""Trajectories joined with the teacher's rows into batches.
 
-Legend of shape suffixes: B trajectories, T tokens, P prompt tokens, N supervised rows of the batch, K kept ids.
+Legend of shape suffixes: B trajectories, T tokens, P prompt tokens, N supervised rows of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -22,126 +21,141 @@ from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent.data.files.tokens_file import TokenizedTrajectory, read_data_identity, read_tokens
 from hyperagent.errors import DataError, LimitExceeded
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
-from hyperagent.loader.rows import RowTensors, load_rows, require_temperature
+from hyperagent_trainer.data.row_loader import load_rows
+from hyperagent_trainer.data.teacher_rows import TeacherRows, join_rows, require_temperature
 
-# Trajectories that are sorted by length among themselves before they are cut into batches: the more, the better the
-# ranks are balanced. Of a small split an eighth at most, or every epoch would have the same batches.
-_MAX_GROUP = 512
-_MIN_BATCHES_PER_GROUP = 8
 # Batches that each worker process has ready or in work: enough to cover one that takes longer than the others.
 _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one step computes on; padding stands on the right."""
+    """The trajectories that are computed at once; padding is on the right."""
 
     indices: tuple[int, ...]
-    """Its trajectories, in their split."""
+    """The trajectories, by their place in the split."""
     token_ids_BT: Tensor
     """int64, the student's view."""
     num_tokens: int
     """Real tokens, padding not counted."""
     sample_N: Tensor
-    """int64, which trajectory a supervised row belongs to."""
+    """int64, the trajectory of the batch that a supervised row belongs to."""
     index_N: Tensor
-    """int64, where the student's output for the row stands: one before the row's position in the student's view."""
-    target_ids_N: Tensor
-    """int64, the token that really stands at the row's position."""
-    ids_NK: Tensor
-    """int64, the teacher's kept ids."""
-    logprobs_NK: Tensor
-    """float32, at the temperature, normalized together with the tail."""
-    tail_logmass_N: Tensor
-    """float32."""
-    temperature: float
-    """Of the softmax that the teacher's rows are under, and the student's belong under."""
+    """int64, the index of the student's output for the row: one before the row's position in the student's view."""
+    rows: TeacherRows
+    """The teacher's rows with their target ids, normalized at the temperature of the loss."""
     hot_tier_stats: HotTierStats
-    """What the cache's hot tier did for it."""
+    """Hits and misses of the cache's hot tier while the batch was read."""
 
     @property
     def num_rows(self) -> int:
-        return int(self.sample_N.shape[0])
+        return self.rows.num_rows
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; from pinned memory the host does not wait."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on another device; the host does not wait for a copy from pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), self.rows.to(device))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the loader calls it by this name."""
-        return self._each(Tensor.pin_memory)
+        """Return the batch in page-locked memory; torch's `DataLoader` calls the method by this name."""
+        return self._each(Tensor.pin_memory, self.rows.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        fields: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **fields)
+    def _each(self, change: Callable[[Tensor], Tensor], rows: TeacherRows) -> Batch:
+        return replace(
+            self,
+            token_ids_BT=change(self.token_ids_BT),
+            sample_N=change(self.sample_N),
+            index_N=change(self.index_N),
+            rows=rows,
+        )
 
 
-class DistillationData(Dataset[Batch]):
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """What is needed to read one trajectory of a batch."""
+
+    index: int
+    key: str
+    """Of the cache."""
+    student_ids: NDArray[np.uint32]
+    student_positions: NDArray[np.uint32]
+
+
+class BatchReader(Dataset[Batch]):
+    """Reads batches from the cache.
+
+    A worker process gets a copy of it: the cache and the temperature. The token ids arrive with each request, so a
+    worker never holds more of the split than its few batches.
+    """
+
+    def __init__(self, cache: CacheReader, *, temperature: float) -> None:
+        self.cache = cache
+        self.temperature = temperature
+
+    def __getitem__(self, samples: Sequence[_Sample]) -> Batch:
+        """Return the trajectories joined into one batch on the host.
+
+        Raises:
+            CorruptRecord: a record is damaged.
+        """
+        before = self.cache.hot_tier_stats
+        rows = [self._rows(sample) for sample in samples]
+        # Row n of the teacher belongs to the nth supervised position of the student's own view.
+        position_N = torch.from_numpy(np.concatenate([s.student_positions for s in samples]).astype(np.int64))
+        return Batch(
+            indices=tuple(sample.index for sample in samples),
+            token_ids_BT=_pad([sample.student_ids for sample in samples]),
+            num_tokens=sum(len(sample.student_ids) for sample in samples),
+            sample_N=torch.from_numpy(np.repeat(np.arange(len(rows)), [r.num_rows for r in rows])),
+            index_N=position_N - 1,
+            rows=join_rows(rows),
+            hot_tier_stats=self.cache.hot_tier_stats.since(before),
+        )
+
+    def _rows(self, sample: _Sample) -> TeacherRows:
+        rows = load_rows(self.cache, sample.key).at_temperature(self.temperature)
+        target_ids_N = sample.student_ids[sample.student_positions].astype(np.int64)
+        return replace(rows, target_ids_N=torch.from_numpy(target_ids_N))
+
+
+class DistillationData:
     """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
 
     def __init__(
         self,
         trajectories: Sequence[TokenizedTrajectory],
-        cache: CacheReader,
+        keys: Sequence[str],
         identity: DataIdentity,
-        *,
-        temperature: float = 1.0,
+        reader: BatchReader,
     ) -> None:
+        """Join trajectories with their `keys` in the reader's cache."""
         self.identity = identity
-        self.temperature = temperature
         self.trajectories = tuple(trajectories)
-        self._cache = cache
+        self.reader = reader
+        self._keys = tuple(keys)
 
     def with_full_views(self) -> DistillationData:
-        """With every trajectory a second time, n further on for n of them, as the teacher sees it: nothing hidden."""
+        """Append every trajectory once more as the teacher sees it, with nothing hidden: n later for n trajectories."""
         full = [replace(t, student_ids=t.token_ids, student_positions=t.positions) for t in self.trajectories]
-        return DistillationData([*self.trajectories, *full], self._cache, self.identity, temperature=self.temperature)
-
-    def rows(self, index: int) -> RowTensors:
-        """The teacher's rows of one trajectory at the temperature, normalized.
-
-        Raises:
-            CorruptRecord: the record is damaged.
-        """
-        trajectory = self.trajectories[index]
-        rows = load_rows(self._cache, self._cache.key(trajectory.token_ids, trajectory.positions))
-        return rows.at_temperature(self.temperature)
+        return DistillationData([*self.trajectories, *full], self._keys * 2, self.identity, self.reader)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        """The trajectories at `indices`, joined into one batch on the host."""
-        before = self._cache.hot_tier_stats
-        chosen = [self.trajectories[i] for i in indices]
-        rows = [self.rows(i) for i in indices]
-        sample_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [r.num_rows for r in rows]))
-        # Row n of the teacher belongs to the nth supervised position of the student's own view.
-        position_N = torch.from_numpy(np.concatenate([t.student_positions for t in chosen]).astype(np.int64))
-        token_ids_BT = _pad([t.student_ids for t in chosen])
-        return Batch(
-            indices=tuple(indices),
-            token_ids_BT=token_ids_BT,
-            num_tokens=sum(len(t.student_ids) for t in chosen),
-            sample_N=sample_N,
-            index_N=position_N - 1,
-            target_ids_N=token_ids_BT[sample_N, position_N],
-            ids_NK=torch.cat([r.ids_NK for r in rows]).long(),
-            logprobs_NK=torch.cat([r.logprobs_NK for r in rows]),
-            tail_logmass_N=torch.cat([r.tail_logmass_N for r in rows]),
-            temperature=self.temperature,
-            hot_tier_stats=self._cache.hot_tier_stats.since(before),
-        )
+        """Return the trajectories at `indices` joined into one batch on the host.
+
+        Raises:
+            CorruptRecord: a record is damaged.
+        """
+        return self.reader[self._samples(indices)]
 
     def batches(self, order: Iterable[Sequence[int]], device: torch.device, *, workers: int) -> Iterator[Batch]:
-        """The batches of `order`, in that order whatever the number of `workers`, which read and decode ahead of it.
+        """Yield the batches of `order`, in that order for any number of `workers`, which read and decode ahead of it.
 
         Args:
             workers: processes; each holds a few batches at a time. 0 reads a batch when it is asked for.
         """
         loader = DataLoader(
-            self,
+            self.reader,
             batch_size=None,
-            sampler=order,
+            sampler=map(self._samples, order),
             num_workers=workers,
             prefetch_factor=_BATCHES_AHEAD if workers else None,
             # A fork would share the cache's connections, and locks that other threads hold.
@@ -152,6 +166,10 @@ class DistillationData(Dataset[Batch]):
         )
         for batch in loader:
             yield batch.to(device)
+
+    def _samples(self, indices: Sequence[int]) -> list[_Sample]:
+        chosen = [(i, self.trajectories[i]) for i in indices]
+        return [_Sample(i, self._keys[i], t.student_ids, t.student_positions) for i, t in chosen]
 
 
 def load_split(
@@ -191,7 +209,9 @@ def load_split(
     trajectories = list(read_tokens(tokens, split=split))
     if not trajectories:
         raise DataError(f"{tokens} has no trajectory in the {split} split")
-    missing = [t.trajectory_id for t in trajectories if not cache.contains(cache.key(t.token_ids, t.positions))]
+    # A key hashes the whole trajectory, so it is computed once.
+    keys = [cache.key(t.token_ids, t.positions) for t in trajectories]
+    missing = [t.trajectory_id for t, key in zip(trajectories, keys, strict=True) if not cache.contains(key)]
     if missing:
         raise DataError(
             f"the cache lacks {len(missing)} of {len(trajectories)} {split} trajectories, the first is "
@@ -199,44 +219,7 @@ def load_split(
         )
     if (longest := max(len(t.prompt_ids) for t in trajectories)) > max_prompt_tokens:
         raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
-    return DistillationData(trajectories, cache, data, temperature=temperature)
-
-
-def batch_order(
-    lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, full_view_share: float = 0.0
-) -> list[list[int]]:
-    """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
-
-    Trajectories of similar length share a batch, so that no rank waits long for another and little is padded; the
-    batches' order is random again. Nothing of it depends on the number of ranks.
-
-    Args:
-        full_view_share: if above 0, the second half of `lengths` are those of full views (`with_full_views`), and about
-            this share of the trajectories, other ones in every epoch, occur as those.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    num = len(lengths) if full_view_share == 0 else len(lengths) // 2
-    shuffled = generator.permutation(num)
-    if full_view_share > 0:
-        shuffled = shuffled + num * (generator.random(num) < full_view_share)
-    wanted = min(_MAX_GROUP, max(_MIN_BATCHES_PER_GROUP * batch_size, num // 8))
-    group_size = max(1, wanted // batch_size) * batch_size
-    batches: list[list[int]] = []
-    for start in range(0, len(shuffled), group_size):
-        group = sorted(shuffled[start : start + group_size].tolist(), key=lambda i: lengths[i])
-        batches.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
-def batches_from(
-    lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int, full_view_share: float = 0.0
-) -> Iterator[list[int]]:
-    """The endless sequence of batches from `first_step` on, so that a resumed run sees what it would have seen."""
-    order = partial(batch_order, lengths, batch_size=batch_size, seed=seed, full_view_share=full_view_share)
-    epoch, skip = divmod(first_step, len(order(epoch=0)))
-    while True:
-        yield from order(epoch=epoch)[skip:]
-        epoch, skip = epoch + 1, 0
+    return DistillationData(trajectories, keys, data, BatchReader(cache, temperature=temperature))
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

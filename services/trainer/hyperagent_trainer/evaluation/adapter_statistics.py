@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.targets import LayerInfo
+from hyperagent.model.config import LayerInfo
 from hyperagent_trainer.distributed import full_tensor
 
 COLLAPSED_COSINE = 0.999

@@ -22,8 +22,8 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.export.export import export
 from hyperagent_trainer.network.build import restore_network
 from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.runs.metrics_file import last_held_out_kl
 from hyperagent_trainer.student.sharding import embedding_table
-from hyperagent_trainer.training.reporter import last_held_out_kl
 
 
 def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | None) -> dict[str, Any]:

@@ -8,16 +8,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.files import new_directory
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
-from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE, encode_adapter
+from hyperagent.model.peft_io import encode_adapter
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.export.model_card import model_card
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
-from hyperagent_trainer.training.reporter import HeldOutKL
+from hyperagent_trainer.runs.metrics_file import HeldOutKL
 
 _PROBE_TOKENS = 64
 
@@ -72,9 +73,9 @@ def export(
                 "hyperagent_data": network_manifest.data.fingerprint,
             },
         )
-        with new_directory(out) as aside:
-            (aside / MODEL_FILE).write_bytes(files.model)
-            (aside / CONFIG_FILE).write_bytes(files.config)
+        with new_directory(out) as temporary:
+            (temporary / MODEL_FILE).write_bytes(files.model)
+            (temporary / CONFIG_FILE).write_bytes(files.config)
 
 
 def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:

@@ -11,7 +11,7 @@ import yaml
 
 from hyperagent.model.bundle import BundleManifest
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.training.reporter import HeldOutKL
+from hyperagent_trainer.runs.metrics_file import HeldOutKL
 
 _ARMS = {
     "frozen": "the student as it is",

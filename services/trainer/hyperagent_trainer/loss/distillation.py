@@ -11,6 +11,7 @@ the student for moving mass into R.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss import torch_backend
 from hyperagent_trainer.loss.options import LossOptions
-from hyperagent_trainer.loss.row_terms import Objective, TeacherRows
+from hyperagent_trainer.loss.row_terms import Objective
 from hyperagent_trainer.loss.validation import check_arguments, check_values
 
 Backend = Literal["auto", "torch", "triton"]
@@ -33,14 +35,10 @@ _BACKWARD_ROWS = 512
 def compute_distillation_loss(
     hidden_ND: Tensor,
     head_VD: Tensor,
-    ids_NK: Tensor,
-    logprobs_NK: Tensor,
-    tail_logmass_N: Tensor,
+    rows: TeacherRows,
     *,
     vocab_size: int,
     options: LossOptions | None = None,
-    temperature: float = 1.0,
-    target_ids_N: Tensor | None = None,
     scale: float = 1.0,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
@@ -60,13 +58,10 @@ def compute_distillation_loss(
             float64. Logits and sums are float32 at least.
         head_VD: the student's frozen output head. NaN or infinity in it or in the hidden states is not searched for;
             the loss is then not finite.
-        ids_NK: int64, distinct within a row, but for padding at its end, which repeats its first id.
-        logprobs_NK: natural, at the temperature, normalized together with the tail; -inf at padding.
-        tail_logmass_N: log of the teacher's mass on all other ids; -inf where nothing is left outside the kept ids.
+        rows: the teacher's, each normalized together with its tail; their temperature t, above 0, is that of both
+            softmaxes. Cross-entropy needs their target ids.
         vocab_size: real entries; the head's rows from there on are padding and take no part.
         options: forward KL without cross-entropy by default.
-        temperature: of both softmaxes, above 0.
-        target_ids_N: int64, the token that really stands there, kept or not; needed for cross-entropy.
         scale: 1 / the supervised rows of the whole optimizer step gives nats per supervised token. A factor that is
             applied to the result instead does the same, but rounds a bfloat16 gradient a second time.
         workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
@@ -79,18 +74,20 @@ def compute_distillation_loss(
             normalization are wrong. The backward pass raises it under `create_graph`.
     """
     options = options or LossOptions()
-    if options.ce_weight and target_ids_N is None:
-        raise InvalidRequest(f"a ce_weight of {options.ce_weight} needs the target ids; give target_ids_N")
+    if options.ce_weight and rows.target_ids_N is None:
+        raise InvalidRequest(f"a ce_weight of {options.ce_weight} needs the target ids; give rows.target_ids_N")
+    if not options.ce_weight:
+        # Without cross-entropy the target is an id like any other, and gets no entry of its own.
+        rows = replace(rows, target_ids_N=None)
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden_ND.device)
-    rows = TeacherRows(ids_NK, logprobs_NK, tail_logmass_N, target_ids_N if options.ce_weight else None)
     check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
-    check_values(rows, vocab_size=vocab_size, options=options, temperature=temperature)
+    check_values(rows, vocab_size=vocab_size, options=options)
     loss: Tensor = _FusedLoss.apply(
         hidden_ND,
         head_VD[:vocab_size],
         rows,
-        Objective(options, temperature, scale),
+        Objective(options, rows.temperature, scale),
         workspace_bytes,
         _check_backend(backend, hidden_ND),
     )

@@ -15,25 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss.divergences import divergence_terms
 from hyperagent_trainer.loss.options import LossOptions
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherRows:
-    """What the student is compared with, row by row."""
-
-    ids_NK: Tensor
-    """int64; padding at a row's end repeats its first id."""
-    logprobs_NK: Tensor
-    """Natural, at the temperature; -inf at padding."""
-    tail_logmass_N: Tensor
-    target_ids_N: Tensor | None
-    """int64; given where there is cross-entropy."""
-
-    def __getitem__(self, rows: slice) -> TeacherRows:
-        target_ids_N = None if self.target_ids_N is None else self.target_ids_N[rows]
-        return TeacherRows(self.ids_NK[rows], self.logprobs_NK[rows], self.tail_logmass_N[rows], target_ids_N)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss import matmul
-from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, TeacherRows, gather_ids, row_terms
+from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, gather_ids, row_terms
 
 _SLAB_IDS = 4096
 # Float64 arrays of a row's terms that stand at once, for each gathered id.

@@ -18,9 +18,10 @@ import triton
 from torch import Tensor
 
 from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss import matmul
 from hyperagent_trainer.loss.kernels import add_gathered, exponentiate_slab, fold_slab
-from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, TeacherRows, gather_ids, row_terms
+from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, gather_ids, row_terms
 
 # The terms of a row are float64 and several.
 _TERM_ROWS = 512

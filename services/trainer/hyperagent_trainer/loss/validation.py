@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss.options import LossOptions
-from hyperagent_trainer.loss.row_terms import TeacherRows
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,7 +64,7 @@ def check_arguments(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, vocab
         raise InvalidRequest(f"a workspace of {workspace} bytes holds no logits; give at least one row's")
 
 
-def check_values(rows: TeacherRows, *, vocab_size: int, options: LossOptions, temperature: float) -> None:
+def check_values(rows: TeacherRows, *, vocab_size: int, options: LossOptions) -> None:
     """Look inside the teacher's rows.
 
     Hidden states and head are not searched: NaN or infinity in them leaves no loss finite.
@@ -72,8 +72,8 @@ def check_values(rows: TeacherRows, *, vocab_size: int, options: LossOptions, te
     Raises:
         InvalidRequest: naming what is wrong and how many rows have it.
     """
-    if not 0 < temperature < float("inf"):
-        raise InvalidRequest(f"a temperature of {temperature} is no softmax; it must be above 0")
+    if not 0 < rows.temperature < float("inf"):
+        raise InvalidRequest(f"a temperature of {rows.temperature} is no softmax; it must be above 0")
     counts: dict[str, Tensor] = {}
     n, k = rows.ids_NK.shape
     block_rows = max(1, _BLOCK_IDS // k)

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.featurizer import EMBEDDINGS, make_featurizer
+from hyperagent.model.config import EMBEDDINGS
+from hyperagent.model.featurizer import make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.data.dataset import Batch, pad_prompts
-from hyperagent_trainer.loss import LossOptions, compute_distillation_loss
+from hyperagent_trainer.loss.distillation import compute_distillation_loss
+from hyperagent_trainer.loss.options import LossOptions
 from hyperagent_trainer.student.student import Student
 
 AdapterNetwork = AgenticHyperNetwork | StaticLoRA
@@ -91,13 +93,9 @@ class AdaptedStudent:
         return compute_distillation_loss(
             hidden_BTD[batch.sample_N, batch.index_N],
             self.student.head,
-            batch.ids_NK,
-            batch.logprobs_NK,
-            batch.tail_logmass_N,
+            batch.rows,
             vocab_size=self.student.vocab_size,
             options=options,
-            temperature=batch.temperature,
-            target_ids_N=batch.target_ids_N,
             scale=scale,
             workspace_bytes=self._loss_workspace_bytes,
         )

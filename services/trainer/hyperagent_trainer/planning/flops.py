@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hyperagent.flops import ModelShape
-from hyperagent.model.featurizer import EMBEDDINGS
+from hyperagent.model.config import EMBEDDINGS
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.planning.network_cost import NetworkCost
 

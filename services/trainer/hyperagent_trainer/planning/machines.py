@@ -8,7 +8,7 @@ import torch
 from hyperagent import hardware
 from hyperagent.errors import ConfigError
 from hyperagent.hardware import Machine
-from hyperagent_trainer.preflight.memory import machine_bytes
+from hyperagent_trainer.distributed import machine_bytes
 
 CPU = "1xcpu"
 """The machine that the plan is made on, as one process uses it."""

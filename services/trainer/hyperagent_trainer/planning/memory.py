@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hyperagent.hardware import Machine
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.loss import default_workspace_bytes
+from hyperagent_trainer.loss.distillation import default_workspace_bytes
 from hyperagent_trainer.planning.machines import is_cpu
 from hyperagent_trainer.planning.network_cost import NetworkCost
 from hyperagent_trainer.planning.student_memory import (

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperagent.model.hypernetwork import HyperNetworkConfig
+from hyperagent.model.config import HyperNetworkConfig
 
 _ELEMENT = 4
 

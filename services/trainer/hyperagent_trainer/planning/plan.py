@@ -19,7 +19,7 @@ from hyperagent.flops import EXECUTED, FROZEN
 from hyperagent.hardware import LINK_SHARE, Machine
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.cost import StepCost
-from hyperagent_trainer.data.dataset import batch_order
+from hyperagent_trainer.data.schedule import StepPlan, batch_order, plan_step
 from hyperagent_trainer.planning.flops import HYPERNETWORK, Trained, Trajectories, epoch_operations
 from hyperagent_trainer.planning.machines import CORE_FLOPS, is_cpu, num_cores
 from hyperagent_trainer.planning.memory import (
@@ -31,7 +31,6 @@ from hyperagent_trainer.planning.memory import (
     memory_items,
     parameter_bytes,
 )
-from hyperagent_trainer.training.step import StepPlan, plan_step
 
 
 @dataclass(frozen=True)

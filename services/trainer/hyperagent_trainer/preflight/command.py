@@ -11,13 +11,13 @@ from rich.table import Table
 from hyperagent.cli.display import print_result
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.network.build import assemble, read_warm_start
-from hyperagent_trainer.preflight.memory import check_weights_fit
+from hyperagent_trainer.optim.optimizer import make_optimizer
+from hyperagent_trainer.preflight.memory import check_weights_fit, memory_budget
 from hyperagent_trainer.preflight.run import run_preflight
 from hyperagent_trainer.report import PreflightReport
 from hyperagent_trainer.student.attention import choose_attention
 from hyperagent_trainer.student.meta import student_without_weights
 from hyperagent_trainer.student.student import Student
-from hyperagent_trainer.training.trainer import make_optimizer, memory_budget
 
 
 def run(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:

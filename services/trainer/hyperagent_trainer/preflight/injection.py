@@ -7,9 +7,7 @@ size, R rank.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from hyperagent_trainer.preflight.probe import Probe, b_gradients, outputs_of, resolution
 from hyperagent_trainer.preflight.student import routers
 from hyperagent_trainer.report import Check
+from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 
 
 def check_injection(probe: Probe) -> Iterator[Check]:
@@ -148,7 +147,7 @@ def _checkpointing(probe: Probe) -> Check:
         return Check(name, True, {"supported by the student": "no"}, bound_text, remedy)
     plain, once = _gradients_within(probe)
     try:
-        with _checkpointed(probe):
+        with recomputed_layers(model):
             recomputed, twice = _gradients_within(probe)
     except CheckpointError:
         return Check(name, False, {"recomputation": "another graph than the first pass"}, bound_text, remedy)
@@ -183,25 +182,6 @@ def _gradients_within(probe: Probe) -> tuple[list[Tensor | None], int]:
         hidden_BTD = probe.student.hidden_states(probe.batch.token_ids_BT)
         gradients = b_gradients(hidden_BTD.square().sum(), leaves)
     return list(gradients.values()), len(calls[first])
-
-
-@contextmanager
-def _checkpointed(probe: Probe) -> Iterator[None]:
-    model = probe.student.model
-    was_training = model.training
-    with warnings.catch_warnings():
-        # transformers 5.2x renames the method; both names work until version 6.
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Layers are checkpointed in training mode alone; a frozen student without dropout computes the same in it.
-        model.train()
-        try:
-            yield
-        finally:
-            model.train(was_training)
-            model.gradient_checkpointing_disable()
-            # Enabling also hooks the embeddings, so that inputs ask for gradients, and disabling leaves that behind.
-            model.disable_input_require_grads()
 
 
 def _indices(output: object) -> Tensor:

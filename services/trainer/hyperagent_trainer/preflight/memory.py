@@ -7,24 +7,23 @@ leaves out what a kernel needs for itself while it runs, so the sum is a lower e
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hyperagent.model.adapter import LoRAPair
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.distributed import machine_bytes
+from hyperagent_trainer.loss.distillation import default_workspace_bytes
 from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.report import Check
+from hyperagent_trainer.student.student import Student
 
 # Two and four chunks of the Gated DeltaNet's 64 tokens, to which its reference implementation pads.
 _PROBE_TOKENS = (128, 256)
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,17 @@ class MemoryBudget:
     """Whether decoder layers keep their inputs alone and are run again, one at a time, in the backward pass."""
     averages: bool = False
     """Whether an average of the trained weights is kept."""
+
+
+def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: int) -> MemoryBudget:
+    """Return the size of a step of this recipe, for a longest trajectory of `tokens_per_sample` tokens."""
+    return MemoryBudget(
+        min(recipe.micro_batch_size, recipe.batch_size),
+        tokens_per_sample,
+        loss_workspace_bytes=recipe.loss_workspace_bytes or default_workspace_bytes(student.head.device),
+        recomputes=recipe.checkpoint_activations,
+        averages=recipe.ema_decay is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -110,25 +120,6 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
         local = p.to_local() if isinstance(p, DTensor) else p
         sizes[str(p.dtype).removeprefix("torch.")] += local.numel() * p.element_size()
     return dict(sizes)
-
-
-def machine_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or of the host as far as this process's control group may use it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    total = int(psutil.virtual_memory().total)
-    if not _CGROUP_LIMIT.is_file():
-        return total
-    limit = _CGROUP_LIMIT.read_text().strip()
-    return total if limit == "max" else min(total, int(limit))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most that this process has held so far, of the GPU's memory or of the host's."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    # Linux counts in KiB, macOS in bytes (man page getrusage(2)).
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gib(size: int) -> str:

@@ -18,6 +18,7 @@ from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.data.dataset import Batch
+from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
 # Unequal, so that padding takes part.
@@ -36,8 +37,6 @@ class Probe:
         generator = np.random.default_rng(0)
         vocab_size = self.student.vocab_size
         self.prompts = [generator.integers(vocab_size, size=n).astype(np.uint32) for n in _PROMPT_TOKENS]
-        self.other_prompt = generator.integers(vocab_size, size=_PROMPT_TOKENS[1]).astype(np.uint32)
-        """Of the length of the second prompt, to put in its place."""
         self.batch = _batch(generator, vocab_size).to(self.student.head.device)
         with torch.no_grad():
             self.target_names = tuple(adapted.adapters(self.prompts))
@@ -121,10 +120,11 @@ def _batch(generator: np.random.Generator, vocab_size: int) -> Batch:
         num_tokens=n,
         sample_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         index_N=torch.cat([torch.arange(length) for length in lengths]),
-        target_ids_N=torch.from_numpy(ids[:, 0].copy()),
-        ids_NK=torch.from_numpy(ids),
-        logprobs_NK=torch.from_numpy(np.log(kept)).float(),
-        tail_logmass_N=torch.full((n,), _TAIL).log(),
-        temperature=1.0,
+        rows=TeacherRows(
+            ids_NK=torch.from_numpy(ids),
+            logprobs_NK=torch.from_numpy(np.log(kept)).float(),
+            tail_logmass_N=torch.full((n,), _TAIL).log(),
+            target_ids_N=torch.from_numpy(ids[:, 0].copy()),
+        ),
         hot_tier_stats=HotTierStats(),
     )

@@ -20,50 +20,14 @@ probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle b
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
-
-from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.files import write_atomically
+from hyperagent.http.run_models import RunStatus
 from hyperagent_trainer.config import TrainRecipe
 
-RunState = Literal["queued", "loading", "running", "saving", "paused", "stopped", "failed", "done"]
-
-FINAL_STATES: frozenset[RunState] = frozenset({"stopped", "failed", "done"})
-"""No process belongs to a run in one of these."""
-
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-
-
-class RunStatus(StrictModel):
-    """How a run is doing."""
-
-    state: RunState
-    reason: str = ""
-    """Why, for "failed" and "stopped"."""
-    step: int = 0
-    """Optimizer steps done."""
-    num_steps: int
-    loss: float | None = None
-    """Training loss of the last step, nats per supervised token."""
-    skipped_steps: int = 0
-    """Since the process was started: steps left out because their loss or gradient was not finite."""
-    tokens_per_s: float | None = None
-    """Tokens, context included, over the last steps."""
-    eta_s: float | None = None
-    """Seconds until the last step, at the present speed; None unless it is running."""
-    held_out_kl: dict[str, float | None] = Field(default_factory=dict)
-    """The last evaluation: nats per supervised token, by arm; None for what was not finite."""
-    conditioning: dict[str, str] = Field(default_factory=dict)
-    """Its verdict on what the own prompt is worth, by split (`hyperagent_trainer.evaluation.conditioning`)."""
-    adapters_collapsed: bool = False
-    """Whether the last evaluation found that different prompts get the same adapter."""
-    updated_at: float = Field(default_factory=time.time)
-    """Seconds since the epoch."""
 
 
 class RunFolder:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.errors import CorruptRecord
+from hyperagent.files import write_atomically
 
 PLACE_PATTERN = r"^[0-9]{1,10}(-[0-9a-f]{16})?$"
 """A place as text: the number of lines, and the digest unless only the number is known."""
@@ -105,3 +106,47 @@ def _finite(text: str) -> float | None:
     """Of a number, or one of the words NaN, Infinity and -Infinity that other writers of JSON may leave."""
     number = float(text)
     return number if math.isfinite(number) else None
+
+
+def truncate_after(metrics: Path, last_step: int) -> None:
+    """Remove the lines of steps after `last_step`, and a line that a killed process left unfinished; step 0 removes all.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    if not metrics.exists():
+        return
+    kept = [line for line in _whole_lines(metrics) if last_step > 0 and json.loads(line)["step"] <= last_step]
+    write_atomically(metrics, "".join(kept).encode())
+
+
+@dataclass(frozen=True)
+class HeldOutKL:
+    """The held-out KL of one evaluation."""
+
+    step: int
+    """Optimizer steps done before it."""
+    kl: dict[str, float]
+    """Nats per supervised token, by arm."""
+
+
+def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
+    """Return the last evaluation at `step` or before it; the run may be writing meanwhile.
+
+    Raises:
+        CorruptRecord: the metrics cannot be read, or tell of none.
+    """
+    try:
+        lines = [json.loads(line) for line in _whole_lines(metrics)]
+    except (OSError, ValueError) as error:
+        raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
+    for line in reversed(lines):
+        if line["step"] <= step and "held_out_kl" in line:
+            found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
+            return HeldOutKL(line["step"], found)
+    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
+
+
+def _whole_lines(metrics: Path) -> list[str]:
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

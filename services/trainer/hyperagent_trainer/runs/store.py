@@ -7,30 +7,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import Field
-
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
 from hyperagent.files import new_directory
-from hyperagent_trainer.config import RunOverrides, TrainRecipe
-from hyperagent_trainer.runs.folder import RunFolder, RunStatus
+from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import START, MetricLines, Place, read_lines
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a recipe may be called."""
 
 MAX_METRIC_LINES = 10_000
 """Most lines a caller gets at once."""
 
 _RUN_ID = re.compile(r"\d{8}-\d{6}-\d{6}")
-
-
-class RunRequest(StrictModel):
-    """What a caller asks for: a recipe by name, and what to change of it."""
-
-    recipe: str = Field(pattern=NAME_PATTERN)
-    """Name of a recipe the service knows."""
-    overrides: RunOverrides = RunOverrides()
 
 
 class _RunRecord(StrictModel):

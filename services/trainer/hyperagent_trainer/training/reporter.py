@@ -8,15 +8,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from hyperagent.errors import CorruptRecord
-from hyperagent.files import write_atomically
+from hyperagent.http.run_models import RunState, RunStatus
 from hyperagent_trainer.evaluation.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluation.evaluate import HeldOut
-from hyperagent_trainer.runs.folder import RunFolder, RunState, RunStatus
+from hyperagent_trainer.runs.folder import RunFolder
+from hyperagent_trainer.runs.metrics_file import truncate_after
 from hyperagent_trainer.training.loggers import Loggers
 
 # Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
@@ -45,7 +45,7 @@ class RunReporter:
         self._written_at = 0.0
         self._skipped = 0
         if is_first:
-            _keep_until(folder.metrics, first_step)
+            truncate_after(folder.metrics, first_step)
         self._metrics: IO[str] = (folder.metrics if is_first else Path(os.devnull)).open("a", encoding="utf-8")
         self._restart_clock()
 
@@ -119,43 +119,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _keep_until(metrics: Path, last_step: int) -> None:
-    """Cut lines of later steps, and what a killed process left of a line; from step 0 on, everything is done again."""
-    if not metrics.exists():
-        return
-    kept = [line for line in _whole_lines(metrics) if last_step > 0 and json.loads(line)["step"] <= last_step]
-    write_atomically(metrics, "".join(kept).encode())
-
-
-@dataclass(frozen=True)
-class HeldOutKL:
-    """What one evaluation found."""
-
-    step: int
-    """Optimizer steps done before it."""
-    kl: dict[str, float]
-    """Nats per supervised token, by arm."""
-
-
-def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
-    """Of the last evaluation at `step` or before it; the run may be writing meanwhile.
-
-    Raises:
-        CorruptRecord: the metrics cannot be read, or tell of none.
-    """
-    try:
-        lines = [json.loads(line) for line in _whole_lines(metrics)]
-    except (OSError, ValueError) as error:
-        raise CorruptRecord(f"{metrics} cannot be read: {error}; restore it") from error
-    for line in reversed(lines):
-        if line["step"] <= step and "held_out_kl" in line:
-            found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
-            return HeldOutKL(line["step"], found)
-    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
-
-
-def _whole_lines(metrics: Path) -> list[str]:
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]

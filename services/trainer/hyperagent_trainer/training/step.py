@@ -8,7 +8,7 @@ result is the same for any number of ranks and any size of micro-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +16,9 @@ import torch
 from hyperagent.errors import DataError, InvalidRequest
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import Batch, DistillationData
+from hyperagent_trainer.data.schedule import StepPlan
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a rank computes at once."""
-
-    indices: tuple[int, ...]
-    """Trajectories, in their split."""
-    is_dummy: bool
-    """Whether its loss counts for nothing: a rank without work left still takes part in a sharded student's passes."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One rank's part of an optimizer step; every rank has equally many micro-batches."""
-
-    indices: tuple[int, ...]
-    """Trajectories of all ranks."""
-    micro_batches: tuple[MicroBatch, ...]
-    efficiency: float
-    """Mean over maximum of the ranks' predicted costs: the share of the step in which a rank does not wait."""
 
 
 @dataclass(frozen=True)
@@ -92,26 +72,3 @@ def accumulate_gradients(
     sums = torch.tensor([tokens, hits, misses, degraded], dtype=torch.float64, device=ranks.device)
     tokens, hits, misses, failed = map(int, ranks.sum_(sums).tolist())
     return StepResult(float(ranks.sum_(loss)), tokens, ranks.max(wait_s), hits, misses, failed > 0)
-
-
-def plan_step(step: Sequence[int], costs: Sequence[float], *, rank: int, num_ranks: int, size: int) -> StepPlan:
-    """One rank's part of a step.
-
-    Args:
-        step: its trajectories.
-        costs: of each trajectory of the split.
-        size: most trajectories of a micro-batch.
-    """
-    # The dearest first and always to the rank with the least (longest processing time, Graham 1969).
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for index in sorted(step, key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        shares[least].append(index)
-        loads[least] += costs[index]
-    num_micro = max(-(-len(share) // size) for share in shares)
-    own = [tuple(shares[rank][i : i + size]) for i in range(0, len(shares[rank]), size)]
-    cheapest = (min(step, key=lambda i: costs[i]),)
-    dummies = [MicroBatch(cheapest, is_dummy=True)] * (num_micro - len(own))
-    micro = (*(MicroBatch(indices, is_dummy=False) for indices in own), *dummies)
-    return StepPlan(tuple(step), micro, sum(loads) / num_ranks / max(loads))

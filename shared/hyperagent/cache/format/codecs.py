@@ -31,7 +31,7 @@ LOWEST_F16 = float(np.finfo(np.float16).min)
 
 @dataclass(frozen=True, eq=False)
 class KeptIds:
-    """The kept ids of N rows, one row after the other; every row keeps at least one."""
+    """The kept ids of N rows without padding, one row after the other, as codecs store them; each row keeps at least one."""
 
     counts_N: NDArray[np.int64]
     ids_n: NDArray[np.uint32]

@@ -102,7 +102,11 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """The rows of a block, or of a range of it, as its codec gave them."""
+    """The rows of a block as its codec decoded them; the cache's internal form.
+
+    `hyperagent.topk.TopKRows` has one width, one order and one dtype. Here rows keep the codec's order and dtype and are
+    not padded, because sorting and widening them takes longer than decoding, and the trainer needs neither.
+    """
 
     positions_N: NDArray[np.uint32]
     """In the trajectory, rising."""

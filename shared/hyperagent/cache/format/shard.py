@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.format.record import ALIGNMENT, HEADER_BYTES, MAGIC, Header, check_record
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import fsync_directory, is_aside
+from hyperagent.files import fsync_directory, is_temporary, temporary_sibling
 
 _MAGIC = b"HATKSHD2"
 _HEADER = struct.Struct("<8s32s16x")
@@ -81,19 +81,19 @@ class ShardWriter:
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}{OPEN}"
-        # Written aside first, so that a shard always has its header.
-        aside = folder / f".aside-{path.name}"
-        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        # The rename comes after the header, so that a shard always has one.
+        temporary = temporary_sibling(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         writer = cls(path, descriptor, 0)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fields = _HEADER.pack(_MAGIC, bytes.fromhex(fingerprint))
             writer.append(fields + xxhash.xxh3_64_digest(fields))
             writer.sync()
-            aside.rename(path)
+            temporary.rename(path)
             fsync_directory(folder)
         except BaseException:
-            for left in (aside, path):
+            for left in (temporary, path):
                 with suppress(OSError):
                     left.unlink()
             writer.close()
@@ -209,7 +209,7 @@ def locate(folder: Path, name: str) -> Path:
 
 def shard_paths(folder: Path) -> list[Path]:
     """All shards, sorted by name."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (OPEN, SEALED) and not is_aside(path))
+    return sorted(path for path in folder.glob("*") if path.suffix in (OPEN, SEALED) and not is_temporary(path))
 
 
 def fingerprint_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from hyperagent.cache.format.shard import OPEN, SEALED, SHARD_HEADER_BYTES, Shar
 from hyperagent.cache.index import Entry
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_aside, remedy_of
+from hyperagent.files import fsync_directory, is_temporary, remedy_of
 
 _COPY_BYTES = 8 << 20
 Progress = Callable[[int, int], None]
@@ -49,7 +49,7 @@ def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) 
     """Rewrite shards that hold dead bytes, or are small, and seal what comes of it.
 
     Raises:
-        CorruptRecord: a record that counts is damaged; nothing is lost, and `repair` sets it aside.
+        CorruptRecord: a record that counts is damaged; nothing is lost, and `repair` quarantines its shard.
         StorageError: the file system refused; what was compacted until then stays so.
     """
     cache.release_shard()
@@ -87,7 +87,7 @@ def collect_garbage(
     unneeded = [key for key in cache.index.keys(Kind.BLOCK) if key not in needed]
     with cache.index.transaction():
         cache.index.remove([*removed, *unneeded])
-    leftovers = [path for path in cache.root.rglob("*") if is_aside(path)]
+    leftovers = [path for path in cache.root.rglob("*") if is_temporary(path)]
     for path in leftovers:
         path.unlink()
     return CollectReport(len(removed), len(unneeded), len(leftovers), compact(cache, progress))

@@ -1,4 +1,4 @@
-"""Mending a cache after damage: nothing that is whole is lost, and what is damaged is set aside, never served."""
+"""Repair a cache after damage: whole records are kept, damaged shards are quarantined and never served."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hyperagent.cache.locks import held_exclusively
 from hyperagent.cache.maintenance.compact import copy_records, owned_shards
 from hyperagent.cache.maintenance.verify import Damage, Progress, verify
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_aside, remedy_of
+from hyperagent.files import fsync_directory, is_temporary, remedy_of
 
-SET_ASIDE = "set-aside"
-"""Where damaged shards go, for whoever wants to look at them; safe to delete."""
+QUARANTINE = "quarantine"
+"""The folder that damaged shards are moved to, for inspection; safe to delete."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class RepairReport:
     """What was found, and what there is now."""
 
     damaged: tuple[Damage, ...]
-    set_aside: tuple[Path, ...]
-    """The shards that held damage, as they were."""
+    quarantined: tuple[Path, ...]
+    """The shards that held damage, unchanged, where they are now."""
     to_populate: tuple[str, ...]
     """Trajectories (keys) that damage has taken blocks of; populating again computes those and nothing else."""
     trajectories: int
@@ -33,7 +33,7 @@ class RepairReport:
 
 
 def repair(root: Path, progress: Progress = lambda _done, _total: None) -> RepairReport:
-    """Make the index again, copy what is whole out of damaged shards, and set those aside.
+    """Rebuild the index, copy the whole records out of damaged shards, and quarantine those shards.
 
     Raises:
         ConfigError: there is no cache.
@@ -57,23 +57,23 @@ def repair(root: Path, progress: Progress = lambda _done, _total: None) -> Repai
         damaged = [path for path in sorted({damage.path for damage in found.damaged}) if path.exists()]
         # Owned, so that nothing is copied into what is about to go.
         with owned_shards(cache, [path for path in damaged if path.suffix == OPEN]):
-            set_aside = [_set_aside(cache, path) for path in damaged]
+            quarantined = [_quarantine(cache, path) for path in damaged]
         for path in root.rglob("*"):
-            if is_aside(path):
+            if is_temporary(path):
                 path.unlink()
-        return RepairReport(found.damaged, tuple(set_aside), found.incomplete, verify(cache).trajectories)
+        return RepairReport(found.damaged, tuple(quarantined), found.incomplete, verify(cache).trajectories)
 
 
-def _set_aside(cache: LocalCache, path: Path) -> Path:
+def _quarantine(cache: LocalCache, path: Path) -> Path:
     copy_records(cache, cache.index.entries(path.stem))
     with cache.index.transaction():
         cache.index.remove_shard(path.stem)
-    target = cache.root / SET_ASIDE / path.name
+    target = cache.root / QUARANTINE / path.name
     try:
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
         fsync_directory(target.parent)
         fsync_directory(path.parent)
     except OSError as error:
-        raise StorageError(f"could not set {path} aside: {error.strerror}; {remedy_of(error)}") from error
+        raise StorageError(f"could not quarantine {path}: {error.strerror}; {remedy_of(error)}") from error
     return target

@@ -21,7 +21,7 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import is_aside
+from hyperagent.files import is_temporary
 
 Progress = Callable[[int, int], None]
 
@@ -192,7 +192,7 @@ def _report(cache: LocalCache, damaged: list[Damage], whole: set[bytes]) -> Veri
             incomplete.append(key)
         else:
             digests[key] = digest
-    leftovers = sorted(path for path in cache.root.rglob("*") if is_aside(path))
+    leftovers = sorted(path for path in cache.root.rglob("*") if is_temporary(path))
     return VerifyReport(
         trajectories=len(digests),
         records=len(whole),

@@ -1,1 +1,1 @@
-"""From a conversation to token ids and a mask of the supervised tokens."""
+"""Rendering and tokenization of conversations, and the mask of the supervised tokens."""

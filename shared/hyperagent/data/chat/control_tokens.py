@@ -1,11 +1,11 @@
-"""Keeps the literals of control tokens in untrusted text from becoming control tokens.
+"""Prevent literals of control tokens in untrusted text from becoming control tokens.
 
-A stock tokenizer turns a literal `<|im_end|>` in a tool's output into the control token, which ends a turn. So such
-literals are broken by a marker before the template runs, and the marker is taken out again afterwards, when what is
-the template's and what is the row's has been told apart.
+A stock tokenizer turns a literal `<|im_end|>` in a tool's output into the control token, which ends a turn. Therefore
+a marker is inserted into such literals before the template runs. It is removed again once the control tokens written
+by the template have been located.
 
-What the template could complete is broken too: the end of a text that begins a literal (`<|im_end|` before a
-template's `>`) and the beginning of a text that goes on with one (`|im_end|>` behind a template's `<`).
+Partial literals that the template could complete are broken too: a text that ends with the beginning of a literal
+(`<|im_end|` before a template's `>`) and a text that starts with the rest of one (`|im_end|>` after a template's `<`).
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any
 
 from hyperagent.errors import DataError
 
-# JSON can spell one (RFC 8259, section 8.2), and no tokenizer takes it.
+# JSON can encode a lone surrogate (RFC 8259, section 8.2), but no tokenizer accepts it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Guard:
-    """Breaks the literals of a tokenizer's control tokens."""
+    """Breaks literals of a tokenizer's control tokens with a marker."""
 
     def __init__(self, literals: Iterable[str]) -> None:
         literals = list(literals)
         beginnings = {text[:length] for text in literals for length in range(1, len(text))}
-        # A template may trim what follows, so white space does not make a beginning harmless.
+        # A template may trim trailing white space, so a partial literal followed by white space is risky too.
         self._risky = re.compile(rf"{any_of(literals)}|(?:{any_of(beginnings)})(?=\s*\Z)")
         endings = {text[start:] for text in literals for start in range(1, len(text) - 1)}
         middles = {ending[:length] for ending in endings for length in range(2, len(ending))}
         self._risky_start = re.compile(rf"{any_of(endings)}|(?:{any_of(middles)})(?=\s*\Z)")
-        # Alternatives by the thousand are slow to try, and two characters rule out nearly every text.
+        # The expression has thousands of alternatives; comparing two characters first rules out nearly every text.
         self._first_two = {ending[:2] for ending in endings}
 
     def marker_for(self, value: Any) -> str | None:
-        """A marker that no text in `value` holds; None if nothing has to be broken.
+        """Return a marker that occurs in no text of `value`, or None if no literal has to be broken.
 
-        Printable ASCII, so that it survives a template that writes Python's or JSON's notation of a text.
+        The marker is printable ASCII, so it survives a template that writes texts in Python's or JSON's notation.
 
         Raises:
             DataError: a text holds half of a surrogate pair.
@@ -55,7 +55,7 @@ class Guard:
         return f"~{number}~"
 
     def broken(self, value: Any, marker: str) -> Any:
-        """`value` with `marker` in every text that could spell a control token."""
+        """Return a copy of `value` with `marker` inserted in every text that could spell a control token."""
         if isinstance(value, str):
             text = self._risky.sub(lambda match: match.group()[0] + marker + match.group()[1:], value)
             start = _start(text)
@@ -72,7 +72,7 @@ class Guard:
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for any of `texts`, the longest that fits."""
+    """Return a regular expression that matches any of `texts`, preferring the longest."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 

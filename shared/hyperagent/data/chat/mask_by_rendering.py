@@ -1,8 +1,8 @@
-"""What the assistant wrote, found by rendering: the first of two ways (the second is `turns`).
+"""Find the assistant's text by rendering: the first of two independent methods (see `mask_by_scanning`).
 
-What the template adds to a conversation between "the assistant is to speak" and "it has spoken" is what the assistant
-wrote. One after the other these pieces must make up the rendering of the whole. A template for which they do not,
-because it drops or changes what it showed in a shorter conversation or numbers its messages, is refused.
+The conversation is rendered with the generation prompt before each assistant turn, and again after the turn; the
+difference is the assistant's text. Concatenated, these pieces must equal the rendering of the whole conversation. A
+template for which they do not (because it drops or changes earlier messages, or numbers its messages) is refused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from hyperagent.errors import DataError
 def assistant_spans(
     messages: Sequence[Message], conversation: Conversation, rendered: str, *, end: str
 ) -> list[tuple[int, int]]:
-    """The characters of `rendered` that the assistant wrote, one span a turn, its end-of-turn token included.
+    """Return the spans of `rendered` that the assistant wrote, one per turn, each with its end-of-turn token.
 
-    A turn is rendered behind the previous turn and the messages since, or, where the template then writes something
-    else, behind those and the messages before the first turn. The time is linear in the number of messages; rendering
-    every prefix would make it quadratic.
+    Each turn is rendered after the previous turn and the messages between them. If the template renders that context
+    differently, the messages before the first turn are prepended. The time is linear in the number of messages;
+    rendering every prefix would make it quadratic.
 
     Args:
         end: literal of the control token that ends a turn.
+
+    Returns:
+        (start, stop) character indices into `rendered`.
 
     Raises:
         DataError: the template is not prefix-preserving, or does not end a turn.
@@ -57,24 +60,24 @@ def assistant_spans(
 
 
 class _Piece(NamedTuple):
-    """What a turn adds to a rendering."""
+    """Text that a turn adds to a rendering."""
 
     text: str
-    """The messages since the previous turn, and the turn."""
+    """Rendered messages since the previous turn, followed by the turn itself."""
     written: int
-    """Where in it the assistant begins to write."""
+    """Index in `text` of the assistant's first character."""
 
 
 def _piece(
     conversation: Conversation, context: Collection[int], between: Collection[int], index: int, *, opening: str
 ) -> _Piece | None:
-    """What the messages `between` and the turn `index` add to the messages of `context`.
+    """Return the text that the messages `between` and the turn `index` add to the rendering of `context`.
 
     Args:
-        opening: what the template makes of `context`.
+        opening: rendering of `context` alone.
 
     Returns:
-        None if the template refuses it, or makes something else of `context`.
+        None if the template refuses the messages, or does not begin their rendering with `opening`.
     """
     with_tools = 0 in between or 0 in context
     try:
@@ -88,7 +91,7 @@ def _piece(
 
 
 def _span(piece: _Piece, cursor: int, index: int, end: str) -> tuple[int, int]:
-    # What a template puts behind the end-of-turn token, a newline in ChatML, the assistant does not write.
+    # Text that the template adds after the end-of-turn token (a newline in ChatML) is not the assistant's.
     ended = piece.text.rfind(end, piece.written)
     if ended < 0:
         raise DataError(f"the chat template does not end message {index} with {end}, so its end is never trained")
@@ -103,7 +106,10 @@ def _not_prefix_preserving(index: int) -> DataError:
 
 
 def supervised_by_spans(encoded: Encoded, spans: Sequence[tuple[int, int]]) -> NDArray[np.uint32]:
-    """[N], indices of the tokens that lie inside a span as a whole; one that only straddles a border is left out."""
+    """Return the indices [N] of the tokens that lie entirely inside a span.
+
+    Tokens that only straddle a span's border are excluded.
+    """
     parts = [np.empty(0, dtype=np.int64)]
     for start, stop in spans:
         parts.append(np.arange(encoded.first_token_from(start), encoded.tokens_within(stop)))

@@ -1,8 +1,8 @@
-"""How a chat template opens and ends the assistant's turns, and the turns found in token ids alone.
+"""Learn how a chat template opens and ends the assistant's turns, and find those turns in token ids.
 
-This is the second way to find what the assistant wrote (the first is `mask`), and it shares nothing with the first but
-the end-of-turn token: it renders no part of the row, and reads ids rather than text and offsets. It can trust control
-tokens, because `tokenizer` encodes a row's own text without them.
+This is the second of two independent methods to find the assistant's text (the first is `mask_by_rendering`). They
+share only the end-of-turn token: this one renders no part of the row, and reads ids instead of text and offsets. It can
+trust control tokens, because `tokenizer` encodes a row's own text without them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _ANSWER = {"role": "assistant", "content": "answer"}
 
 @dataclass(frozen=True)
 class TurnShape:
-    """What a template writes around the assistant's words."""
+    """Tokens that a template writes around the assistant's text."""
 
     opening: tuple[tuple[int, str], ...]
-    """Control tokens, each with the plain text behind it: ((<|im_start|>, "assistant\\n"),) in ChatML."""
+    """Control token ids, each with the plain text after it: ((<|im_start|>, "assistant\\n"),) in ChatML."""
     end: str
     """Literal of the control token that ends the turn, "<|im_end|>" in ChatML."""
     end_id: int
 
 
 def turn_shape(tokenizer: ChatTokenizer) -> TurnShape:
-    """Learn a template's turns from a plain conversation of two questions and two answers.
+    """Learn the shape of a template's turns from a plain conversation of two questions and two answers.
 
     Raises:
-        ConfigError: the template is not prefix-preserving, hides the assistant's words, opens or ends its turns
+        ConfigError: the template is not prefix-preserving, hides the assistant's text, opens or ends its turns
             without a control token, or refuses the conversation.
     """
     conversation = tokenizer.conversation([_QUESTION, _ANSWER, _QUESTION, _ANSWER], [])
@@ -58,7 +58,7 @@ def turn_shape(tokenizer: ChatTokenizer) -> TurnShape:
         )
     answer = answered[len(header) :]
     if _ANSWER["content"] not in answer:
-        raise ConfigError(f"{trouble} does not show what the assistant says; use the model's own template")
+        raise ConfigError(f"{trouble} does not show the assistant's text; use the model's own template")
     control = tokenizer.control
     end = control.search(answer, answer.index(_ANSWER["content"]))
     if end is None:
@@ -66,7 +66,7 @@ def turn_shape(tokenizer: ChatTokenizer) -> TurnShape:
             f"{trouble} ends the assistant's turn without a control token, so the student would never learn to stop; "
             "use a template that writes the end-of-turn token"
         )
-    # A template without a header for a reply lets it follow the control token that ends the question.
+    # If a template writes no header before a reply, the control token that ends the question opens the reply.
     marks = list(control.finditer(header, len(asked))) or list(control.finditer(header))[-1:]
     if not marks:
         raise ConfigError(f"{trouble} opens the assistant's turn without a control token; use the model's own template")
@@ -76,7 +76,7 @@ def turn_shape(tokenizer: ChatTokenizer) -> TurnShape:
 
 
 class TurnScanner:
-    """Finds the assistant's turns in token ids."""
+    """Finds the tokens of the assistant's turns in token ids."""
 
     def __init__(self, tokenizer: ChatTokenizer, shape: TurnShape) -> None:
         self._tokenizer = tokenizer
@@ -85,7 +85,7 @@ class TurnScanner:
         self._is_control[list(tokenizer.control_ids.values())] = True
 
     def supervised(self, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """[N], positions of what the assistant wrote in ids [T], ends of turns included."""
+        """Return the positions [N] of the assistant's tokens in `ids` [T], end-of-turn tokens included."""
         controls = np.flatnonzero(self._is_control[ids])
         parts = [np.empty(0, dtype=np.int64)]
         for place in np.flatnonzero(ids[controls] == self._shape.opening[0][0]).tolist():
@@ -95,13 +95,17 @@ class TurnScanner:
             later = controls[np.searchsorted(controls, start) :]
             ends = later[ids[later] == self._shape.end_id]
             openings = later[ids[later] == self._shape.opening[0][0]]
-            # Where a reply has no header of its own, what ends a question opens a turn only if a reply follows.
+            # Without a reply header, the token that ends a question opens a turn only if a reply follows.
             if len(ends) and not (len(openings) and openings[0] < ends[0]):
                 parts.append(np.arange(start, ends[0] + 1))
         return np.concatenate(parts).astype(np.uint32)
 
     def _after_opening(self, ids: NDArray[np.uint32], controls: NDArray[np.int64], place: int) -> int | None:
-        """Index of the first token behind the opening at control token `place`; None if another turn opens there."""
+        """Return the index of the first token after the opening at control token number `place`.
+
+        Returns:
+            None if the tokens there do not open an assistant's turn.
+        """
         last = len(self._shape.opening) - 1
         for number, (control_id, text) in enumerate(self._shape.opening):
             if place + number >= len(controls):
@@ -117,7 +121,7 @@ class TurnScanner:
         return None
 
     def _after_text(self, ids: NDArray[np.uint32], start: int, text: str) -> int | None:
-        """Index of the first token that lies behind `text` as a whole; None if the tokens at `start` spell another."""
+        """Return the index of the first token after `text`, or None if the tokens at `start` spell another text."""
         while text and start < len(ids):
             spelled = self._tokenizer.decode([int(ids[start])])
             if not (text.startswith(spelled) or spelled.startswith(text)):

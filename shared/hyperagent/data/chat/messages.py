@@ -1,8 +1,10 @@
-"""A row's messages and tools as chat templates expect them.
+"""Convert a row's messages and tools to the form that chat templates expect.
 
-The traps of the data set are dealt with here. Arrow pads every tool's parameters with the keys of all other tools,
-which a template would print as phantom parameters: nulls are pruned, recursively. Arguments are JSON text where
-templates iterate a mapping: they are parsed. `tool_calls` may be null, missing, empty or the string "None".
+This module handles three irregularities of the data set:
+- Arrow pads every tool's parameters with the keys of all other tools, which a template would print as phantom
+  parameters. Nulls are therefore pruned recursively.
+- Arguments are JSON text, but templates iterate a mapping. They are therefore parsed.
+- `tool_calls` may be null, missing, empty or the string "None".
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 MAX_CHARACTERS = 4 << 20
-"""Of one message. A trajectory of 131,072 tokens has about 500,000 characters in all its messages."""
+"""Longest message, in characters.
+
+For comparison, all messages of a trajectory of 131,072 tokens together have about 500,000 characters."""
 
 _ROLES = {"system", "user", "assistant", "tool"}
 _ISSUE = re.compile(r"<(issue_description|pr_description)>(.*?)</\1>", re.DOTALL)
@@ -29,40 +33,40 @@ _ISSUE = re.compile(r"<(issue_description|pr_description)>(.*?)</\1>", re.DOTALL
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A row's conversation, clean."""
+    """A row's cleaned conversation."""
 
     messages: list[Message]
     tools: list[Tool]
 
     @property
     def system(self) -> str | None:
-        """The system prompt, which is the first message, if there is one."""
+        """System prompt: the content of the first message if its role is "system", else None."""
         first = self.messages[0]
         return str(first["content"]) if first["role"] == "system" else None
 
     @property
     def task(self) -> str:
-        """The task's text, which is the first user message.
+        """Text of the task: the content of the first user message that is not blank.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no such message.
         """
         return str(self.messages[self.task_index]["content"])
 
     @property
     def task_index(self) -> int:
-        """Where the task stands among the messages.
+        """Index of the task's message.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no such message.
         """
         for index, message in enumerate(self.messages):
             if message["role"] == "user" and message["content"].strip():
                 return index
-        raise DataError("it has no user message with a text, so no task")
+        raise DataError("it has no user message with text, so it has no task")
 
     def first(self, num_messages: int) -> Dialogue:
-        """The dialogue cut after some messages."""
+        """Return the dialogue cut after its first `num_messages` messages."""
         return replace(self, messages=self.messages[:num_messages])
 
 
@@ -70,8 +74,8 @@ def dialogue_of(row: Row) -> Dialogue:
     """Check and clean a row's messages and tools.
 
     Raises:
-        DataError: the row has no id or no repository, is empty, starts with the assistant, or a value in it is of the
-            wrong type, unknown or too large.
+        DataError: the row has no id or no repository, has no assistant message, starts with one, or holds a value that
+            is of the wrong type, unknown or too large.
     """
     if missing := [name for name in ("trajectory_id", "repo") if row[name] is None or row[name] == ""]:
         raise DataError(f"it has no {' and no '.join(missing)}")
@@ -80,9 +84,9 @@ def dialogue_of(row: Row) -> Dialogue:
     messages = [_message(index, message) for index, message in enumerate(_list(row["trajectory"], "its trajectory"))]
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise DataError("it has no assistant message, so nothing to learn from")
+        raise DataError("it has no assistant message, so there is nothing to learn from")
     if roles[0] == "assistant":
-        raise DataError("its first message is the assistant's, so nothing leads up to it")
+        raise DataError("its first message is the assistant's, which has no context")
     tools = _list(row["tools"], "its tools")
     for index, tool in enumerate(tools):
         _require(tool, Mapping, f"tool {index}")
@@ -90,17 +94,17 @@ def dialogue_of(row: Row) -> Dialogue:
 
 
 def name_of(row: Row, number: int) -> str:
-    """What to call a row: its id, or its number (from 0) if it has none."""
+    """Return a row's name: its id, or its number (from 0) if it has none."""
     trajectory_id = row["trajectory_id"]
     return trajectory_id if isinstance(trajectory_id, str) and trajectory_id else f"row {number}"
 
 
 @contextmanager
 def refused_as(name: str) -> Iterator[None]:
-    """Turn what stops a row into the refusal of the row called `name`.
+    """Convert a row's errors to a refusal of the row called `name`.
 
     Raises:
-        RowRefused: the block met a DataError, or a value nested deeper than Python can follow.
+        RowRefused: the block raised DataError, or met a value nested too deeply for Python's recursion limit.
     """
     try:
         yield
@@ -111,17 +115,17 @@ def refused_as(name: str) -> Iterator[None]:
 
 
 def issue_text(task: str) -> str:
-    """The issue within a task's text, white space and case evened out, so that two prompts about it compare equal.
+    """Return the issue within a task's text, with white space and case normalized so that it can be compared.
 
-    Agent frameworks wrap the issue in a prompt of their own that names the repository's folder; where there is no
-    such wrapping the whole task is the issue.
+    Agent frameworks wrap the issue in a prompt that names the repository's folder. Without such tags the whole task
+    is the issue.
     """
     found = _ISSUE.search(task)
     return " ".join((found.group(2) if found else task).split()).casefold()
 
 
 def prune_nulls(value: Any) -> Any:
-    """`value` without the null entries of its mappings, at every depth."""
+    """Return `value` without the null entries of its mappings, at every depth."""
     if isinstance(value, Mapping):
         return {key: prune_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -165,8 +169,8 @@ def _call(what: str, call: Any) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> float:
-    # Python reads NaN and Infinity, which are not JSON (RFC 8259, section 6).
-    raise ValueError(f"{name} is no number")
+    # Python's parser accepts NaN and Infinity, which are not JSON (RFC 8259, section 6).
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _list(value: Any, what: str) -> list[Any]:

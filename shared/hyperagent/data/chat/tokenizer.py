@@ -1,8 +1,8 @@
-"""A tokenizer folder as this project uses it: its ids, its chat template, its identity.
+"""Load a tokenizer folder; render conversations with its chat template and encode them.
 
-Untrusted text must not be able to open or close a turn (see `guard`). So the rendered text is cut at the control tokens
-that the template itself wrote, and what stands between them is encoded as plain text. For text without literals of
-control tokens the ids equal those of `apply_chat_template(tokenize=True)`.
+Untrusted text must not be able to open or close a turn (see `control_tokens`). Therefore the rendered text is split at
+the control tokens that the template itself wrote, and the text between them is encoded as plain text. For text without
+literals of control tokens the ids equal those of `apply_chat_template(tokenize=True)`.
 """
 
 from __future__ import annotations
@@ -30,66 +30,69 @@ Tool = Mapping[str, Any]
 
 
 class Encoded:
-    """Token ids of a rendered text, and where in it they came from."""
+    """Token ids of a rendered text, with their character offsets."""
 
     def __init__(self, pieces: list[_Piece], firsts: list[int]) -> None:
-        """Made by `Conversation.encode`.
+        """Concatenate encoded pieces; called by `Conversation.encode`.
 
         Args:
-            firsts: index of each piece's first character.
+            firsts: index of each piece's first character in the text.
         """
         self.ids: NDArray[np.uint32] = np.concatenate([piece.ids for piece in pieces])
-        """[T]."""
+        """Token ids, shape [T]."""
         self._pieces = pieces
         self._firsts = np.asarray(firsts)
         self._tokens_before = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
 
     def first_token_from(self, character: int) -> int:
-        """Index of the first token whose characters all stand at `character` or behind it."""
+        """Return the index of the first token that starts at or after `character`."""
         place, inside = self._locate(character)
         starts = self._pieces[place].offsets()[:, 0]
         return int(self._tokens_before[place] + np.searchsorted(starts, inside, side="left"))
 
     def tokens_within(self, character: int) -> int:
-        """Number of tokens from the first on whose characters all stand before `character`."""
+        """Return the number of leading tokens that end at or before `character`."""
         place, inside = self._locate(character)
         ends = self._pieces[place].offsets()[:, 1]
         return int(self._tokens_before[place] + np.searchsorted(ends, inside, side="right"))
 
     def character_behind(self, token: int) -> int:
-        """Index of the character behind a token."""
+        """Return the index of the first character after a token."""
         place = int(np.searchsorted(self._tokens_before, token, side="right")) - 1
         return int(self._firsts[place] + self._pieces[place].offsets()[token - self._tokens_before[place], 1])
 
     def _locate(self, character: int) -> tuple[int, int]:
-        """The piece that `character` stands in or behind, and where in it."""
+        """Return the index of the piece that contains `character` or ends at it, and the offset within that piece."""
         place = int(np.searchsorted(self._firsts, character, side="right")) - 1
         return place, character - int(self._firsts[place])
 
 
 class _Piece:
-    """A control token, or a text without any."""
+    """Encoding of a control token, or of a text without control tokens."""
 
     def __init__(self, ids: NDArray[np.uint32], offsets: Callable[[], NDArray[np.int64]]) -> None:
         self.ids = ids
-        """[T]."""
-        # Few pieces are ever asked, and making arrays of the library's lists takes as long as finding the tokens.
+        """Token ids, shape [T]."""
+        # Computed on demand: few pieces need offsets, and converting the library's lists takes as long as tokenizing.
         self._make_offsets = offsets
         self._offsets: NDArray[np.int64] | None = None
 
     def offsets(self) -> NDArray[np.int64]:
-        """[T, 2], of each token the first character within the piece and the one behind the last."""
+        """Return the tokens' (start, stop) character offsets within the piece, shape [T, 2]."""
         if self._offsets is None:
             self._offsets = self._make_offsets()
         return self._offsets
 
 
 _MarkedText = tuple[str, str]
-"""A text without control tokens, and the marker in it, empty if there is none."""
+"""A text without control tokens, and the marker it contains, "" if it contains none."""
 
 
 class _PieceCache:
-    """The pieces used last; trajectories of one data set share their system prompts, and so do the views of one."""
+    """LRU cache of encoded pieces.
+
+    The trajectories of a data set, and the views of one trajectory, share texts such as the system prompt.
+    """
 
     _MAX_CHARACTERS = 1 << 20
 
@@ -115,7 +118,7 @@ class Conversation:
     """Messages and tools, ready to be rendered by a tokenizer's chat template and encoded."""
 
     def __init__(self, tokenizer: ChatTokenizer, messages: list[Message], tools: list[Tool]) -> None:
-        """Made by `ChatTokenizer.conversation`."""
+        """Break the literals of control tokens; called by `ChatTokenizer.conversation`."""
         self._tokenizer = tokenizer
         self._untouched = (messages, tools)
         self._marker = tokenizer.guard.marker_for([messages, tools])
@@ -126,8 +129,7 @@ class Conversation:
     def render(
         self, indices: Iterable[int] | None = None, *, add_generation_prompt: bool = False, with_tools: bool = True
     ) -> str:
-        """The template's text for the messages at `indices`, or for all, with markers (see `guard`).
-
+        """Render the messages at `indices`, or all, with the chat template; markers remain (see `control_tokens`).
         Raises:
             DataError: the template refuses the conversation.
         """
@@ -138,10 +140,13 @@ class Conversation:
         )
 
     def stock_text(self, rendered: str, indices: Iterable[int]) -> str:
-        """A text from `render` without its markers, proved to be what the template makes of the untouched messages.
+        """Remove the markers from a text of `render`, and check it against the rendering of the original messages.
+
+        Args:
+            indices: the messages that were rendered.
 
         Raises:
-            DataError: the template made something else of a text because a literal in it was broken.
+            DataError: the texts differ, because the template treats literals of control tokens specially.
         """
         if self._marker is None:
             return rendered
@@ -151,17 +156,17 @@ class Conversation:
         )
         if self.plain(rendered) != stock:
             raise DataError(
-                "the chat template treats a literal of a control token in its texts in a way of its own, so that it "
-                "cannot be kept as text; remove the literal"
+                "the chat template treats a literal of a control token in its texts specially, so it cannot be kept "
+                "as text; remove the literal"
             )
         return stock
 
     def plain(self, rendered: str) -> str:
-        """A text from `render` without its markers."""
+        """Return a text of `render` without its markers."""
         return rendered if self._marker is None else rendered.replace(self._marker, "")
 
     def encode(self, rendered: str) -> Encoded:
-        """Token ids of a text from `render`, with character offsets into that very text."""
+        """Encode a text of `render`; character offsets refer to that text, markers included."""
         return self._tokenizer.encode(rendered, marker=self._marker)
 
 
@@ -177,46 +182,47 @@ class ChatTokenizer:
         digest = tokenizer_sha256(folder)
         try:
             self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the readers of both libraries fail with whatever a broken file makes of them
+        except Exception as error:  # both libraries raise arbitrary exceptions for a broken file
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"cannot load a tokenizer from {folder}: {why}; copy the model's own files") from error
         template = self._tokenizer.chat_template
         if not isinstance(template, str):
             raise ConfigError(
-                f"the tokenizer in {folder} has no chat template; put chat_template.jinja beside tokenizer.json"
+                f"the tokenizer in {folder} has no chat template; put chat_template.jinja next to tokenizer.json"
             )
         self.folder = folder
         self.identity = TokenizerIdentity(digest, hashlib.sha256(template.encode()).hexdigest())
         self.vocab_size = len(self._tokenizer)
-        """Number of real entries, added tokens included."""
+        """Number of entries in the vocabulary, added tokens included."""
         # encode_special_tokens: control tokens' literals become plain text (tokenizers >= 0.19).
         self._plain = self._tokenizer.backend_tokenizer
         self._plain.encode_special_tokens = True
         added = self._plain.get_added_tokens_decoder()
         self.control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        """Ids of the control tokens by their literals; only a template can write them, never a row's text."""
+        """Ids of the control tokens by literal; only a template can write them, never a row's text."""
         if not self.control_ids:
-            raise ConfigError(f"the tokenizer in {folder} has no control token, so turns cannot be told from text")
+            raise ConfigError(
+                f"the tokenizer in {folder} has no control token, so turns cannot be distinguished from text; copy the "
+                "model's own files"
+            )
         self.control = re.compile(any_of(self.control_ids))
-        """Finds their literals."""
+        """Pattern that matches the literals of the control tokens."""
         self.guard = Guard(self.control_ids)
         self._pieces = _PieceCache()
 
     def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Path]]:
-        # A worker process reads the folder itself.
+        # Pickled as its folder: a worker process loads the tokenizer again.
         return type(self), (self.folder,)
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Conversation:
-        """A conversation ready to be rendered, in whole or in part.
-
+        """Prepare a conversation to be rendered, in whole or in part.
         Raises:
             DataError: a text holds half of a surrogate pair.
         """
         return Conversation(self, list(messages), list(tools))
 
     def apply_template(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
-        """The stock rendering.
-
+        """Render messages with the stock template.
         Raises:
             DataError: the template refuses the conversation.
         """
@@ -227,22 +233,22 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
-        except Exception as error:  # jinja runs the template's own code: anything may come out of it
+        except Exception as error:  # jinja runs the template's own code, which may raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise DataError(f"the chat template refuses the conversation: {why}") from error
         return str(text)
 
     def encode(self, rendered: str, *, marker: str | None = None) -> Encoded:
-        """Token ids of a text in which every literal of a control token is one, with character offsets.
+        """Encode a text in which every unbroken literal of a control token is that control token.
 
         Args:
-            marker: what breaks the literals that are not; it is no part of the text, but the offsets count it.
+            marker: text that breaks the other literals; it is not encoded, but the offsets count its characters.
         """
         controls = list(self.control.finditer(rendered))
         bounds = [0, *(bound for control in controls for bound in control.span()), len(rendered)]
         texts = [rendered[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
         plain = self._encode_pieces([(text, marker if marker and marker in text else "") for text in texts])
-        # The plain pieces stand at even places, the control tokens between them.
+        # Plain pieces and control tokens alternate, starting with a plain piece.
         pieces = [piece for pair in zip_longest(plain, map(self._control_piece, controls)) for piece in pair if piece]
         return Encoded(pieces, bounds[:-1])
 
@@ -258,19 +264,19 @@ class ChatTokenizer:
             key: _Piece(np.asarray(encoding.ids, np.uint32), partial(_offsets, encoding, *key))
             for key, encoding in zip(new, encodings, strict=True)
         }
-        # A piece may be forgotten while others are added, so known ones are taken first.
+        # Adding pieces may evict others from the cache, so look up the known ones first.
         pieces = [encoded[text] if text in encoded else self._pieces[text] for text in texts]
         for key, piece in encoded.items():
             self._pieces.add(key, piece)
         return pieces
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens included."""
+        """Return the text of token ids, control tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def _offsets(encoding: Encoding, text: str, marker: str) -> NDArray[np.int64]:
-    """[T, 2], character offsets into `text`, whose markers the encoding has not seen."""
+    """Return character offsets [T, 2] into `text`, given its encoding without the markers."""
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     if not marker:
         return offsets

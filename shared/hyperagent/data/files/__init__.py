@@ -1,1 +1,1 @@
-"""The files of a data set: trajectories, side tables, tokens."""
+"""Readers and writers of a data set's files: trajectories, side tables, tokens."""

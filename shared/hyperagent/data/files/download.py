@@ -1,4 +1,4 @@
-"""Fetching the data set at its pinned revision, and proof that what arrived is what the hub holds."""
+"""Download the data set at its pinned revision and verify it against the hub's size and SHA-256."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHA256_DIGITS = 64
 
 @dataclass(frozen=True)
 class DownloadedDataset:
-    """A file that is the hub's."""
+    """A downloaded file, verified to be identical to the hub's."""
 
     path: Path
     bytes: int
@@ -34,10 +34,10 @@ def download_dataset(
     expected_bytes: int = DATASET_BYTES,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> DownloadedDataset:
-    """Fetch the data set's file into `folder`, going on where an earlier call stopped.
+    """Fetch the data set's file into `folder`, resuming where an earlier call stopped.
 
-    The hub's client shows its own progress bar on standard error and resumes a file of which a part is there. A file
-    that is there in whole is checked and not fetched again. `HF_ENDPOINT` names a mirror.
+    The hub's client shows its own progress bar on standard error and resumes a partial file. A complete file is
+    verified and not fetched again. The environment variable `HF_ENDPOINT` selects a mirror.
 
     Args:
         expected_bytes: size of the file at the pinned revision.
@@ -45,12 +45,13 @@ def download_dataset(
 
     Raises:
         ServiceError: the hub cannot be reached or does not hold the file.
-        DataError: what arrived is not what the hub states; it has been removed, so that the next call fetches it again.
-        StorageError: the file system refused.
+        DataError: the hub's file is not the pinned one, or the downloaded file differs from the hub's or from the
+            locked schema. A file that differs from the hub's is removed, so that the next call fetches it again.
+        StorageError: a file system operation failed.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    # HTTPError is that of the HTTP library the client is built on, whichever that is; it is not re-exported.
+    # HTTPError comes from whichever HTTP library the client is built on; it is not re-exported.
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
@@ -71,7 +72,7 @@ def download_dataset(
         raise _unreachable(error) from error
     except OSError as error:
         if error.errno is None:
-            # The client's network errors are OSErrors without a number.
+            # The client's network errors are OSErrors without an errno.
             raise _unreachable(error) from error
         raise StorageError(
             f"could not write to {folder}: {error.strerror}; free some space or choose another"
@@ -83,14 +84,14 @@ def download_dataset(
 
 
 def _require_stated(size: int | None, etag: str | None, expected_bytes: int) -> None:
-    """The hub must hold the pinned file, and name its SHA-256, which is the ETag of a file in large file storage."""
+    """Require that the hub holds the pinned file and states its SHA-256 (the ETag of a file in large file storage)."""
     if size != expected_bytes:
         raise DataError(
             f"the hub holds {DATASET_FILE} of {size} bytes at revision {DATASET_REVISION}, not of {expected_bytes}; "
             "check the mirror that HF_ENDPOINT names"
         )
     if etag is None or len(etag) != _SHA256_DIGITS:
-        raise DataError(f"the hub states no SHA-256 of {DATASET_FILE}, so nothing could be checked; try another mirror")
+        raise DataError(f"the hub states no SHA-256 of {DATASET_FILE}, so it cannot be verified; try another mirror")
 
 
 def _require_same_bytes(path: Path, *, size: int, sha256: str, progress: Callable[[int, int], None]) -> None:
@@ -104,8 +105,8 @@ def _require_same_bytes(path: Path, *, size: int, sha256: str, progress: Callabl
     if done != size or digest.hexdigest() != sha256:
         path.unlink()
         raise DataError(
-            f"{path} had {done} bytes with SHA-256 {digest.hexdigest()}, the hub states {size} and {sha256}; "
-            "it was removed, run the command again"
+            f"{path} had {done} bytes with SHA-256 {digest.hexdigest()}, but the hub states {size} and {sha256}; "
+            "the file was removed, run the command again"
         )
 
 
@@ -121,6 +122,6 @@ def _require_schema(path: Path) -> None:
 def _unreachable(error: Exception) -> ServiceError:
     why = " ".join(str(error).split())[:200] or type(error).__name__
     return ServiceError(
-        f"could not fetch {DATASET} from the hub: {why}; check the network, name a mirror with HF_ENDPOINT, or copy "
+        f"could not fetch {DATASET} from the hub: {why}; check the network, select a mirror with HF_ENDPOINT, or copy "
         f"{DATASET_FILE} here by other means"
     )

@@ -1,7 +1,7 @@
-"""Reading trajectories from Parquet or JSON Lines in the schema of `hyperagent.data.files.schema`.
+"""Read trajectories from Parquet or JSON Lines in the schema of `hyperagent.data.files.schema`.
 
-Rows stream through a small buffer, so memory is bounded by a few rows, not by the file or its row groups. Columns are
-checked here, values where they are used: a wrong value costs its row and not the file.
+Rows stream through a small buffer, so memory is bounded by a few rows, independent of the file and its row groups.
+Columns are checked here, values where they are used: an invalid value invalidates its row, not the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ JSON_LINES = ".jsonl"
 
 _ROWS_PER_BATCH = 16
 _BUFFER_BYTES = 1 << 20
-# A row of 131,072 tokens has about half a megabyte; a line beyond this limit is not read into memory at all.
+# A row of 131,072 tokens has about half a megabyte; a longer line than this is never read into memory as a whole.
 _MAX_LINE_BYTES = 64 << 20
 
 
 def count_rows(path: Path) -> int:
-    """Number of trajectories in a file; of a JSON Lines file, its lines that are not blank.
+    """Return the number of trajectories in a file; in JSON Lines these are the lines that are not blank.
 
     Raises:
         DataError: as `read_rows`.
@@ -39,11 +39,11 @@ def count_rows(path: Path) -> int:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a file, in order; a row has every column of the schema, None where the file has none.
+    """Stream the rows of a file in order; a row has every column of the schema, None where the file lacks it.
 
     Raises:
-        DataError: the file is missing, is of another kind, is damaged, or lacks a column.
-        RowRefused: a line of a JSON Lines file is no row.
+        DataError: the file is missing, is of another format, is damaged, or lacks a required column.
+        RowRefused: a line of a JSON Lines file is not a row.
     """
     for row in read_rows_or_refusals(path):
         if isinstance(row, RowRefused):
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_rows_or_refusals(path: Path) -> Iterator[Row | RowRefused]:
-    """`read_rows`, with the refusal of a line that is no row in its place.
+    """Stream rows like `read_rows`, but yield a refusal in place of a line that is not a row.
 
     Raises:
         DataError: as `read_rows`.
@@ -61,7 +61,7 @@ def read_rows_or_refusals(path: Path) -> Iterator[Row | RowRefused]:
 
 
 def read_schema_differences(path: Path) -> list[str]:
-    """What sets a Parquet file apart from the schema; JSON Lines have no schema, so their rows are judged one by one.
+    """Return a Parquet file's differences from the schema; none for JSON Lines, whose rows are checked one by one.
 
     Raises:
         DataError: as `read_rows`.
@@ -83,7 +83,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        # pre_buffer would read whole column chunks, and keep those of every row group until the last is read.
+        # pre_buffer would read whole column chunks and keep those of all row groups until the last one is read.
         file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
@@ -116,7 +116,7 @@ def _read_json_lines(path: Path) -> Iterator[Row | RowRefused]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines that are not blank; of one that is too long, its beginning, one byte longer than the limit."""
+    """Yield the lines that are not blank; a line that is too long is truncated to one byte more than the limit."""
     try:
         with path.open("rb") as file:
             while line := file.readline(_MAX_LINE_BYTES + 1):

@@ -1,8 +1,8 @@
-"""The data set this project reads: where it is, and the exact Arrow schema of its rows.
+"""Location of the data set and exact Arrow schema of its rows.
 
-Two traits of the file are easily missed. `properties` is one Arrow struct with a field for every parameter of every
-tool, and a tool holds null in the fields that are not its own. And the fields of every struct stand in alphabetical
-order. The data set's card names other columns; the file is what counts.
+Two facts are easily missed. `properties` is one Arrow struct with a field for every parameter of every tool, and a tool
+holds null in the fields that are not its own. The fields of every struct are in alphabetical order. The data set's card
+lists other columns; this schema follows the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DATASET_FILE = "trajectories.parquet"
 DATASET_BYTES = 2_079_503_354
 
 NEEDED_COLUMNS = ("trajectory_id", "repo", "trajectory", "tools")
-"""Without these nothing can be made of a row."""
+"""Columns without which no row can be used."""
 
 
 def _struct(**fields: pa.DataType) -> pa.DataType:
@@ -47,7 +47,7 @@ _PROPERTIES = _struct(
     view_range=_struct(description=pa.string(), items=_struct(type=pa.string()), type=pa.string()),
 )
 PARAMETER_NAMES = tuple(field.name for field in _PROPERTIES)
-"""Every parameter of every tool: what Arrow pads each tool's `properties` with."""
+"""Names of all parameters of all tools; Arrow pads each tool's `properties` to all of them."""
 
 _PARAMETERS = _struct(
     additionalProperties=pa.bool_(),
@@ -84,14 +84,15 @@ TRAJECTORY_SCHEMA = pa.schema(
 )
 """The schema lock: the ten columns of `DATASET` at `DATASET_REVISION`."""
 
-# A tool's parameters are a JSON Schema of its own, so what it holds is not locked.
+# A tool's parameters are its own JSON Schema, so their contents are not locked.
 _OPEN = "tools.function.parameters"
 
 
 def schema_differences(found: pa.Schema) -> list[str]:
-    """What sets a file apart from `TRAJECTORY_SCHEMA`, a line each; what tools declare may differ.
+    """Return the differences of a file's schema from `TRAJECTORY_SCHEMA`, one line each.
 
-    Widths do not count: some writers give strings 64-bit offsets and store 0 or 1 in 8 bits.
+    The parameters that tools declare may differ. Widths are ignored: some writers give strings 64-bit offsets and store
+    0 or 1 in 8 bits.
     """
     return list(_in_fields("", pa.struct(list(TRAJECTORY_SCHEMA)), pa.struct(list(found))))
 
@@ -111,7 +112,7 @@ def _in_fields(path: str, locked: pa.StructType, found: pa.StructType) -> Iterat
 
 def _in_type(where: str, locked: pa.DataType, found: pa.DataType) -> Iterator[str]:
     if pa.types.is_null(found):
-        # A column of nothing has no type.
+        # A column that holds only nulls has no type.
         return
     if _kind(locked) != _kind(found):
         yield f"{where} is {_kind(found)}, not {_kind(locked)}"

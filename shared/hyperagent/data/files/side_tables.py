@@ -1,4 +1,4 @@
-"""Files that say something more about tasks, joined by instance id: licenses, extra texts."""
+"""Read additional tables about tasks (licenses, extra texts), joined by instance id."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hyperagent.errors import DataError
 
 
 def read_joined(path: Path, column: str) -> dict[str, str]:
-    """`column` by `instance_id`, from Parquet or JSON Lines, such as the rows of nebius/SWE-rebench.
+    """Read a mapping of `instance_id` to `column` from Parquet or JSON Lines, such as the rows of nebius/SWE-rebench.
 
     Raises:
-        DataError: the file is missing or damaged, lacks a column, holds something else than text, or says two
-            different things about one instance.
+        DataError: the file is missing or damaged, lacks a column, holds a value that is not text, or holds two
+            different values for one instance.
     """
     pairs = _json_lines(path, column) if path.suffix == JSON_LINES else _parquet(path, column)
     found: dict[str, str] = {}
@@ -25,7 +25,7 @@ def read_joined(path: Path, column: str) -> dict[str, str]:
         if not isinstance(instance_id, str) or not isinstance(value, str):
             raise DataError(f"{path} has the instance {instance_id!r} with {column} {value!r}; both must be text")
         if found.setdefault(instance_id, value) != value:
-            raise DataError(f"{path} says two different things about {instance_id}; keep one")
+            raise DataError(f"{path} has two different values of {column} for {instance_id}; keep one")
     return found
 
 
@@ -36,7 +36,7 @@ def _parquet(path: Path, column: str) -> list[tuple[object, object]]:
         raise DataError(f"there is no file {path}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise DataError(
-            f"{path} is no Parquet file with instance_id and {column}: {' '.join(str(error).split())}; "
+            f"{path} is not a Parquet file with instance_id and {column}: {' '.join(str(error).split())}; "
             f"JSON Lines must be named *{JSON_LINES}"
         ) from error
     if set(table.column_names) != {"instance_id", column}:

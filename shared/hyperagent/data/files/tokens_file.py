@@ -1,7 +1,7 @@
-"""Trajectories as token ids: the file that travels from tokenization to the teacher and the trainer.
+"""Read and write tokens files: trajectories as token ids, used by the teacher and the trainer.
 
-Text is tokenized once. From here on everybody reads ids from this file, so teacher and student cannot disagree about
-what a trajectory is. The file is Parquet; its schema metadata carry the data's identity (docs/data.md).
+Text is tokenized once. Teacher and trainer both read ids from this file, so they cannot disagree about the tokens of a
+trajectory. The file is Parquet; its schema metadata hold the data's identity (docs/data.md).
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ _GROUPS_KEPT = 2
 
 @dataclass(frozen=True, eq=False)
 class TokenizedTrajectory:
-    """One trajectory: T tokens in the teacher's view, S in the student's, N of them supervised in both."""
+    """One trajectory: T tokens in the teacher's view, S in the student's view, N of them supervised in both."""
 
     trajectory_id: str
     repo: str
     split: str
-    """`TRAIN`, `HELD_OUT` (repositories that are in no other split) or `HELD_OUT_TASKS` (tasks of training's own)."""
+    """`TRAIN`, `HELD_OUT` (repositories in no other split) or `HELD_OUT_TASKS` (tasks of training repositories)."""
     token_ids: NDArray[np.uint32]
-    """[T], the teacher's view."""
+    """Token ids of the teacher's view, shape [T]."""
     positions: NDArray[np.uint32]
-    """[N], strictly increasing, each at least 1: the supervised tokens, which the assistant wrote."""
+    """Indices into `token_ids` of the supervised (assistant's) tokens, shape [N], strictly increasing, at least 1."""
     prompt_ids: NDArray[np.uint32]
-    """[P], the condition view: what the hypernetwork reads."""
+    """Token ids of the condition, which the hypernetwork reads, shape [P]."""
     student_ids: NDArray[np.uint32]
-    """[S], the student's view; the very same array as `token_ids` where the student sees everything."""
+    """Token ids of the student's view, shape [S]; the same object as `token_ids` if the student sees everything."""
     student_positions: NDArray[np.uint32]
-    """[N], where the supervised tokens stand in the student's view."""
+    """Indices into `student_ids` of the supervised tokens, shape [N]."""
 
     def require_aligned(self) -> None:
-        """Refuse views whose nth supervised tokens differ.
+        """Check that teacher and student view have the same sequence of supervised tokens.
 
         Raises:
-            DataError: the views do not belong together.
+            DataError: the sequences differ.
         """
         if self.student_ids is self.token_ids and self.student_positions is self.positions:
             return
@@ -79,7 +79,7 @@ class TokenizedTrajectory:
 
 
 class TokensWriter:
-    """Writes trajectories to a tokens file, some at a time; made by `write_tokens`."""
+    """Writes trajectories to a tokens file in row groups; created by `write_tokens`."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
@@ -92,7 +92,7 @@ class TokensWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added since the last row group."""
+        """Write the trajectories added since the last row group."""
         if self._pending:
             rows = [_to_row(trajectory) for trajectory in self._pending]
             self._writer.write_table(pa.Table.from_pylist(rows, schema=self._writer.schema))
@@ -101,15 +101,15 @@ class TokensWriter:
 
 @contextmanager
 def write_tokens(path: Path, identity: DataIdentity) -> Iterator[TokensWriter]:
-    """Write a tokens file, whole or not at all; one row group is held in memory.
+    """Write a tokens file atomically; one row group is held in memory.
 
     Raises:
-        StorageError: the file system refused; `path` is as it was before.
+        StorageError: a file system operation failed; `path` is unchanged.
     """
     schema = _SCHEMA.with_metadata({b"format": _FORMAT, b"identity": identity.to_json()})
     with (
-        new_file(path) as aside,
-        pq.ParquetWriter(aside, schema, compression="zstd", write_page_checksum=True) as parquet,
+        new_file(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as parquet,
     ):
         writer = TokensWriter(parquet)
         yield writer
@@ -117,7 +117,7 @@ def write_tokens(path: Path, identity: DataIdentity) -> Iterator[TokensWriter]:
 
 
 def read_data_identity(path: Path) -> DataIdentity:
-    """What the file was made from, and how.
+    """Read the identity of a tokens file: its source data, tokenizer and settings.
 
     Raises:
         DataError: the file is missing or is not a tokens file.
@@ -126,7 +126,10 @@ def read_data_identity(path: Path) -> DataIdentity:
 
 
 def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenizedTrajectory]:
-    """Stream the trajectories of a tokens file, in the file's order, a few in memory at a time.
+    """Stream the trajectories of a tokens file in order, holding one batch in memory.
+
+    Args:
+        split: yield only trajectories of this split.
 
     Raises:
         DataError: the file is missing, is not a tokens file, is damaged, or its views are not aligned.
@@ -143,7 +146,7 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenizedTr
                     yield trajectory
     except (pa.ArrowException, OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; tokenize the data again") from error
-    # A damaged page header can end a column early without any error.
+    # A damaged page header can end a column early without an error.
     if num_rows != file.metadata.num_rows:
         raise DataError(
             f"{path} is damaged: {num_rows} of its {file.metadata.num_rows} rows are left; tokenize the data again"
@@ -151,16 +154,16 @@ def read_tokens(path: Path, *, split: str | None = None) -> Iterator[TokenizedTr
 
 
 class TokensFile:
-    """Single trajectories of a tokens file, by row; safe to use from several threads.
+    """Random access to the trajectories of a tokens file; thread-safe.
 
-    The last row groups are kept, since neighbors are asked for together.
+    The most recently read row groups are kept in memory, since neighboring rows are usually read together.
     """
 
     def __init__(self, path: Path) -> None:
         """Open the file.
 
         Raises:
-            DataError: it is missing or is not a tokens file.
+            DataError: the file is missing or is not a tokens file.
         """
         self._path = path
         self._file, _ = _open(path)
@@ -170,13 +173,15 @@ class TokensFile:
         self._groups: dict[int, pa.RecordBatch] = {}
 
     def row(self, row: int) -> TokenizedTrajectory:
-        """The trajectory of one row.
+        """Return the trajectory of one row.
 
         Raises:
             DataError: the file is damaged, or has no such row.
         """
         if not 0 <= row < self._file.metadata.num_rows:
-            raise DataError(f"{self._path} has {self._file.metadata.num_rows} rows, so no row {row}; tokenize again")
+            raise DataError(
+                f"{self._path} has {self._file.metadata.num_rows} rows, so no row {row}; tokenize the data again"
+            )
         group = int(np.searchsorted(self._ends, row, side="right"))
         try:
             with self._lock:
@@ -198,7 +203,7 @@ class TokensFile:
 
 
 def has_split(path: Path, split: str) -> bool:
-    """Whether a tokens file holds a trajectory of a split.
+    """Return whether a tokens file holds a trajectory of a split.
 
     Raises:
         DataError: as `read_tokens`.
@@ -207,7 +212,7 @@ def has_split(path: Path, split: str) -> bool:
 
 
 def count_tokens_rows(path: Path) -> int:
-    """Number of trajectories in a tokens file."""
+    """Return the number of trajectories in a tokens file."""
     return int(_open(path)[0].metadata.num_rows)
 
 
@@ -229,7 +234,7 @@ def _from_row(batch: pa.RecordBatch, row: int) -> TokenizedTrajectory:
 
 
 def _array(batch: pa.RecordBatch, name: str, row: int) -> NDArray[np.uint32]:
-    # Copied, since a view would keep the whole batch in memory.
+    # Copy, since a view would keep the whole batch in memory.
     array: NDArray[np.uint32] = batch.column(name)[row].values.to_numpy(zero_copy_only=False).astype(np.uint32)
     return array
 
@@ -249,4 +254,4 @@ def _open(path: Path) -> tuple[pq.ParquetFile, DataIdentity]:
     try:
         return file, DataIdentity.from_json(metadata[b"identity"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: its identity is not readable; tokenize the data again") from error
+        raise DataError(f"{path} is damaged: its identity cannot be read; tokenize the data again") from error

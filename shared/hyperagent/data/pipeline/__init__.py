@@ -1,1 +1,1 @@
-"""From a trajectory file to a tokens file: selection, split, views, tokenization."""
+"""Conversion of a trajectory file to a tokens file: selection, split, views, tokenization."""

@@ -1,4 +1,4 @@
-"""One function over many rows, in worker processes, in order and within bounded memory."""
+"""Map a function over many rows in worker processes, in order and with bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyperagent.errors import ServiceError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A process takes seconds to start, which few rows do not repay.
+# A process takes seconds to start, which does not pay off for fewer rows.
 _ROWS_WORTH_A_POOL = 200
 _ROWS_PER_TASK = 4
 _TASKS_PER_WORKER = 4
@@ -25,7 +25,7 @@ _function: Callable[[Any], Any]
 
 
 def available_cores() -> int:
-    """Cores that this process may use, where the system can say so, and otherwise those of the machine."""
+    """Return the number of cores this process may use, or the machine's if the system cannot report it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -41,10 +41,10 @@ def map_rows(
     """Yield the function's result for every item, in the items' order.
 
     Args:
-        function: pickled to every process, once, as the items and results are; the processes are of our own making,
-            and nothing is unpickled that came from elsewhere.
-        num_items: how many there are; it decides whether processes are worth starting.
-        num_workers: processes; 1 runs in this one, None takes one per core where that pays.
+        function: pickled once per process. Items and results are pickled as well. The processes are our own children,
+            so nothing from outside is unpickled.
+        num_items: number of items; it decides whether starting processes pays off.
+        num_workers: number of processes; 1 runs in this process, None starts one per core if that pays off.
 
     Raises:
         ServiceError: a process was killed.
@@ -54,7 +54,7 @@ def map_rows(
     if num_workers == 1:
         yield from map(function, items)
         return
-    # Forking would copy threads' locks in whatever state they are; a fresh interpreter has none.
+    # A fork would copy other threads' locks in their current state; a fresh interpreter has none.
     context = multiprocessing.get_context("spawn")
     pending: deque[Future[list[Result]]] = deque()
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(function,)) as pool:
@@ -67,7 +67,7 @@ def map_rows(
                 yield from pending.popleft().result()
         except BrokenProcessPool as error:
             raise ServiceError(
-                "a worker process was killed, most likely for want of memory; use fewer with --workers"
+                "a worker process was killed, most likely because memory ran out; use fewer processes with --workers"
             ) from error
         finally:
             for future in pending:
@@ -87,9 +87,9 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
-    # Ctrl-C reaches every process of the terminal; the one that started these ends them.
+    # Ctrl-C reaches every process of the terminal; the parent process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes are the parallelism; threads of the tokenizers in each would only fight over the cores.
+    # The processes already use all cores; the tokenizers' own threads would only compete for them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = function
 

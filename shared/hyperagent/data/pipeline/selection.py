@@ -1,4 +1,4 @@
-"""Which rows of a data file are used: by outcome, license and duplicates, and a sample of what is left."""
+"""Select rows of a data file by outcome, license and duplicates, and sample from the rest."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
 
 NOT_SAMPLED = "not in the sample"
-"""The reason by which rows that a sample passes over are counted."""
+"""Reason under which rows that were not drawn into the sample are counted."""
 
 
 class Selection(StrictModel):
-    """What a row must be like to be used."""
+    """Criteria that a row must meet to be used."""
 
     resolved_only: bool = False
-    """Only trajectories that solved their task."""
+    """Use only trajectories that solved their task."""
     exit_statuses: tuple[str, ...] = ()
-    """Only these; none means all."""
+    """Use only rows with these exit statuses; empty means all."""
     licenses: tuple[str, ...] = ()
-    """Only tasks under these licenses, as the joined file spells them; none means all."""
+    """Use only tasks under these licenses, spelled as in the joined file; empty means all."""
     sample: int | None = Field(None, ge=2)
-    """This many of the rows that are left, drawn by the seed."""
+    """Number of rows to draw from the remaining ones, by the seed."""
     seed: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What choosing and splitting rows needs to know of one."""
+    """Facts about a row that selecting and splitting need."""
 
     number: int
-    """From 0, in the file's order."""
+    """Row number, from 0, in the file's order."""
     name: str
     repo: str
     instance_id: str
@@ -51,15 +51,15 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class Selected:
-    """The rows to use and what became of the others."""
+    """The selected rows, and the reasons why others were not selected."""
 
     rows: tuple[RowFacts, ...]
     num_rows: int
-    """In the file."""
+    """Number of rows in the file."""
     refused: tuple[RowRefused, ...]
-    """Rows that cannot be used at all."""
+    """Refusals of rows that cannot be used."""
     left_out: Mapping[str, int]
-    """Number of rows by the reason for which they are not wanted."""
+    """Number of usable rows that were not selected, by reason."""
 
 
 def select_rows(
@@ -70,18 +70,19 @@ def select_rows(
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Selected:
-    """Read a data file once and choose its rows.
+    """Read a data file once and select rows.
 
     Args:
-        license_of: license by instance id, needed if licenses are chosen by.
+        license_of: license by instance id; required if `selection` restricts licenses.
         strict: raise at the first row that cannot be used.
+        progress: called with (rows done, rows in the file).
 
     Raises:
-        DataError: the file cannot be read, a license is asked for and none is known, or no row is left.
+        DataError: the file cannot be read, licenses are restricted but `license_of` is missing, or no row is left.
         RowRefused: in strict mode.
     """
     if selection.licenses and license_of is None:
-        raise DataError("rows carry no license; give a file that does with --licenses (instance_id and license_name)")
+        raise DataError("rows have no license; give a file with instance_id and license_name with --licenses")
     facts: list[RowFacts] = []
     refused: list[RowRefused] = []
     names: set[str] = set()
@@ -104,7 +105,7 @@ def select_rows(
     if not chosen:
         why = f"; the first refusal: {refused[0]}" if refused else ""
         raise DataError(
-            f"no row of {path} is left ({len(refused)} of {total} refused, {sum(left_out.values())} not wanted){why}"
+            f"no row of {path} is left ({len(refused)} of {total} refused, {sum(left_out.values())} not selected){why}"
         )
     return Selected(tuple(chosen), total, tuple(refused), left_out)
 
@@ -122,7 +123,7 @@ def _facts(row: Row | RowRefused, number: int) -> RowFacts:
         instance_id=str(row["instance_id"] or ""),
         resolved=bool(row["resolved"]),
         exit_status=str(row["exit_status"] or ""),
-        # A task may hold half of a surrogate pair, for which its row will be refused later.
+        # A task may hold half of a surrogate pair; its row is refused later.
         issue=blake3(issue_text(task).encode("utf-8", "surrogatepass")).digest(),
     )
 

@@ -1,4 +1,4 @@
-"""Which trajectories are held out: whole repositories, and on demand whole tasks of the others; never single rows.
+"""Hold out trajectories: whole repositories, and optionally whole tasks of the others; never single rows.
 
 Trajectories of one repository share code and often the issue, so a split by row would leak.
 """
@@ -22,22 +22,22 @@ _ISSUE_NUMBER = re.compile(r"(\d+)$")
 
 
 class SplitSettings(StrictModel):
-    """How much is held out, and how it is drawn."""
+    """How much is held out, and how it is selected."""
 
     held_out_share: float = Field(0.2, gt=0, lt=1)
-    """Share of the repositories that training never sees."""
+    """Fraction of the repositories that training never sees."""
     held_out_tasks_share: float = Field(0.0, ge=0, lt=1)
-    """Share of each other repository's tasks that training never sees either."""
+    """Fraction of each training repository's tasks that training never sees either."""
     by: Literal["hash", "time"] = "hash"
-    """Which tasks these are: drawn by a hash, or the newest by issue number, which the instance id ends in."""
+    """How held-out tasks are selected: by a hash, or the newest by issue number (at the end of the instance id)."""
     seed: int = Field(0, ge=0)
 
 
 def split_rows(rows: Sequence[RowFacts], settings: SplitSettings) -> dict[int, str]:
-    """The split of every row, by row number.
+    """Return the split of every row, by row number.
 
     Raises:
-        DataError: there are fewer than two repositories, or a task has no number to be ordered by.
+        DataError: there are fewer than two repositories, or a task has no issue number to order it by.
     """
     of_repo = assign_splits([row.repo for row in rows], held_out_share=settings.held_out_share, seed=settings.seed)
     splits = {row.number: of_repo[row.repo] for row in rows}
@@ -50,24 +50,27 @@ def split_rows(rows: Sequence[RowFacts], settings: SplitSettings) -> dict[int, s
 def assign_splits(repos: Collection[str], *, held_out_share: float, seed: int) -> dict[str, str]:
     """Assign every repository to `TRAIN` or `HELD_OUT`.
 
-    The order of a keyed hash decides, so the same repositories give the same split in any order of reading, and
-    there is at least one repository on each side.
+    The order of a keyed hash decides, so the split does not depend on the order of the rows. Each side gets at least
+    one repository.
 
     Args:
-        held_out_share: share of the repositories to hold out, in (0, 1).
+        held_out_share: fraction of the repositories to hold out, in (0, 1).
 
     Raises:
         DataError: there are fewer than two repositories.
     """
     distinct = sorted(set(repos), key=lambda repo: _draw(seed, repo))
     if len(distinct) < 2:
-        raise DataError(f"holding repositories out needs at least two of them, the data have {len(distinct)}")
+        raise DataError(f"holding out repositories needs at least two of them, but the data have {len(distinct)}")
     num_held_out = min(max(1, round(held_out_share * len(distinct))), len(distinct) - 1)
     return {repo: HELD_OUT if place < num_held_out else TRAIN for place, repo in enumerate(distinct)}
 
 
 def _rows_of_held_out_tasks(rows: Sequence[RowFacts], settings: SplitSettings) -> list[int]:
-    """Numbers of the rows whose task is held out; attempts at one issue stay together, and a repository keeps one."""
+    """Return the numbers of the rows whose task is held out.
+
+    Attempts at one issue stay together, and every repository keeps at least one task for training.
+    """
     tasks: dict[str, dict[bytes, list[RowFacts]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         tasks[row.repo][row.issue].append(row)

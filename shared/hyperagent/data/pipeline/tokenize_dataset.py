@@ -1,4 +1,4 @@
-"""A data file to a tokens file: choose rows, split by repository, make the views, count what was refused and why."""
+"""Convert a data file to a tokens file: select rows, split them by repository, make their views, report refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class TokenizeSettings(StrictModel):
-    """Everything that decides what a tokens file holds, besides the data and the tokenizer."""
+    """Everything that determines a tokens file's contents, other than the data and the tokenizer."""
 
     views: ViewSettings = ViewSettings()
     selection: Selection = Selection()
@@ -38,38 +38,38 @@ class TokenizeSettings(StrictModel):
 
 @dataclass(frozen=True)
 class JoinedFiles:
-    """Files with more about the tasks."""
+    """Files with additional columns about tasks, joined by instance id."""
 
     licenses: Path | None = None
-    """`instance_id` and `license_name`."""
+    """File with the columns `instance_id` and `license_name`."""
     extra: Path | None = None
-    """`instance_id` and `text`, for the condition."""
+    """File with the columns `instance_id` and `text`, for the condition."""
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What became of a data file."""
+    """Counts of the rows written, left out and refused."""
 
     rows: int
-    """Rows in the file."""
+    """Number of rows in the file."""
     chosen: int
-    """Rows that were wanted and looked at."""
+    """Number of rows selected for tokenization."""
     splits: Mapping[str, int]
-    """Trajectories written, by split."""
+    """Number of trajectories written, by split."""
     tokens: int
     supervised_tokens: int
     student_tokens: int
     prompt_tokens: int
     left_out: Mapping[str, int]
-    """Rows that were not wanted, by reason."""
+    """Number of usable rows that were not selected, by reason."""
     refused: tuple[RowRefused, ...]
-    """Rows that were wanted and cannot be used."""
+    """Refusals of rows that cannot be used."""
     fingerprint: str
-    """Of the tokens file's identity."""
+    """Fingerprint of the tokens file's identity."""
 
     @property
     def too_long(self) -> int:
-        """How many of the refused rows have more tokens than asked for."""
+        """Number of rows refused because they exceed the limit of tokens."""
         return sum(refusal.kind is TooLong for refusal in self.refused)
 
 
@@ -84,25 +84,27 @@ def tokenize_file(
     num_workers: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> TokenizeReport:
-    """Tokenize `source` (trajectories) into `target` (a tokens file), whole or not at all.
+    """Tokenize `source` (trajectories) into `target` (a tokens file) atomically.
 
-    A row that cannot be used is left out and named in the report.
+    A row that cannot be used is left out and listed in the report.
 
     Args:
-        strict: stop at the first row that cannot be used.
-        num_workers: processes to use (see `workers.map_rows`).
+        strict: raise at the first row that cannot be used.
+        num_workers: number of processes (see `parallel.map_rows`).
 
     Raises:
-        DataError: a file is unusable, or no row of training's or the held-out split is left.
+        DataError: a file is unusable, or no row of the train split or of the held-out split is left.
         ConfigError: the chat template cannot be used.
         RowRefused: in strict mode.
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
     maker = ViewMaker(tokenizer)
     license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
     extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     if bool(joined.extra) != ("extra" in settings.views.condition):
-        raise DataError("the condition reads an extra text if and only if a file with extra texts is given")
+        raise DataError(
+            "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
+        )
     identity = _identity(source, tokenizer, settings, joined)
     selected = select_rows(
         source,
@@ -146,16 +148,16 @@ def tokenize_file(
 
 @dataclass(frozen=True, eq=False)
 class MeasuredRows:
-    """Lengths of a sample of a file's rows; a row that cannot be used has 0 of everything."""
+    """Lengths of a sample of n rows of a file; a row that cannot be used has length 0 in every array."""
 
     num_wanted: int
-    """Rows that the sample stands for."""
+    """Number of rows that the sample represents."""
     tokens: NDArray[np.int64]
-    """[n], in the teacher's view."""
+    """Number of tokens of each row in the teacher's view, shape [n]."""
     supervised: NDArray[np.int64]
-    """[n]."""
+    """Number of supervised tokens of each row, shape [n]."""
     student_tokens: NDArray[np.int64]
-    """[n]."""
+    """Number of tokens of each row in the student's view, shape [n]."""
 
 
 def measure_rows(
@@ -167,7 +169,7 @@ def measure_rows(
     num_workers: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> MeasuredRows:
-    """Tokenize the rows that `selection` chooses and keep their lengths only.
+    """Tokenize the rows chosen by `selection` and return only their lengths.
 
     Raises:
         DataError: the file is unusable.
@@ -187,7 +189,7 @@ def measure_rows(
 
 
 class RowTask(NamedTuple):
-    """One row and what is decided about it."""
+    """One row with its name, split and extra text."""
 
     row: Row
     name: str
@@ -196,7 +198,7 @@ class RowTask(NamedTuple):
 
 
 class RowTokenizer:
-    """Makes a row's views; a row that cannot be used comes back as its refusal."""
+    """Makes a row's views, or returns the refusal of a row that cannot be used."""
 
     def __init__(self, maker: ViewMaker, settings: ViewSettings) -> None:
         self._maker = maker
@@ -245,7 +247,7 @@ def _require_both_sides(source: Path, counts: Counter[str], selected: Selected, 
 
 def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokenizeSettings, joined: JoinedFiles) -> DataIdentity:
     chosen: dict[str, Any] = settings.model_dump(mode="json")
-    # A fingerprint keeps the names its fields first had: new ones would make every existing cache a stranger's.
+    # The fingerprint keeps the original field names: other names would invalidate every existing cache.
     chosen["views"]["internalised"] = chosen["views"].pop("internalized")
     chosen["selection"]["licences"] = chosen["selection"].pop("licenses")
     for name, path in (("licences_file", joined.licenses), ("extra_file", joined.extra)):

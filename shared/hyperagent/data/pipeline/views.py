@@ -1,8 +1,8 @@
-"""The three views of one trajectory, as token ids.
+"""Make the three views of a trajectory, as token ids.
 
-The teacher sees the whole conversation. The hypernetwork reads the condition. The student sees the whole
-conversation, or is spared what the adapter is to carry: conditioning can only pay where the adapter knows something
-that the student does not see.
+The teacher sees the whole conversation. The hypernetwork reads the condition. The student sees the whole conversation,
+or the conversation without the parts that the adapter should internalize: conditioning can only help if the adapter
+knows something that the student does not see.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _ORDER: tuple[Part, ...] = ("system", "tools", "task", "extra")
 
 
 class ViewSettings(StrictModel):
-    """Who sees what of a trajectory, and how much of it."""
+    """Contents and length limits of the three views."""
 
     condition: tuple[Part, ...] = ("system", "tools", "task")
-    """What the hypernetwork reads; the task is always a part of it."""
+    """Parts that the hypernetwork reads; must contain the task."""
     internalized: tuple[Part, ...] = ()
-    """What the student does not see; nothing is the *full* view."""
+    """Parts that the student does not see; empty means the *full* view."""
     max_tokens: int = Field(131_072, ge=2)
-    """Longest trajectory in the teacher's view."""
+    """Maximum number of tokens in the teacher's view."""
     max_prompt_tokens: int = Field(32_768, ge=1)
-    """Longest condition."""
+    """Maximum number of tokens in the condition."""
     cut: bool = False
-    """Cut a longer trajectory behind the last assistant's turn that fits, instead of refusing it."""
+    """Cut a longer trajectory after the last assistant turn that fits, instead of refusing it."""
 
     @field_validator("condition", "internalized")
     @classmethod
@@ -50,49 +50,49 @@ class ViewSettings(StrictModel):
     @model_validator(mode="after")
     def _belong_together(self) -> Self:
         if "task" not in self.condition:
-            raise ValueError("the condition must hold the task; add it")
+            raise ValueError("the condition must contain the task; add it")
         if "extra" in self.internalized:
             raise ValueError("the extra text is never shown to the student, so it cannot be internalized; leave it out")
         if unknown := [part for part in self.internalized if part not in self.condition]:
             raise ValueError(
-                f"{' and '.join(unknown)} cannot be hidden from the student and missing in the condition: the adapter "
-                "could not know it; add it to the condition"
+                f"{' and '.join(unknown)} cannot be both hidden from the student and missing in the condition, since "
+                "the adapter could not know it; add it to the condition"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Everything that a condition can be made of."""
+    """The texts from which a condition is built."""
 
     task: str
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
-    """Without nulls, as templates take them."""
+    """Declarations of the tools, without nulls, as templates expect them."""
     extra: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedText:
-    """A conversation rendered, tokenized and masked."""
+    """A rendered, tokenized and masked conversation."""
 
     dialogue: Dialogue
     text: str
-    """What the stock template makes of it."""
+    """Rendering of the dialogue by the stock template."""
     ids: NDArray[np.uint32]
-    """[T]."""
+    """Token ids, shape [T]."""
     positions: NDArray[np.uint32]
-    """[N], strictly increasing, at least 1: what the assistant wrote, both ways to find it agreeing."""
+    """Indices of the assistant's tokens, on which both masks agree, shape [N], strictly increasing, at least 1."""
 
 
 class ViewMaker:
     """Makes the views of trajectories with one tokenizer."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
-        """Learn the template's turns.
+        """Learn the shape of the template's turns.
 
         Raises:
-            ConfigError: the template cannot be used (see `turns.turn_shape`).
+            ConfigError: the template cannot be used (see `mask_by_scanning.turn_shape`).
         """
         self.tokenizer = tokenizer
         self._shape = turn_shape(tokenizer)
@@ -111,10 +111,10 @@ class ViewMaker:
         settings: ViewSettings,
         extra: str | None = None,
     ) -> TokenizedTrajectory:
-        """The three views of one dialogue.
+        """Make the three views of a dialogue.
 
         Raises:
-            DataError: the dialogue cannot be used; says why.
+            DataError: the dialogue cannot be used; the message states the reason.
         """
         prompt_ids = condition_ids(
             self.tokenizer,
@@ -123,7 +123,7 @@ class ViewMaker:
         )
         if len(prompt_ids) > settings.max_prompt_tokens:
             raise DataError(
-                f"its condition has {len(prompt_ids)} tokens, the limit for a prompt is {settings.max_prompt_tokens}"
+                f"its condition has {len(prompt_ids)} tokens, the limit for a condition is {settings.max_prompt_tokens}"
             )
         teacher = self.masked(dialogue, max_tokens=settings.max_tokens, cut=settings.cut)
         student = teacher
@@ -146,8 +146,8 @@ class ViewMaker:
         """Render, tokenize and mask a dialogue.
 
         Raises:
-            DataError: the template refuses it, nothing is supervised, or an end of a turn is not.
-            TooLong: it has more tokens than asked for.
+            DataError: the template refuses the dialogue, nothing is supervised, or an end of a turn is not.
+            TooLong: the dialogue has more than `max_tokens` tokens, and `cut` is False or no turn fits.
             MaskDisagreement: the two masks differ.
         """
         conversation = self.tokenizer.conversation(dialogue.messages, dialogue.tools)
@@ -178,25 +178,27 @@ class ViewMaker:
         )
 
     def _require_ends(self, ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, num_turns: int) -> None:
-        """Every turn's end is supervised, so something is; the first token has no context to be predicted from."""
+        """Require that every turn's end is supervised, and that the first token, which has no context, is not."""
         ends = int((ids[positions] == self._shape.end_id).sum())
         if ends != num_turns:
-            raise DataError(f"{ends} ends of turns are supervised, but the assistant speaks {num_turns} times")
+            raise DataError(f"{ends} ends of turns are supervised, but the assistant has {num_turns} turns")
         if positions[0] == 0:
-            raise DataError("its first token is the assistant's, so nothing leads up to it")
+            raise DataError("its first token is the assistant's, which has no context to be predicted from")
 
 
 def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iterable[str]) -> NDArray[np.uint32]:
-    """[P]: what the hypernetwork reads, in training and in use: at most a system turn with tools and a user turn.
+    """Return the token ids [P] that the hypernetwork reads, in training and in use.
+
+    The condition is rendered as a user turn, after a system turn with tools if `parts` contains them.
 
     Raises:
-        DataError: the extra text is a part but there is none, or a text cannot be read.
+        DataError: `parts` contains the extra text but there is none, or a text cannot be rendered.
     """
     parts = set(parts)
     text = condition.task
     if "extra" in parts:
         if not condition.extra:
-            raise DataError("it has no extra text, which the condition asks for")
+            raise DataError("it has no extra text, which the condition requires")
         text = f"{text}\n\n{condition.extra}"
     messages = [{"role": "user", "content": text}]
     if "system" in parts and condition.system is not None:
@@ -209,10 +211,10 @@ def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iter
 
 
 def without(dialogue: Dialogue, parts: Iterable[str]) -> Dialogue:
-    """A dialogue without some of its parts.
+    """Return a dialogue without some of its parts.
 
-    Of the task only the text goes: many templates ask for a user's turn before the assistant's, and chat servers for
-    a user's message.
+    The task's message keeps its place with empty text: many templates require a user turn before the assistant's, and
+    chat servers require a user message.
     """
     parts = set(parts)
     messages = list(dialogue.messages)
@@ -224,10 +226,10 @@ def without(dialogue: Dialogue, parts: Iterable[str]) -> Dialogue:
 
 
 def _messages_that_fit(dialogue: Dialogue, conversation: Conversation, num_characters: int) -> int:
-    """Number of whole messages within `num_characters` of rendered text, up to and including an assistant message."""
+    """Return how many messages fit within `num_characters` of rendered text, ending with an assistant message."""
     ends = [index + 1 for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
-    # Renderings grow with the number of messages, so the first that is too long can be searched for.
+    # Renderings grow with the number of messages, so the cut is found by bisection.
     fitting = bisect_right(ends, num_characters, key=lambda count: len(conversation.render(range(count))))
     if fitting == 0:
-        raise TooLong("its first assistant turn ends beyond the limit of tokens")
+        raise TooLong("its first assistant turn ends after the limit of tokens")
     return ends[fitting - 1]

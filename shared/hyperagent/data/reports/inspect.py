@@ -1,4 +1,4 @@
-"""What a data file holds and what becomes of it: every row rendered, tokenized, masked and checked, none written."""
+"""Report on a data file: render, tokenize, mask and check every row without writing any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyperagent.errors import MaskDisagreement, RowRefused
 
 @dataclass(frozen=True)
 class RowReport:
-    """What one rendered row holds."""
+    """Report on one rendered row."""
 
     trajectory_id: str
     repo: str
@@ -27,16 +27,16 @@ class RowReport:
     tokens: int
     supervised_tokens: int
     roles: dict[str, tuple[int, int]]
-    """Messages and characters, calls included, by role."""
+    """Number of messages and of characters, calls included, by role."""
     is_stock: bool
-    """Whether the rendered text is what the stock template makes of the messages, byte for byte."""
+    """Whether the rendered text equals the stock template's rendering of the messages, byte for byte."""
     phantom_parameters: int
-    """Parameters that a tool of the row declares as null and that its rendering shows."""
+    """Number of parameters that the row's tools declare as null and that the rendering shows nevertheless."""
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What `inspect_file` found."""
+    """Report of `inspect_file` on a whole file."""
 
     rows: int
     rendered: tuple[RowReport, ...]
@@ -53,7 +53,7 @@ class FileReport:
 
     @property
     def mask_disagreements(self) -> int:
-        """Rows refused because the two ways to find the assistant's tokens differ."""
+        """Number of rows refused because the two masks of the assistant's tokens differ."""
         return sum(refusal.kind is MaskDisagreement for refusal in self.refused)
 
     @property
@@ -62,17 +62,17 @@ class FileReport:
 
     @property
     def template_mismatches(self) -> int:
-        """Rows whose text is not the stock template's."""
+        """Number of rows whose text differs from the stock template's rendering."""
         return sum(not row.is_stock for row in self.rendered)
 
     @property
     def duplicates(self) -> int:
-        """Rows whose issue occurred in another repository before; tokenizing leaves them out."""
+        """Number of rows whose issue occurred in another repository before; tokenization leaves them out."""
         repo_of_issue: dict[str, str] = {}
         return sum(repo_of_issue.setdefault(row.issue, row.repo) != row.repo for row in self.rendered)
 
     def roles(self) -> dict[str, dict[str, int]]:
-        """Messages and characters of all rows, by role."""
+        """Return the number of messages and characters of all rows, by role."""
         messages: Counter[str] = Counter()
         characters: Counter[str] = Counter()
         for row in self.rendered:
@@ -90,11 +90,11 @@ def inspect_file(
     num_workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> FileReport:
-    """Render, tokenize, mask and check every row of a file, of any length.
+    """Render, tokenize, mask and check every row of a file, regardless of its length.
 
     Args:
-        strict: stop at the first row that cannot be used.
-        num_workers: processes to use (see `workers.map_rows`).
+        strict: raise at the first row that cannot be used.
+        num_workers: number of processes (see `parallel.map_rows`).
 
     Raises:
         DataError: the file cannot be read.
@@ -124,14 +124,14 @@ def inspect_file(
 
 
 class NumberedRow(NamedTuple):
-    """A row, or its refusal by the reader, and its number from 0."""
+    """A row, or its refusal by the reader, with its number from 0."""
 
     number: int
     row: Row | RowRefused
 
 
 class RowInspector:
-    """Reports on a row; a row that cannot be used comes back as its refusal."""
+    """Reports on a row, or returns the refusal of a row that cannot be used."""
 
     def __init__(self, maker: ViewMaker) -> None:
         self._maker = maker
@@ -165,10 +165,10 @@ class RowInspector:
 
 
 def count_phantom_parameters(raw_tools: list[dict[str, Any]], dialogue: Dialogue, tokenizer: ChatTokenizer) -> int:
-    """Parameters that a tool declares as null and that the template shows all the same.
+    """Count the parameters that a tool declares as null and that the template shows nevertheless.
 
-    Judged by the rendered text: what a tool's parameters add to it may hold a padded parameter's name no more often
-    than the tool's own declarations do.
+    The rendered text decides: in the text that a tool's parameters add to it, the name of a padded parameter may occur
+    no more often than in the tool's own declarations.
     """
     count = 0
     for raw, tool in zip(raw_tools, dialogue.tools, strict=True):
@@ -199,7 +199,7 @@ def _roles(dialogue: Dialogue) -> dict[str, tuple[int, int]]:
 def _properties(tool: Any) -> dict[str, Any]:
     value = tool
     for key in ("function", "parameters", "properties"):
-        # A tool of another shape declares nothing that could be padded.
+        # A tool of another structure declares no parameters that could be padded.
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
@@ -218,7 +218,7 @@ def _words(text: str, word: str) -> int:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every key and every leaf of a JSON value, as text."""
+    """Yield every key and every leaf of a JSON value, as text."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield key

@@ -1,8 +1,9 @@
-"""What a distillation costs, from the lengths of trajectories: FLOPs and GPU-hours, before anything runs.
+"""Estimate the cost of a distillation in FLOPs and GPU-hours from the lengths of trajectories.
 
-The operations are those of `hyperagent.flops`: the teacher runs forward once, the student is trained with all layers
-recomputed. `hyperagent plan` (trainer) counts the student's in the same way and answers another question: what a recipe's
-steps need of a machine, with its adapters, its hypernetwork, waiting and memory, of a split that is tokenized already.
+Operations are counted by `hyperagent.flops`: the teacher runs forward once, the student is trained with all layers
+recomputed. `hyperagent plan` (trainer) counts the student's operations in the same way, but answers a different
+question: the time and memory that the steps of a recipe need on a machine, with adapters, hypernetwork and idle time,
+for a split that is already tokenized.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from hyperagent.flops import EXECUTED, Lengths, ModelShape, delta_rule_flops
 from hyperagent.hardware import Machine
 
 TEACHER_UTILISATION = 0.3
-"""Share of the peak that a teacher's prefill is taken to reach; an assumption until it is measured."""
+"""Assumed fraction of the peak FLOPS that a teacher's prefill reaches; not yet measured."""
 STUDENT_UTILISATION = 0.35
-"""Share of the peak that the student's executed FLOPs are taken to reach; an assumption until it is measured.
+"""Assumed fraction of the peak FLOPS that the student's executed FLOPs reach; not yet measured.
 
-`hyperagent plan` counts no recomputation, a third of what is executed, and so calls the same speed 23 %."""
+`hyperagent plan` does not count recomputation, a third of the executed FLOPs, so it reports the same speed as 23 %."""
 
 
 VOCABULARY = 151_936
@@ -56,34 +57,36 @@ QWEN3_CODER_NEXT = ModelShape(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A total over all rows, from a sample of them."""
+    """Estimated total over all rows, from a sample of them."""
 
     total: float
     standard_error: float
-    """Of the total, for a sample drawn without replacement; 0 if the sample is everything."""
+    """Standard error of the total, for a sample drawn without replacement; 0 if all rows were sampled."""
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a distillation costs."""
+    """Estimated cost of a distillation."""
 
     rows: int
     sampled_rows: int
     tokens: Estimate
-    """In the teacher's view."""
+    """Tokens in the teacher's view."""
     supervised_tokens: Estimate
     student_tokens: Estimate
     teacher_flops: float
     student_flops: float
-    """Of all epochs, recomputation included."""
+    """FLOPs of all epochs, recomputation included."""
     teacher_gpu_hours: float
     student_gpu_hours: float
     teacher_hours: float
-    """On all of the machine's GPUs."""
+    """Wall time in hours on all of the machine's GPUs."""
     student_hours: float
+    """Wall time in hours on all of the machine's GPUs."""
     teacher_weight_bytes: float
+    """Bytes of the teacher's weights in bfloat16."""
     student_weight_bytes: float
-    """Both in bfloat16."""
+    """Bytes of the student's weights in bfloat16."""
     machine_memory_bytes: float
 
     @property
@@ -93,14 +96,14 @@ class DataPlan:
 
 
 def estimate(sample: NDArray[np.float64], rows: int) -> Estimate:
-    """The total of `rows` values, [n] of which are known (Cochran, Sampling Techniques, section 2.9).
+    """Estimate the total of `rows` values from a sample [n] of them (Cochran, Sampling Techniques, section 2.9).
 
     Raises:
-        DataError: nothing is known.
+        DataError: the sample is empty.
     """
     n = len(sample)
     if n == 0:
-        raise DataError("no row was sampled, so nothing can be planned")
+        raise DataError("no row was sampled, so the cost cannot be estimated; use a larger sample")
     spread = float(np.var(sample, ddof=1)) if 1 < n < rows else 0.0
     return Estimate(float(np.mean(sample)) * rows, rows * float(np.sqrt(spread / n * (1 - n / rows))))
 
@@ -116,13 +119,13 @@ def plan_distillation(
     teacher: ModelShape = QWEN3_CODER_480B,
     student: ModelShape = QWEN3_CODER_NEXT,
 ) -> DataPlan:
-    """Plan from a sample of trajectories.
+    """Estimate the cost of a distillation from a sample of trajectories.
 
     Args:
-        num_tokens: [n], in the teacher's view; a row that cannot be used has 0 of everything.
-        num_supervised: [n].
-        num_student_tokens: [n], in the student's view.
-        rows: that the sample stands for.
+        num_tokens: tokens per row in the teacher's view, shape [n]; a row that cannot be used is 0 in all three arrays.
+        num_supervised: supervised tokens per row, shape [n].
+        num_student_tokens: tokens per row in the student's view, shape [n].
+        rows: number of rows that the sample represents.
 
     Raises:
         DataError: the sample is empty.

@@ -1,4 +1,4 @@
-"""Histogram of a file's trajectories by length, as PNG."""
+"""Plot a histogram of the lengths of a file's trajectories, as PNG."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def write_histogram(path: Path, report: FileReport, *, max_tokens: int) -> None:
 
     Raises:
         DataError: no row was rendered.
-        StorageError: the file system refused.
+        StorageError: a file system operation failed.
     """
-    # Only a figure, never pyplot: no global state, no display.
+    # Use Figure directly: pyplot has global state and may need a display.
     from matplotlib.figure import Figure
 
     if not report.rendered:

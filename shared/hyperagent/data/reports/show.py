@@ -1,4 +1,4 @@
-"""One view of one row, cut where the speaker or the mask changes, for people to look at."""
+"""Split one view of a row into segments of one speaker and one mask value, for display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.errors import NotFound, RowRefused
 
-# Tokens that the name of a role may have, in a tokenizer that knows no such word.
+# Maximum number of tokens in a role's name, if the tokenizer has no single token for it.
 _LONGEST_ROLE = 16
 
 View = Literal["teacher", "condition", "student"]
@@ -26,10 +26,10 @@ View = Literal["teacher", "condition", "student"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of one speaker that are all supervised or all not."""
+    """Consecutive tokens of one speaker that are all supervised or all unsupervised."""
 
     role: str
-    """As the template's header names it; tools speak within a user's turn in some templates."""
+    """Role in the template's header; some templates put tools' results in a user turn."""
     supervised: bool
     first_token: int
     num_tokens: int
@@ -37,11 +37,14 @@ class Segment:
 
 
 def find_row(path: Path, wanted: str) -> tuple[int, Row]:
-    """A row by its id, or by its number from 0.
+    """Find a row by its id, or by its number from 0.
+
+    Returns:
+        The row's number and the row.
 
     Raises:
         NotFound: the file has no such row.
-        RowRefused: the line with that number is no row.
+        RowRefused: the line with that number is not a row.
     """
     by_number: tuple[int, Row] | RowRefused | None = None
     for number, row in enumerate(read_rows_or_refusals(path)):
@@ -59,7 +62,7 @@ def find_row(path: Path, wanted: str) -> tuple[int, Row]:
 def show_row(
     row: Row, number: int, tokenizer: ChatTokenizer, *, settings: ViewSettings, view: View, extra: str | None
 ) -> list[Segment]:
-    """A row's view in segments.
+    """Return the segments of one view of a row.
 
     Raises:
         RowRefused: the row cannot be used.
@@ -73,7 +76,7 @@ def show_row(
 
 
 def segments(ids: NDArray[np.uint32], positions: NDArray[np.uint32], tokenizer: ChatTokenizer) -> list[Segment]:
-    """Cut ids [T] where a turn opens and where the mask, given by positions [N], changes."""
+    """Split `ids` [T] where a turn opens and where the mask, given by `positions` [N], changes."""
     supervised = np.zeros(len(ids), dtype=bool)
     supervised[positions] = True
     opens = ids == turn_shape(tokenizer).opening[0][0]

@@ -1,4 +1,4 @@
-"""Who computes what of a step, and what it costs."""
+"""The order of batches, which rank computes what of a step, and what it costs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,56 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from hyperagent_trainer.data.cost import StepCost
-from hyperagent_trainer.data.dataset import batches_from
-from hyperagent_trainer.training.step import plan_step
+from hyperagent_trainer.data.schedule import batch_order, batches_from, plan_step
 
 costs_of_a_step = st.lists(st.floats(1, 1e6), min_size=1, max_size=12)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 9))
+def test_every_trajectory_occurs_once_an_epoch(lengths: list[int], batch_size: int, seed: int) -> None:
+    batches = batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert max(len(batch) for batch in batches) <= batch_size
+
+
+def test_epochs_differ_and_seeds_decide() -> None:
+    lengths = list(range(1, 41))
+    first = batch_order(lengths, batch_size=4, seed=0, epoch=0)
+    assert first == batch_order(lengths, batch_size=4, seed=0, epoch=0)
+    assert first != batch_order(lengths, batch_size=4, seed=0, epoch=1)
+    assert first != batch_order(lengths, batch_size=4, seed=1, epoch=0)
+
+
+def test_a_later_start_sees_what_it_would_have_seen() -> None:
+    lengths = list(range(1, 12))
+    whole = batches_from(lengths, batch_size=3, seed=0, first_step=0)
+    expected = [next(whole) for _ in range(12)][7:]
+    later = batches_from(lengths, batch_size=3, seed=0, first_step=7)
+    assert [next(later) for _ in range(5)] == expected
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 9), st.floats(0.01, 1))
+def test_every_trajectory_occurs_once_in_one_of_its_views(num: int, batch_size: int, seed: int, share: float) -> None:
+    lengths = list(range(1, 2 * num + 1))
+    batches = batch_order(lengths, batch_size=batch_size, seed=seed, epoch=0, full_view_share=share)
+    assert sorted(i % num for batch in batches for i in batch) == list(range(num))
+    if share == 1:
+        assert all(i >= num for batch in batches for i in batch)
+
+
+def test_the_share_of_full_views_is_kept_and_falls_on_others_each_epoch() -> None:
+    lengths = [10] * 4000
+    full = [
+        {
+            i
+            for batch in batch_order(lengths, batch_size=8, seed=0, epoch=e, full_view_share=0.3)
+            for i in batch
+            if i >= 2000
+        }
+        for e in (0, 1)
+    ]
+    assert all(540 <= len(samples) <= 660 for samples in full)
+    assert len(full[0] & full[1]) < 250
 
 
 @given(costs_of_a_step, st.integers(1, 9), st.integers(1, 4))

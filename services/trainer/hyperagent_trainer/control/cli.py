@@ -1,0 +1,24 @@
+"""`hyperagent serve trainer`: the trainer's control process, from the command line."""
+
+from __future__ import annotations
+
+from hyperagent.auth import ensure_token
+from hyperagent.cli.service_command import service_command
+from hyperagent.logs import configure_logging
+from hyperagent.services import Service
+from hyperagent_trainer.control.settings import ControlSettings
+
+
+@service_command(Service.TRAINER, ControlSettings)
+def serve(settings: ControlSettings) -> None:
+    """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
+    from hyperagent.http.server import listening, run
+
+    configure_logging(service="trainer-control")
+    # The port is taken before the runs folder is touched: on a busy one, nothing has happened.
+    with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
+        from hyperagent_trainer.control.app import create_control_app
+        from hyperagent_trainer.control.supervisor import Supervisor
+
+        app = create_control_app(Supervisor(settings), token=ensure_token())
+        run(app, listener, allowed_hosts=settings.allowed_hosts)
