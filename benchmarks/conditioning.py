@@ -34,10 +34,10 @@ SWEEP = ((1 / 3, 1.0), (3.0, 1.0), (1.0, 1 / 3), (1.0, 3.0))
 """Factors of the learning rate, and of the learning rate of the heads that produce B."""
 
 
-def measure(kind: Kind, seed: int, settings: Settings) -> dict[str, Any]:
+def measure(kind: Kind, seed: int, settings: Settings, student_steps: int) -> dict[str, Any]:
     """Train and evaluate in one world with one seed."""
     with tempfile.TemporaryDirectory() as place:
-        folder = train_student(Path(place), World.make("prompt", seed=seed))
+        folder = train_student(Path(place), World.make("prompt", seed=seed), num_steps=student_steps)
         student = Student(folder, device=torch.device("cpu"))
         outcome = run_world(World.make(kind, seed=seed), student, settings, seed=seed)
     return {
@@ -99,15 +99,20 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.seeds, options.world = 1, "prompt"
+        SETTINGS["prompt"] = replace(PROMPT_SETTINGS, num_steps=2)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    student_steps = 2 if options.smoke else 240
     results = []
     for kind in [options.world] if options.world else list(SETTINGS):
         for settings in swept(SETTINGS[kind]) if options.sweep else [SETTINGS[kind]]:
             for seed in range(options.seeds):
-                results.append(measure(kind, seed, settings))
+                results.append(measure(kind, seed, settings, student_steps))
                 if not options.json:
                     print(line(results[-1]), flush=True)
     if options.plot:

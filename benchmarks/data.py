@@ -68,7 +68,7 @@ def made_up_rows(count: int, turns: int, generator: random.Random) -> list[dict[
     texts = library_texts()
     rows = []
     for number in range(count):
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": SYSTEM_PROMPT},
             {"role": "user", "content": f"Task {number}: {generator.choice(texts)}"},
         ]
@@ -90,7 +90,7 @@ def made_up_rows(count: int, turns: int, generator: random.Random) -> list[dict[
 def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
-    stock = AutoTokenizer.from_pretrained(tokenizer.folder)
+    stock: Any = AutoTokenizer.from_pretrained(tokenizer.folder)
     clean = [(d.messages, d.tools or None) for d in map(dialogue_of, rows)]
     tasks = [RowTask(row, str(row["trajectory_id"]), "train", None) for row in rows]
     cores = available_cores()
@@ -111,7 +111,7 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
         # Use a new tokenizer, so that no text is cached from the previous repeat.
         function = RowTokenizer(ViewMaker(ChatTokenizer(tokenizer.folder)), settings)
         results = map_rows(function, tasks, num_items=len(tasks), num_workers=processes)
-        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr]
+        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr, misc]
 
     variants: dict[str, Callable[[], int]] = {
         "plain": plain,
@@ -177,7 +177,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reader-gib", type=float)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.repeats = 4, 1
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "cores": available_cores(),
@@ -187,11 +190,12 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             if options.data:
-                rows, tokenizer = list(islice(read_rows(options.data), options.rows)), options.tokenizer
+                rows: list[Row] = list(islice(read_rows(options.data), options.rows))
+                tokenizer = options.tokenizer
             else:
                 from hyperagent_demo.tokenizer import train_tokenizer
 
-                rows, tokenizer = made_up_rows(options.rows, 30, random.Random(0)), Path(folder) / "tokenizer"
+                rows, tokenizer = [*made_up_rows(options.rows, 30, random.Random(0))], Path(folder) / "tokenizer"
                 train_tokenizer(library_texts(), tokenizer, vocab_size=8192)
             report["rows"] = len(rows)
             report["results"] = throughput(rows, ChatTokenizer(tokenizer), options.repeats)

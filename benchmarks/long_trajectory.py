@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.vocab = [256, 512], 1000
     logging.set_verbosity_error()
     if options.out:
         options.out.write_text(json.dumps(measure(options.tokens[0], options.vocab)))

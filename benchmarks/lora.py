@@ -74,7 +74,7 @@ class Problem:
 
 def make_problem(kind: str, tokens: int, dtype: torch.dtype, device: str) -> Problem:
     inputs, outputs, _ = SHAPES[kind]
-    new = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    new: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(torch.randn(outputs, inputs, **new).mul_(inputs**-0.5))
     a = torch.randn(RANK, inputs, **new) * inputs**-0.5
@@ -111,8 +111,8 @@ def addmm_hook(problem: Problem) -> Iterator[Layer]:
 
 @contextmanager
 def peft(problem: Problem, *, autocast_adapter_dtype: bool = True) -> Iterator[Layer]:
-    config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=["0"])
-    model = get_peft_model(nn.Sequential(problem.layer), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    config = LoraConfig(r=RANK, lora_alpha=round(SCALE * RANK), target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(problem.layer), config, autocast_adapter_dtype=autocast_adapter_dtype)
     adapter = model.base_model.model[0]
     with torch.no_grad():
         adapter.lora_A["default"].weight.copy_(problem.a)
@@ -274,7 +274,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated list")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.dtype, options.turns = 64, "float32", 1
     options.tokens = options.tokens or (131_072 if options.device == "cuda" else 2048)
     found = report(options)
     if options.json:

@@ -117,7 +117,7 @@ def naive(problem: Problem, *, chunk: int | None = None) -> None:
 
 
 def _teacher(problem: Problem) -> tuple[Tensor, Tensor]:
-    new = {"dtype": problem.head.dtype, "device": problem.head.device}
+    new: dict[str, Any] = {"dtype": problem.head.dtype, "device": problem.head.device}
     hidden = torch.randn(problem.hidden.shape[0], TEACHER_HIDDEN, **new)
     return hidden, torch.randn(problem.head.shape[0], TEACHER_HIDDEN, **new)
 
@@ -287,7 +287,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.vocab, options.hidden, options.top_k = 64, 1000, 32, 8
+        options.dtype, options.turns = "float32", 1
     on_gpu = options.device == "cuda"
     options.rows = options.rows or (131_072 if on_gpu else 2048)
     options.dtype = options.dtype or ("bfloat16,float32" if on_gpu else "float32,bfloat16")

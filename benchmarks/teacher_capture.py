@@ -42,7 +42,6 @@ from hyperagent.wire.conversion import ChunkEncoder, row_bytes
 SUPERVISED_SHARE = 0.34
 RUN_TOKENS = 170
 """Mean length of an assistant's turn in real trajectories."""
-CHUNK_KIB = (64, 256, 512, 1024, 2048)
 TOKEN = "benchmark"
 
 
@@ -119,14 +118,15 @@ async def ours(engine: Any, ids: NDArray[np.uint32], positions: NDArray[np.uint3
 
     engine._answer = stamped
     started = time.perf_counter()
-    encoder, sent = ChunkEncoder(top_k=top_k), 0
+    num_temperatures = len(engine.identity.temperatures)
+    encoder, sent = ChunkEncoder(top_k=top_k, num_temperatures=num_temperatures), 0
     async with aclosing(engine.score(ids, positions, top_k=top_k)) as parts:
         async for part in parts:
             sent += sum(len(chunk.SerializeToString()) for chunk in encoder.add(part))
     sent += len(encoder.finish().SerializeToString())
     ended = time.perf_counter()
     engine._answer = answer
-    assert sent >= len(positions) * row_bytes(top_k)
+    assert sent >= len(positions) * row_bytes(top_k, num_temperatures)
     return ended - started, ended - answered
 
 
@@ -255,7 +255,7 @@ def measure_grpc(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         return len(positions) * row_bytes(options.top_k, 0) / best
 
     speeds = {}
-    for chunk_kib in CHUNK_KIB:
+    for chunk_kib in options.chunk_kib:
         address = context.Queue()
         arguments = (identity, str(folder), chunk_kib, options.tokens, address)
         server = context.Process(target=serve_replay, args=arguments)
@@ -271,9 +271,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--top-k", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument(
+        "--chunk-kib", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="sizes of a message"
+    )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.top_k, options.vocab_size, options.chunk_kib = 256, 8, 512, [64]
     try:
         import vllm
     except ModuleNotFoundError:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +63,10 @@ class StudentWithoutFiles:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.embeddings: Tensor = model.get_input_embeddings().weight
-        self.head: Tensor = model.get_output_embeddings().weight
+        embeddings: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        self.embeddings: Tensor = embeddings.weight
+        self.head: Tensor = head.weight
         self.vocab_size = self.head.shape[0]
 
     def hidden_states(self, token_ids_BT: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class StudentWithoutFiles:
 def make_model(options: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     return Qwen3NextForCausalLM(
-        Qwen3NextConfig(
+        Qwen3NextConfig(  # type: ignore[call-arg]  # full_attention_interval is declared elsewhere
             vocab_size=options.vocab, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=4,
             num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=HIDDEN, full_attention_interval=4,
@@ -136,7 +139,9 @@ def peft_step(options: argparse.Namespace, *, rows_only: bool) -> Step:
     recipe = load_recipe(RECIPE)
     model, batch = make_model(options), make_batch(options, recipe.batch_size)
     targets = [layer.name for layer in discover_target_layers(model)]
-    config = LoraConfig(r=recipe.hypernetwork.rank, lora_alpha=recipe.hypernetwork.alpha, target_modules=targets)
+    alpha = round(recipe.hypernetwork.alpha)
+    assert alpha == recipe.hypernetwork.alpha, "PEFT declares an integer"
+    config = LoraConfig(r=recipe.hypernetwork.rank, lora_alpha=alpha, target_modules=targets)
     peft = get_peft_model(model, config)
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -206,7 +211,10 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.vocab, options.steps = 64, 1000, 2
     logging.set_verbosity_error()
     if options.variant:
         options.out.write_text(json.dumps(measure(options.variant, options)))

@@ -93,11 +93,11 @@ def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
         assert count(cache).dead_bytes == 0, "bytes that nobody accounts for"
 
 
-def every_error(folder: Path) -> dict[str, int]:
-    """Make each call fail in turn, with each error, and return the number of calls per error."""
+def every_error(folder: Path, step: int) -> dict[str, int]:
+    """Make each `step`-th call fail in turn, with each error; return the calls per error, rounded up to whole steps."""
     calls = {}
     for name, (number, kinds, action) in ERRORS.items():
-        for nth in itertools.count(1):
+        for nth in itertools.count(1, step):
             root = folder / "cache"
             shutil.rmtree(root, ignore_errors=True)
             done: set[int] = set()
@@ -141,11 +141,11 @@ def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
     return acknowledged, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def every_kill(folder: Path) -> dict[str, int]:
-    """Kill the process before and after each call in turn, and return the number of calls."""
+def every_kill(folder: Path, step: int) -> dict[str, int]:
+    """Kill the process before and after each `step`-th call in turn; return the calls, rounded up to whole steps."""
     calls = {}
     for name, action in (("before", KILL_BEFORE), ("after", KILL_AFTER)):
-        for nth in itertools.count(1):
+        for nth in itertools.count(1, step):
             root = folder / "cache"
             shutil.rmtree(root, ignore_errors=True)
 
@@ -208,13 +208,14 @@ def main() -> None:
     parser.add_argument("what", choices=["errors", "kills", "random"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10_000)
+    parser.add_argument("--step", type=int, default=1, help="fail or kill at one call in so many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what == "random":
         result = random_kills(options.folder, options.kills, options.seed)
     else:
-        result = (every_error if options.what == "errors" else every_kill)(options.folder)
+        result = (every_error if options.what == "errors" else every_kill)(options.folder, options.step)
     json.dump(result, sys.stdout)
 
 

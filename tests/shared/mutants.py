@@ -27,8 +27,6 @@ MODULES = (
     "index_rebuild", "maintenance/repair", "shard_reader", "writer",
 )  # fmt: skip
 TESTS = ("cache/test_format", "cache/test_maintenance", "cache/test_local", "test_topk", "cache/test_remote")
-# Tests that take a minute each; the first three files find their mutants in seconds.
-SLOW = "flipped_bit or damaged_shard or cut_shard or many_threads"
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -83,7 +81,7 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
 def is_noticed(copy_of_shared: Path, timeout_s: float) -> bool:
     """Return whether the tests on the code in `copy_of_shared` fail or time out."""
     tests = [str(ROOT / f"tests/shared/{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({SLOW})", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy_of_shared),

@@ -5,6 +5,7 @@ The figures of several seeds and learning rates: `python benchmarks/conditioning
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
 
 
 @pytest.fixture
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # Three trainings, one after another on one core.
 def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_lora_cannot(
     student: Student, one_thread: None
@@ -43,6 +48,7 @@ def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_l
     assert report.verdict == PAYS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, one_thread: None) -> None:
     report = run_world(World.make("constant"), student, CONSTANT_SETTINGS, seed=0).report
@@ -161,6 +167,7 @@ def test_arms_that_cannot_be_paired_are_refused() -> None:
         )
 
 
-def test_the_students_folder_is_one_the_trainer_takes(student: Student, tmp_path: Path) -> None:
+def test_the_students_folder_is_one_the_trainer_takes(tmp_path: Path) -> None:
+    student = Student(train_student(tmp_path, World.make("prompt"), num_steps=1), device=torch.device("cpu"))
     assert student.vocab_size == VOCAB_SIZE
     assert not any(p.requires_grad for p in student.model.parameters())
