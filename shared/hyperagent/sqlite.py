@@ -130,7 +130,7 @@ class Database:
                 connection.execute("COMMIT")
             except BaseException:
                 # After some errors SQLite has rolled back by itself.
-                if connection.in_transaction:
+                if self._connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
 
