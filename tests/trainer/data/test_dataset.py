@@ -16,7 +16,6 @@ from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, read_tokens, writ
 from hyperagent.errors import ConfigError, DataError, IdentityMismatch, LimitExceeded
 from hyperagent.identity import TokenizerIdentity
 from hyperagent_trainer.data.dataset import load_split
-from hyperagent_trainer.evaluation.evaluate import foreign_prompts
 
 
 def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
@@ -97,12 +96,3 @@ def test_what_does_not_belong_together_is_refused(
         copy.index.remove([bytes.fromhex(copy.key(trajectory.token_ids, trajectory.positions))])
     with pytest.raises(DataError, match="lacks 1 of 3 held_out trajectories, the first is 't8'"):
         load_split(tokens_file, copy, HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
-
-
-def test_shuffled_prompts_are_never_of_the_same_repository(tokens_file: Path) -> None:
-    held_out = tuple(read_tokens(tokens_file, split=HELD_OUT))
-    train = tuple(read_tokens(tokens_file, split=TRAIN))
-    for trajectory, prompt in zip(held_out, foreign_prompts(held_out, train, seed=0), strict=True):
-        assert not np.array_equal(prompt, trajectory.prompt_ids)
-    (alone,) = foreign_prompts(held_out[:1], train, seed=0)
-    assert any(np.array_equal(alone, t.prompt_ids) for t in train)

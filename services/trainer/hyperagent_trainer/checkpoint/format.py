@@ -51,6 +51,8 @@ class CheckpointManifest(NetworkManifest):
     best: BestEvaluation = BestEvaluation()
     num_averaged: int = Field(0, ge=0)
     """Steps that have gone into the average of the weights."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of the process that wrote it, as a sum's last bits depend on them; None in earlier releases'."""
     files: dict[str, str]
     """BLAKE3 (hex) of every other file."""
 
@@ -63,6 +65,8 @@ class Snapshot:
     moments: dict[str, Tensor]
     average: dict[str, Tensor]
     num_averaged: int
+    num_threads: int
+    """Of the thread that trains; another one may have a different number."""
 
 
 def snapshot(
@@ -83,7 +87,7 @@ def snapshot(
         is_first=is_first,
     )
     averages = _gather(average.tensors.items(), is_first=is_first)
-    return Snapshot(weights, moments, averages, average.num_updates) if is_first else None
+    return Snapshot(weights, moments, averages, average.num_updates, torch.get_num_threads()) if is_first else None
 
 
 def _gather(tensors: Iterable[tuple[str, Tensor]], *, is_first: bool) -> dict[str, Tensor]:
@@ -109,21 +113,22 @@ def write_checkpoint(
     Raises:
         StorageError: the file system refused; there is no trace of the folder.
     """
-    with new_directory(folder) as aside:
+    with new_directory(folder) as unfinished:
         files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
         if found.average:
             files[_AVERAGE] = found.average
         for name, tensors in files.items():
-            _save(tensors, aside / name)
+            _save(tensors, unfinished / name)
         manifest = CheckpointManifest(
             **dict(network_manifest),
             recipe=_digest(recipe),
             step=step,
             best=best,
             num_averaged=found.num_averaged,
-            files={name: _digest_of(aside / name) for name in files},
+            num_threads=found.num_threads,
+            files={name: _digest_of(unfinished / name) for name in files},
         )
-        (aside / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (unfinished / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(
@@ -163,7 +168,7 @@ def load_checkpoint(
             key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments
         }
         if state:
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            # AdamW keeps its step count on the CPU and its moments on the parameter's device.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     if average.tensors:
         averages = load_file(folder / _AVERAGE)

@@ -34,7 +34,7 @@ def export(
     step: int,
     held_out: HeldOutKL,
 ) -> None:
-    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what stood there.
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what was there.
 
     Args:
         embeddings: the student's table [V, E].
@@ -73,9 +73,9 @@ def export(
                 "hyperagent_data": network_manifest.data.fingerprint,
             },
         )
-        with new_directory(out) as aside:
-            (aside / MODEL_FILE).write_bytes(files.model)
-            (aside / CONFIG_FILE).write_bytes(files.config)
+        with new_directory(out) as unfinished:
+            (unfinished / MODEL_FILE).write_bytes(files.model)
+            (unfinished / CONFIG_FILE).write_bytes(files.config)
 
 
 def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:

@@ -67,7 +67,7 @@ def _every_target_reached(probe: Probe) -> Check:
             **({"first": unreached[0]} if unreached else {}),
         },
         "every target runs in a forward pass, and its delta reaches the loss",
-        "an adapter that is not applied trains nothing and says nothing; leave out modules that never run, or mend the injector",
+        "an adapter that is not applied trains nothing and says nothing; leave out modules that never run, or fix the injector",
     )
 
 

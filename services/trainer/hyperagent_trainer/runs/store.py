@@ -30,7 +30,7 @@ class _RunRecord(StrictModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it stands."""
+    """One run in its present state."""
 
     run_id: str
     """When it was first started, UTC, to the microsecond; so ids sort by age."""

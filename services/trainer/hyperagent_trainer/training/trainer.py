@@ -26,7 +26,8 @@ from hyperagent_trainer.data.dataset import Batch
 from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed, peak_memory_bytes
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
-from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
+from hyperagent_trainer.evaluation.arms import ADAPTER
+from hyperagent_trainer.evaluation.evaluate import Evaluation
 from hyperagent_trainer.export.export import export, make_probe
 from hyperagent_trainer.network.build import shard_network, whole_network
 from hyperagent_trainer.optim.ema import WeightAverage
