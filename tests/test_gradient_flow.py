@@ -35,7 +35,7 @@ from hyperagent.model.targets import LayerInfo, discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.network.build import assemble
-from hyperagent_trainer.preflight.command import fly, show
+from hyperagent_trainer.preflight.command import run, show
 from hyperagent_trainer.preflight.memory import check_weights_fit, saved_bytes
 from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.preflight.run import run_preflight
@@ -142,7 +142,7 @@ def test_a_student_of_another_architecture_passes(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen3Config(**shape, num_key_value_heads=1, head_dim=16, vocab_size=258, tie_word_embeddings=True)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    report = fly(recipe_of(tmp_path), tokens_per_sample=64)
+    report = run(recipe_of(tmp_path), tokens_per_sample=64)
     assert failed(report) == []
     assert check_named(report, "routing").measured == {"routers": 0}
 
@@ -426,7 +426,7 @@ def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Pat
 def main() -> int:
     """The pre-flight of a tiny student, as a table."""
     with tempfile.TemporaryDirectory() as place:
-        report = fly(recipe_of(write_tiny_student(Path(place))), tokens_per_sample=64)
+        report = run(recipe_of(write_tiny_student(Path(place))), tokens_per_sample=64)
     show(report, as_json=False)
     return 0 if report.passed else 1
 
