@@ -170,7 +170,7 @@ class TeacherClient:
                         yield rows
             except (ServiceError, CorruptRecord):
                 resumes += 1
-                # Rows that have all come, but with another digest, are not mended by asking for no more of them.
+                # Rows that have all come, but with another digest, are not repaired by asking for no further row.
                 if received in (begun_at, len(positions)) or resumes > RESUMES:
                     raise
                 await self.wait_until_serving(RESUME_WAIT_S)
