@@ -121,7 +121,8 @@ class Database:
             HyperagentError: as `domain_error` says; nothing has changed.
         """
         with self.connection() as connection:
-            if connection.in_transaction:
+            is_nested = connection.in_transaction
+            if is_nested:
                 yield connection
                 return
             connection.execute("BEGIN IMMEDIATE")

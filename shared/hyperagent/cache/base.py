@@ -67,7 +67,7 @@ class CacheReader(ABC):
 
     @abstractmethod
     def data_fingerprints(self) -> list[str]:
-        """Fingerprints of all data that trajectories were put in of, sorted."""
+        """Return the fingerprints of the datasets this cache was populated from, sorted."""
 
     @abstractmethod
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
@@ -79,7 +79,7 @@ class CacheReader(ABC):
 
     @property
     def hot_tier_stats(self) -> HotTierStats:
-        """What the hot tier was good for until now, in this process; nothing if there is none."""
+        """Hits and misses of the hot tier in this process; zeros without a hot tier."""
         return self._hot.use if self._hot else HotTierStats()
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is none.
-            CorruptRecord: its record is damaged; says which and how to mend it.
+            CorruptRecord: its record is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         header, content = self._read_one(bytes.fromhex(key))
@@ -161,7 +161,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is no such block.
-            CorruptRecord: it is damaged; says which and how to mend it.
+            CorruptRecord: it is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         for header, payload in self.records_of(block_keys):
@@ -186,7 +186,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is none.
-            CorruptRecord: it is damaged; says which and how to mend it.
+            CorruptRecord: it is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         trajectory = self.trajectory(key)

@@ -1,7 +1,7 @@
 """The hot tier: a Redis that holds copies of records, and may lose, damage, delay or refuse any of them at any time.
 
 Nothing depends on it. A read has one deadline over all of it, so a Redis that answers byte by byte costs no more than
-one that is silent; a write is handed over and never waited for. An error opens a breaker, and Redis is left alone for a
+one that is silent; a write is handed over and never waited for. An error opens a circuit breaker, and Redis is not asked for a
 while. What it answers is checked by the reader like what the disk answers.
 """
 
@@ -162,7 +162,9 @@ class HotTier:
             # Also of another type than Redis' own: whatever answers at this address need not be a Redis.
             if not self.is_degraded:
                 log.warning(
-                    "hot tier left alone, disk is used", seconds=_BREAKER_S, error=str(error) or "no answer in time"
+                    "hot tier not used for a while, the disk is",
+                    seconds=_BREAKER_S,
+                    error=str(error) or "no answer in time",
                 )
             self.errors += 1
             self._left_alone_until = time.monotonic() + _BREAKER_S

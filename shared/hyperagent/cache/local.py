@@ -110,11 +110,11 @@ class LocalCache(CacheReader):
         """An existing cache.
 
         Args:
-            exclusive: keep everybody else from opening it, to remove something.
+            exclusive: keep everybody else from opening it, in order to remove something.
 
         Raises:
             ConfigError: there is none, or it is of an unknown format version.
-            Conflict: somebody has it open alone, or, to be alone, at all.
+            Conflict: somebody has it open exclusively, or, with `exclusive`, somebody has it open.
             CorruptRecord: its manifest is damaged.
             StorageError: the file system refused.
         """
@@ -216,7 +216,7 @@ class LocalCache(CacheReader):
         self._writer.seal()
 
     def release_shard(self) -> None:
-        """Give up the shard that this process writes; the next writer goes on with it."""
+        """Give up the shard that this process writes; the next writer continues it."""
         self._writer.close()
 
     def _first_missing(self, blocks: Sequence[BlockPlan]) -> int:

@@ -127,7 +127,7 @@ def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> Cac
 
 
 def read_identity(location: str | Path) -> TeacherIdentity:
-    """Whose rows are in the cache of that address or folder; its manifest alone is read.
+    """Return the identity of the teacher whose rows the cache holds; only its manifest is read.
 
     Raises:
         ConfigError: there is none, or the package that speaks the address's protocol is not installed.

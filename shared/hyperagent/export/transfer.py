@@ -32,7 +32,7 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class ExportDescription:
-    """What `export.json` tells."""
+    """What `export.json` states."""
 
     format: str
     identity: TeacherIdentity
@@ -48,7 +48,7 @@ def export(
         IdentityMismatch: the cache was not populated from this tokens file.
         ConfigError: the folder holds another export.
         DataError: the cache lacks a trajectory; names it.
-        CorruptRecord: a record is damaged; says which and how to mend it.
+        CorruptRecord: a record is damaged; says which and how to restore it.
         StorageError: the file system refused; files that were written stay.
     """
     data = read_data_identity(tokens)

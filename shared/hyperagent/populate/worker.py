@@ -1,6 +1,6 @@
 """One worker: takes trajectories from the queue and has one teacher put their rows into its cache.
 
-What goes wrong is told apart by whose fault it may be. A teacher that is full, starting or shutting down has not
+Failures are distinguished by their possible cause. A teacher that is full, starting or shutting down has not
 begun: the item goes back. A call that breaks while an item is with the teacher counts as one of the item's tries,
 since it may be the item that kills the teacher. An error that every item would meet ends the worker.
 """

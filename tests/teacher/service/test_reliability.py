@@ -206,7 +206,7 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(
             chunk.ids = bytes(len(chunk.ids))  # damaged on the way
         return real(chunk)
 
-    monkeypatch.setattr(wire_client.codec, "chunk_to_rows", break_twice)
+    monkeypatch.setattr(wire_client.conversion, "chunk_to_rows", break_twice)
     async with serve() as client:
         rows = concatenate(await drained(client.score_tokens(*sequence, top_k=16, tokenizer=tokenizer)))
     assert asked == [6, 12]
@@ -221,7 +221,7 @@ async def test_a_stream_that_never_gets_on_is_given_up(
     def damaged(_chunk: pb.ScoreTokensResponse) -> TopKRows:
         raise ServiceError("broken off")
 
-    monkeypatch.setattr(wire_client.codec, "chunk_to_rows", damaged)
+    monkeypatch.setattr(wire_client.conversion, "chunk_to_rows", damaged)
     async with serve() as client:
         with pytest.raises(ServiceError, match="broken off"):
             await drained(client.score_tokens(*sequence, top_k=16, tokenizer=tokenizer))

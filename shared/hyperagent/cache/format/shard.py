@@ -188,7 +188,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Give the shard up; the next writer goes on with it."""
+        """Give the shard up; the next writer continues it."""
         os.close(self._descriptor)
 
 

@@ -73,7 +73,7 @@ def collect_garbage(cache: LocalCache, keep: Iterable[str] | None, progress: Pro
     """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and what killed writers left.
 
     Args:
-        cache: opened alone, so that nobody reads what goes.
+        cache: opened with `exclusive`, so that nobody reads what is removed.
         keep: keys of trajectories that stay; without it all of them.
 
     Raises:

@@ -44,7 +44,7 @@ class VerifyReport:
     """Whole records that count."""
     damaged: tuple[Damage, ...]
     incomplete: tuple[str, ...]
-    """Trajectories (keys) that damage makes unreadable; populating again mends them."""
+    """Trajectories (keys) that damage makes unreadable; populating again restores them."""
     leftovers: tuple[Path, ...]
     """What killed writers left behind; harmless."""
     digest: str
