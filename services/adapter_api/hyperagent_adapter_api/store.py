@@ -27,11 +27,11 @@ from pydantic import ValidationError
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.file_lock import open_locked
-from hyperagent.files import fsync_directory, is_temporary, new_directory
 from hyperagent.http.adapter_models import StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
+from hyperagent.storage.file_lock import open_locked
+from hyperagent.storage.files import fsync_directory, is_temporary, new_directory
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 

@@ -17,7 +17,7 @@ from typing import Literal
 from hyperagent.cache.format.record import Kind
 from hyperagent.cache.format.shard import Location
 from hyperagent.errors import CorruptRecord, HyperagentError, StorageError
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 _SCHEMA_VERSION = 2
 _SCHEMA = """

@@ -19,9 +19,9 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.index import Entry, Index
 from hyperagent.errors import CorruptRecord, StorageError
-from hyperagent.file_lock import locked
-from hyperagent.files import fsync_directory, remedy_of, temporary_sibling
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.file_lock import locked
+from hyperagent.storage.files import fsync_directory, remedy_of, temporary_sibling
 
 _LOCK_S = 600.0
 log = structlog.get_logger()

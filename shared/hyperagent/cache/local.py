@@ -35,8 +35,8 @@ from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
-from hyperagent.files import is_temporary, write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
+from hyperagent.storage.files import is_temporary, write_atomically
 from hyperagent.topk import TopKRows
 
 log = structlog.get_logger()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hyperagent.errors import Conflict, StorageError
-from hyperagent.file_lock import open_locked
+from hyperagent.storage.file_lock import open_locked
 
 
 def hold(path: Path, *, exclusive: bool) -> int:

@@ -14,7 +14,7 @@ from hyperagent.cache.format.shard import OPEN, SHARD_HEADER_BYTES, Location, Sh
 from hyperagent.cache.index import Entry, Index
 from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
-from hyperagent.files import remedy_of
+from hyperagent.storage.files import remedy_of
 
 log = structlog.get_logger()
 

@@ -14,9 +14,9 @@ from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, NotFound
 from hyperagent.export.formats import FORMATS, ExportedTrajectory
-from hyperagent.files import write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import write_atomically
 
 DESCRIPTION = "export.json"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import new_directory
 from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, PromptBody
 from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
+from hyperagent.storage.files import new_directory
 
 _FILES = (MODEL_FILE, CONFIG_FILE)
 _PAGE = 100

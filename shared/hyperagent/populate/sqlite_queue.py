@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, QueueCounts, WorkItem
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 _VERSION = 1
 _QUARANTINED = "set_aside"

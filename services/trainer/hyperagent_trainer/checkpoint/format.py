@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord
-from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.distributed import full_tensor, placed_like

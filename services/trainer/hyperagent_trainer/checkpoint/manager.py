@@ -17,8 +17,8 @@ import structlog
 import torch
 from torch import nn
 
-from hyperagent.files import is_temporary, remove_directory
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import is_temporary, remove_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.format import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
 from hyperagent_trainer.config import TrainRecipe

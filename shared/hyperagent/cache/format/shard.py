@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.format.record import ALIGNMENT, HEADER_BYTES, MAGIC, Header, check_record
 from hyperagent.errors import CorruptRecord
-from hyperagent.file_lock import try_lock
-from hyperagent.files import fsync_directory, is_temporary, temporary_sibling
+from hyperagent.storage.file_lock import try_lock
+from hyperagent.storage.files import fsync_directory, is_temporary, temporary_sibling
 
 _MAGIC = b"HATKSHD2"
 _HEADER = struct.Struct("<8s32s16x")

@@ -18,8 +18,8 @@ from hyperagent.cache.format.shard import OPEN, SEALED, SHARD_HEADER_BYTES, Shar
 from hyperagent.cache.index import Entry
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 _COPY_BYTES = 8 << 20
 log = structlog.get_logger()

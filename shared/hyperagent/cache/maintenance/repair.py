@@ -13,8 +13,8 @@ from hyperagent.cache.locks import held_exclusively
 from hyperagent.cache.maintenance.compact import copy_records, owned_shards
 from hyperagent.cache.maintenance.verify import Damage, verify
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 QUARANTINE = "quarantine"
 """The folder that damaged shards are moved to, for inspection; safe to delete."""

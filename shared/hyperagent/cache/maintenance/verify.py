@@ -19,8 +19,8 @@ from hyperagent.cache.format.shard import (
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.stats import cache_digest
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import is_temporary
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import is_temporary
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from hyperagent.errors import ConfigError, HyperagentError, StorageError
-from hyperagent.file_lock import locked
+from hyperagent.storage.file_lock import locked
 
 _WAIT_S = 60.0
 """How long a process waits for another one's transaction, which ends with a disk's answer."""
