@@ -9,15 +9,22 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-.PHONY: help setup setup-vllm demo test test-vllm coverage lint proto docs bench bench-vllm clean
+# Two tests at a time, each with one thread: more threads gain nothing on models this small.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+CACHE_TESTS := tests/shared/cache
+BENCHMARKS := $(sort $(basename $(notdir $(wildcard benchmarks/*.py))))
+
+.PHONY: help setup setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
-	@echo "make test                                          the tests"
+	@echo "make test                                          the tests, but for the slow ones"
+	@echo "make test-all                                      all tests, with the branch coverage of the cache, and test-vllm"
 	@echo "make test-vllm                                     the tests of the vLLM engine, in .venv-vllm"
-	@echo "make coverage                                      branch coverage of the cache, which must be whole"
 	@echo "make lint                                          ruff, mypy, import-linter"
 	@echo "make bench                                         the benchmarks"
+	@echo "make bench-smoke                                   every benchmark at its smallest size, to see whether it runs"
 	@echo "make bench-vllm                                    the benchmark of the vLLM engine, in .venv-vllm"
 	@echo "make setup                                         only install"
 	@echo "make setup-vllm                                    only install vLLM, in .venv-vllm"
@@ -52,13 +59,15 @@ demo: $(INSTALLED)
 	$(BIN)/hyperagent demo $(if $(DATA),--data "$(DATA)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 test: $(DEV_INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# The tests of the cache alone, but for those that kill processes: what a killed one has covered is lost with it.
-coverage: $(DEV_INSTALLED)
+# Every test runs once; those of the cache under coverage, but for those that kill processes: what a killed one has
+# covered is lost with it.
+test-all: $(DEV_INSTALLED) test-vllm
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest -q tests/shared/cache \
-		-k "not random_moments and not whichever_call_is_the_last"
+	$(PYTEST) -m "" --ignore-glob="$(CURDIR)/$(CACHE_TESTS)/test_[!k]*.py"
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "" \
+		$(CACHE_TESTS) --ignore=$(CACHE_TESTS)/test_kills.py
 	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 test-vllm: $(VLLM_INSTALLED)
@@ -68,6 +77,7 @@ lint: $(DEV_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
 proto: $(DEV_INSTALLED)
@@ -86,6 +96,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/startup.py
+
+bench-smoke: $(INSTALLED) $(VLLM_INSTALLED)
+	for name in $(filter-out teacher_capture teacher_rows, $(BENCHMARKS)); do \
+		echo "benchmarks/$$name.py" && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --smoke || exit 1; \
+	done
+	$(VLLM_BIN)/python benchmarks/teacher_capture.py --smoke
 
 bench-vllm: $(VLLM_INSTALLED)
 	$(VLLM_BIN)/python benchmarks/teacher_capture.py

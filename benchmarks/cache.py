@@ -1,22 +1,22 @@
-"""What the cache's codecs cost and how fast they are read, beside numpy's .npz, a copy of as many bytes, and Redis.
+"""Measure size, accuracy and speed of the cache's codecs against numpy's .npz, a plain memory copy, and Redis.
 
     python benchmarks/cache.py [--rows 20000] [--top-k 128] [--json]
     python benchmarks/cache.py --data trajectories.parquet --tokenizer FOLDER
 
-Rows are a real teacher's: a tiny Qwen3-MoE with the tokenizer's whole vocabulary, trained for `--train-s` seconds on the
-trajectories (kept in runs/benchmark for the next time), asked about repositories it has not seen. Beside them stand
-`synthetic` rows, a random set of ids and log-probabilities that fall like a language model's, which are the worst case for
-the ids; without trajectories there are these alone.
+Rows are a real teacher's: a tiny Qwen3-MoE with the tokenizer's whole vocabulary, trained for `--train-s` seconds on
+the trajectories (cached in runs/benchmark) and evaluated on repositories it has not seen. In addition, `synthetic` rows
+have random ids, the worst case for a codec, and log-probabilities that fall like a language model's. Without
+trajectories only synthetic rows are measured.
 
-`kl_nats` compares what is read with what was put in, in float64, over the kept ids and the tail. `loader` fills torch tensors
-on the host, `decode` stops at arrays, which with the codec exact are views of the file. `random_read_ms` finds 1,024 tokens
-of a trajectory and reads them into arrays as `numpy.load` does, with a byte of each cache line looked at, in both;
-`random_load_ms` makes tensors of them. `npz` is an uncompressed file per 1,024 tokens with int32 ids and
-float16 log-probabilities, 768 bytes a token at top 128; `memcpy` copies as many bytes as a codec's records take. Reading is
-from the page cache and after a first read, which checks the bytes: what is compared is a reader's work, not the disk's.
-
-`adaptive` keeps 0.999 of a row's probability with at least 8 ids, and `by_entropy` tells what that takes for rows of each
-entropy: a tiny teacher is unsure of most tokens, a large one of few, so its mean is to be read off there.
+`kl_nats` compares the rows read with the rows written, in float64, over the kept ids and the tail. `loader` fills torch
+tensors on the host; `decode` stops at arrays, which with the codec exact are views of the file. `random_read_ms` finds
+1,024 tokens of a trajectory and reads them into arrays, compared with `numpy.load`; both read a byte of each cache
+line. `random_load_ms` makes tensors of them. `npz` is an uncompressed file per 1,024 tokens with int32 ids and float16
+log-probabilities, 768 bytes per token at top 128; `memcpy` copies as many bytes as a codec's records take. Files are
+read from the page cache, after a first read that verifies the checksums, so the reader's work is measured and not the
+disk's. `adaptive` keeps 0.999 of a row's probability with at least 8 ids, and `by_entropy` gives its size for rows of
+each entropy: a tiny teacher is uncertain about most tokens and a large one about few, so use it to estimate a large
+teacher's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count
+from hyperagent.cache.maintenance.stats import count
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.data.row_loader import load_rows
@@ -55,16 +55,18 @@ ADAPTIVE = {"kept_mass": 0.999, "min_k": 8}
 ENTROPIES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
 """Bounds of `by_entropy`, in nats."""
 FEWEST_ROWS = 100
-"""Fewer of one entropy say nothing of it."""
+"""Minimum number of rows in an entropy bin for a meaningful result."""
 PUBLISHED = {
-    # Its README states about 300 bytes at a vocabulary of 50,000; the same layout with ids of 18 bits takes this.
+    # Its README states about 300 bytes at a vocabulary of 50,000; this is the same layout with ids of 18 bits.
     "distillkit_bytes_per_token": 344,
 }
+TRAJECTORIES, ROWS_PER_TRAJECTORY = 50, 4096
+"""Of `measure_run_start`."""
 DATA = Path("../shared/data")
 
 
 def kl_nats(true: TopKRows, read: TopKRows) -> float:
-    """Mean over rows of KL(true || read) over the ids that `read` keeps and the rest, in nats."""
+    """Return the mean over rows of KL(true || read) over the ids that `read` keeps and the rest, in nats."""
     total = 0.0
     for start in range(0, true.num_rows, BLOCK):
         p, q = true.part(slice(start, start + BLOCK)), read.part(slice(start, start + BLOCK))
@@ -73,7 +75,7 @@ def kl_nats(true: TopKRows, read: TopKRows) -> float:
         logq = np.take_along_axis(q.logprobs, by_id_q, axis=1).astype(np.float64)
         assert (np.take_along_axis(p.ids, by_id_p, axis=1) == np.take_along_axis(q.ids, by_id_q, axis=1)).all()
         tail_p, tail_q = p.tail_logmass.astype(np.float64), q.tail_logmass.astype(np.float64)
-        # Both are distributions but for rounding; the divergence of two that are not could be below zero.
+        # Renormalize: both are distributions up to rounding, which could otherwise make the divergence negative.
         norm_p = np.logaddexp(np.logaddexp.reduce(logp, axis=1), tail_p)
         norm_q = np.logaddexp(np.logaddexp.reduce(logq, axis=1), tail_q)
         kept = np.exp(logp - norm_p[:, None]) * (logp - norm_p[:, None] - logq + norm_q[:, None])
@@ -82,7 +84,7 @@ def kl_nats(true: TopKRows, read: TopKRows) -> float:
 
 
 def median_s(action: Callable[[], object], *, times: int = REPETITIONS) -> float:
-    """Median of some runs after a first one, in seconds."""
+    """Return the median seconds of several runs after a warm-up run."""
     action()
     took = []
     for _ in range(times):
@@ -101,12 +103,12 @@ def read_block(cache: LocalCache, key: str, index: int) -> None:
 
 
 def look_at(array: np.ndarray) -> int:
-    """Read a byte of each cache line, so that what is only mapped is fetched too."""
+    """Read a byte of each cache line, so that memory-mapped data are fetched too."""
     return int(array.reshape(-1).view(np.uint8)[::64].sum())
 
 
 def measure_codec(root: Path, settings: CacheSettings, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float]:
-    """Size, distortion and speed of one way to store `rows`."""
+    """Measure size, distortion and speed of one way to store `rows`."""
     token_ids = np.zeros(rows.num_rows + 1, np.uint32)
     with LocalCache.create_or_open(root, identity, settings=settings) as cache:
         started = time.perf_counter()
@@ -129,7 +131,7 @@ def measure_codec(root: Path, settings: CacheSettings, identity: TeacherIdentity
             * median_s(lambda: load_rows(cache, key, first_token=middle, end_token=middle + BLOCK), times=200),
             "memcpy_tokens_per_s": rows.num_rows / median_s(lambda: _copy(stats.bytes)),
         }
-        # With adaptive k there is nothing to compare id by id; the cache has recorded what storing has cost.
+        # With adaptive k, rows cannot be compared id by id; use the divergence that the cache recorded.
         result["kl_nats"] = kl_nats(rows, read) if settings.kept_mass == 1 else stats.kl_nats
         return result
 
@@ -142,7 +144,7 @@ _SOURCE = np.ones(1 << 28, np.uint8)
 
 
 def measure_npz(root: Path, rows: TopKRows) -> dict[str, float]:
-    """The same of `numpy.savez`, a file per block."""
+    """Measure size, distortion and speed of `numpy.savez` with a file per block."""
     root.mkdir()
     paths = []
     for start in range(0, rows.num_rows, BLOCK):
@@ -155,15 +157,19 @@ def measure_npz(root: Path, rows: TopKRows) -> dict[str, float]:
             look_at(arrays["indices"])
             look_at(arrays["values"])
 
+    def load_all() -> None:
+        for path in paths:
+            load(path)
+
     return {
         "bytes_per_token": sum(path.stat().st_size for path in paths) / rows.num_rows,
-        "loader_tokens_per_s": rows.num_rows / median_s(lambda: [load(path) for path in paths]),
+        "loader_tokens_per_s": rows.num_rows / median_s(load_all),
         "random_read_ms": 1e3 * median_s(lambda: load(paths[len(paths) // 2]), times=200),
     }
 
 
 def measure_redis(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float | str]:
-    """Reading through a Redis that holds all of it, and from the disk alone, with the default codec."""
+    """Measure reading through a Redis that holds all records, and from disk only, with the default codec."""
     if shutil.which("redis-server") is None:
         return {"not_measured": "there is no redis-server"}
     token_ids = np.zeros(rows.num_rows + 1, np.uint32)
@@ -190,9 +196,35 @@ def measure_redis(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict
     return found
 
 
+def measure_run_start(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float]:
+    """What a run's start takes, that looks every trajectory up, against one that would read and check them all.
+
+    Both include the key, a digest of all tokens. Reading is from the page cache, so from a disk it takes longer.
+    """
+    part = rows.part(slice(min(rows.num_rows, ROWS_PER_TRAJECTORY)))
+    sequences = [np.full(int(part.positions[-1]) + 1, number, np.uint32) for number in range(TRAJECTORIES)]
+    with LocalCache.create_or_open(root, identity) as cache:
+        for token_ids in sequences:
+            cache.put(token_ids, part)
+        size = count(cache).bytes
+    with LocalCache.open(root) as cache:
+        keys = [cache.key(token_ids, part.positions) for token_ids in sequences]
+        assert all(map(cache.is_intact, keys))
+        look_up_s = median_s(lambda: [cache.contains(cache.key(ids, part.positions)) for ids in sequences])
+        read_s = median_s(lambda: [cache.is_intact(cache.key(ids, part.positions)) for ids in sequences])
+    to_10_gb = 10e9 / size
+    return {
+        "bytes_per_trajectory": size / TRAJECTORIES,
+        "look_up_s_per_1000_trajectories": 1000 * look_up_s / TRAJECTORIES,
+        "read_s_per_1000_trajectories": 1000 * read_s / TRAJECTORIES,
+        "look_up_s_of_10_gb": look_up_s * to_10_gb,
+        "read_s_of_10_gb": read_s * to_10_gb,
+    }
+
+
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """A Redis of its own on a Unix socket, empty and not written to disk; its URL."""
+    """Start an empty, memory-only Redis on a Unix socket and yield its URL."""
     folder.mkdir()
     socket = folder / "redis.sock"
     command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
@@ -207,8 +239,8 @@ def redis_server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[dict[str, float]]:
-    """What adaptive k takes for rows of each entropy, as real files of rows like these alone."""
+def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[dict[str, float | None]]:
+    """Measure the size of adaptive k for rows of each entropy, with real files that hold only such rows."""
     entropy_N = entropy_nats(rows, identity.vocab_size)
     table = []
     for place, (low, high) in enumerate(itertools.pairwise(ENTROPIES)):
@@ -216,7 +248,11 @@ def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[di
         if len(chosen) < FEWEST_ROWS:
             continue
         part = replace(rows.at(chosen), positions=np.arange(1, len(chosen) + 1, dtype=np.uint32))
-        line = {"from_nats": low, "to_nats": high if np.isfinite(high) else None, "share": len(chosen) / rows.num_rows}
+        line: dict[str, float | None] = {
+            "from_nats": low,
+            "to_nats": high if np.isfinite(high) else None,
+            "share": len(chosen) / rows.num_rows,
+        }
         for codec in ("compact", "archive"):
             with LocalCache.create_or_open(
                 root / f"{place}-{codec}", identity, settings=CacheSettings(codec=codec, **ADAPTIVE)
@@ -233,7 +269,7 @@ def by_entropy(root: Path, identity: TeacherIdentity, rows: TopKRows) -> list[di
 
 
 def measure(identity: TeacherIdentity, rows: TopKRows) -> dict[str, Any]:
-    """Everything about one set of rows."""
+    """Run all measurements on one set of rows."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         settings = {name: CacheSettings(codec=name) for name in CODECS}
@@ -249,13 +285,14 @@ def measure(identity: TeacherIdentity, rows: TopKRows) -> dict[str, Any]:
             "npz": npz,
             "random_read_ms": codecs["exact"]["random_read_ms"],
             "npz_random_read_ms": npz["random_read_ms"],
+            "run_start": measure_run_start(root / "start", identity, rows),
             "redis": measure_redis(root / "redis", identity, rows),
             "by_entropy": by_entropy(root / "entropy", identity, rows),
         }
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are of."""
+    """Describe the machine and software of the measurements."""
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":", 1)[1].strip() for line in facts.splitlines() if line.startswith("model name")]
     return {
@@ -274,7 +311,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=DATA / "qwen-tokenizer", help="folder of a tokenizer")
     parser.add_argument("--train-s", type=float, default=420.0, help="seconds of the teacher's training")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.top_k, options.data = 2048, 16, Path("none")  # Synthetic rows only.
     synthetic = measure(*synthetic_rows(options.rows, options.top_k))
     report: dict[str, Any] = {"machine": machine(), "published": PUBLISHED}
     if options.data.is_file():
@@ -312,6 +352,12 @@ def _table(name: str, part: dict[str, Any]) -> str:
         cells = [f"{found[column]:{form}}" if column in found else "" for column, (_, form) in columns.items()]
         lines.append(f"{title:18}" + "".join(f"{cell:>17}" for cell in cells))
     lines.append("redis: " + ", ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{value}" for key, value in part["redis"].items()))  # fmt: skip
+    start = part["run_start"]
+    lines.append(
+        f"run start per 1,000 trajectories of {start['bytes_per_trajectory']:,.0f} bytes: look-up "
+        f"{start['look_up_s_per_1000_trajectories']:.3f} s, reading {start['read_s_per_1000_trajectories']:.2f} s; "
+        f"10 GB: {start['look_up_s_of_10_gb']:.2f} s, {start['read_s_of_10_gb']:.1f} s"
+    )
     lines.append("adaptive k by entropy, nats: share, mean k, kept mass, bytes per token compact and archive")
     for line in part["by_entropy"]:
         upper = f"{line['to_nats']:g}" if line["to_nats"] is not None else "above"

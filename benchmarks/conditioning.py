@@ -1,11 +1,11 @@
-"""What conditioning on the prompt is worth, in two worlds where the answer is known.
+"""Measure the benefit of conditioning on the prompt, in two worlds with a known answer.
 
     python benchmarks/conditioning.py [--seeds 3] [--world prompt] [--sweep] [--plot FILE.png] [--json]
 
-A tiny frozen Qwen3-Next, the project's own hypernetwork, injector, loss and optimizer, and as the baseline a static LoRA of
-the same rank and targets, at several learning rates of which the best on the held-out samples counts. A seed draws the
-world, the hypernetwork's start and every batch. `--sweep` trains the hypernetwork at other learning rates as well.
-tests/trainer/worlds.py describes the worlds. One core.
+The student is a tiny frozen Qwen3-Next with the project's own hypernetwork, injector, loss and optimizer. The baseline
+is a static LoRA of the same rank and targets, at the learning rate that is best on the held-out samples. The seed
+determines the world, the hypernetwork's initialization and all batches. `--sweep` also trains the hypernetwork at other
+learning rates. tests/trainer/worlds.py describes the worlds. Runs on one core.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from hyperagent_trainer.student.student import Student
 
 SETTINGS: dict[Kind, Settings] = {"prompt": PROMPT_SETTINGS, "constant": CONSTANT_SETTINGS}
 SWEEP = ((1 / 3, 1.0), (3.0, 1.0), (1.0, 1 / 3), (1.0, 3.0))
-"""Factors of the learning rate, and of that of the heads that make B."""
+"""Factors of the learning rate, and of the learning rate of the heads that produce B."""
 
 
-def measure(kind: Kind, seed: int, settings: Settings) -> dict[str, Any]:
-    """One world of one seed."""
+def measure(kind: Kind, seed: int, settings: Settings, student_steps: int) -> dict[str, Any]:
+    """Train and evaluate in one world with one seed."""
     with tempfile.TemporaryDirectory() as place:
-        folder = train_student(Path(place), World.make("prompt", seed=seed))
+        folder = train_student(Path(place), World.make("prompt", seed=seed), num_steps=student_steps)
         student = Student(folder, device=torch.device("cpu"))
         outcome = run_world(World.make(kind, seed=seed), student, settings, seed=seed)
     return {
@@ -53,7 +53,7 @@ def measure(kind: Kind, seed: int, settings: Settings) -> dict[str, Any]:
 
 
 def swept(settings: Settings) -> list[Settings]:
-    """The settings, and others around them."""
+    """Return the settings and variations with other learning rates."""
     return [
         settings,
         *(
@@ -68,10 +68,10 @@ def swept(settings: Settings) -> list[Settings]:
 
 
 def plot(path: Path, results: list[dict[str, Any]]) -> None:
-    """Gap closed by arm, and the conditioning gain with its interval, for every world and seed."""
+    """Plot the gap closed by each arm, and the conditioning gain with its interval, for every world and seed."""
     from matplotlib.figure import Figure
 
-    arms = {"own": "#0b6e4f", "shuffled": "#c2570c", "static": "#767676"}
+    arms = {"adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c", "static": "#767676"}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     bars, gains = figure.subplots(1, 2)
     labels = [f"{r['world']}\nseed {r['seed']}" for r in results]
@@ -79,7 +79,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
         places = [i + (offset - 1) * 0.27 for i in range(len(results))]
         bars.bar(places, [100 * r["gap_closed"][arm] for r in results], 0.25, label=arm, color=color)
     bars.axhline(0, color="black", linewidth=0.8)
-    # A foreign prompt's adapter may do many times the harm of none.
+    # The adapter of another prompt may be many times worse than no adapter.
     bars.set_ylim(-110, 110)
     bars.set(title="gap closed on unseen combinations, % (cut at -110)", xticks=range(len(results)), xticklabels=labels)
     bars.legend()
@@ -99,15 +99,20 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.seeds, options.world = 1, "prompt"
+        SETTINGS["prompt"] = replace(PROMPT_SETTINGS, num_steps=2)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    student_steps = 2 if options.smoke else 240
     results = []
     for kind in [options.world] if options.world else list(SETTINGS):
         for settings in swept(SETTINGS[kind]) if options.sweep else [SETTINGS[kind]]:
             for seed in range(options.seeds):
-                results.append(measure(kind, seed, settings))
+                results.append(measure(kind, seed, settings, student_steps))
                 if not options.json:
                     print(line(results[-1]), flush=True)
     if options.plot:
@@ -123,11 +128,12 @@ def main() -> None:
 
 
 def line(result: dict[str, Any]) -> str:
-    """One result for people."""
+    """Format one result as a line of text."""
     gap, gain = result["gap_closed"], result["conditioning_gain"]
     return (
         f"{result['world']:8} seed {result['seed']} lr {result['learning_rate']:.0e} x {result['b_head_learning_rate_factor']:g}: "
-        f"frozen {result['kl']['frozen']:.3f} nats; gap closed own {gap['own']:.1%}, shuffled {gap['shuffled']:.1%}, "
+        f"frozen {result['kl']['frozen']:.3f} nats; gap closed own prompt {gap['adapter']:.1%}, "
+        f"shuffled {gap['adapter_shuffled_prompt']:.1%}, "
         f"static {gap['static']:.1%}; gain {gain['mean']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]; {result['verdict']}; "
         f"{result['hypernetwork_seconds']:.0f} s and {result['static_seconds']:.0f} s"
     )

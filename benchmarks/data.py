@@ -1,18 +1,17 @@
-"""Rendering, tokenizing and masking trajectories, against the stock `apply_chat_template`; and the reader's memory.
+"""Time rendering, tokenizing and masking against the stock `apply_chat_template`; measure the reader's memory.
 
     python benchmarks/data.py [--data FILE --tokenizer FOLDER] [--rows 60] [--repeats 3] [--json]
     python benchmarks/data.py --reader-gib 2.08 [--json]
 
-`plain` is `apply_chat_template(tokenize=True)`, row by row, on messages and tools that are clean already: no mask, no
-views, no check. `plain, batched` is the same on all rows at once, which lets the tokenizer use every core. `views` is what
-`hyperagent data tokenize` does to a row: clean it, render and tokenize the teacher's and the condition view, find what is
-supervised in two ways, compare them. `views, internalized` makes a third view; `views, N processes` spreads the rows,
-with the start of the processes counted. Each figure is the fastest of the repeats, the variants taking turns.
+`plain` is `apply_chat_template(tokenize=True)`, row by row, on messages and tools that are already clean: no mask, no
+views, no checks. `plain, batched` processes all rows at once, which lets the tokenizer use every core. `views` is the
+work of `hyperagent data tokenize` on a row: clean it, render and tokenize the teacher's and the condition view, compute
+and compare the two masks. `views, internalized` makes a third view; `views, N processes` distributes the rows, and
+includes the start of the processes. Each figure is the fastest of the repeats; the variants alternate.
 
-Without `--data`, trajectories whose tools print Python's own library are made up, and a tokenizer is trained on them.
-
-`--reader-gib` writes a file of that size with the data set's schema and 1,000 rows in a row group, streams it in a process
-of its own, and reports that process's peak memory.
+Without `--data`, trajectories are generated whose tools print Python's own library, and a tokenizer is trained on them.
+`--reader-gib` writes a file of that size with the data set's schema and 1,000 rows in a row group, streams it in a
+separate process, and reports that process's peak memory.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ print(rows, characters, peak, time.perf_counter() - started)
 
 
 def library_texts() -> list[str]:
-    """Python's own sources, in pieces such as a tool prints."""
+    """Return Python's own sources in pieces of the size that a tool prints."""
     folder = Path(json.__file__).parent.parent
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(folder.glob("*.py"))]
     return [text[start : start + 3000] for text in texts for start in range(0, len(text), 3000)]
@@ -69,7 +68,7 @@ def made_up_rows(count: int, turns: int, generator: random.Random) -> list[dict[
     texts = library_texts()
     rows = []
     for number in range(count):
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": SYSTEM_PROMPT},
             {"role": "user", "content": f"Task {number}: {generator.choice(texts)}"},
         ]
@@ -91,7 +90,7 @@ def made_up_rows(count: int, turns: int, generator: random.Random) -> list[dict[
 def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
-    stock = AutoTokenizer.from_pretrained(tokenizer.folder)
+    stock: Any = AutoTokenizer.from_pretrained(tokenizer.folder)
     clean = [(d.messages, d.tools or None) for d in map(dialogue_of, rows)]
     tasks = [RowTask(row, str(row["trajectory_id"]), "train", None) for row in rows]
     cores = available_cores()
@@ -109,10 +108,10 @@ def throughput(rows: list[Row], tokenizer: ChatTokenizer, repeats: int) -> list[
         return sum(map(len, stock(texts, add_special_tokens=False)["input_ids"]))
 
     def views(settings: ViewSettings, processes: int) -> int:
-        # A tokenizer of its own, so that no piece of text is known already from the repeat before.
+        # Use a new tokenizer, so that no text is cached from the previous repeat.
         function = RowTokenizer(ViewMaker(ChatTokenizer(tokenizer.folder)), settings)
         results = map_rows(function, tasks, num_items=len(tasks), num_workers=processes)
-        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr]
+        return sum(len(result.token_ids) for result in results)  # type: ignore[union-attr, misc]
 
     variants: dict[str, Callable[[], int]] = {
         "plain": plain,
@@ -151,7 +150,7 @@ def reader_memory(gib: float) -> dict[str, Any]:
             while path.stat().st_size < gib * 2**30:
                 group = made_up_rows(1000, 40, generator)
                 for number, row in enumerate(group):
-                    # Random text, or the compression of a file of copies would hide its size.
+                    # Random text, because a file of copies would compress to a fraction of its size.
                     row["trajectory"][-1]["content"] = generator.randbytes(20_000).hex()
                     row["trajectory_id"] = f"t{rows + number}"
                 writer.write_table(pa.Table.from_pylist(group, schema=TRAJECTORY_SCHEMA), row_group_size=1000)
@@ -178,7 +177,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reader-gib", type=float)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.repeats = 4, 1
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "cores": available_cores(),
@@ -188,11 +190,12 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             if options.data:
-                rows, tokenizer = list(islice(read_rows(options.data), options.rows)), options.tokenizer
+                rows: list[Row] = list(islice(read_rows(options.data), options.rows))
+                tokenizer = options.tokenizer
             else:
                 from hyperagent_demo.tokenizer import train_tokenizer
 
-                rows, tokenizer = made_up_rows(options.rows, 30, random.Random(0)), Path(folder) / "tokenizer"
+                rows, tokenizer = [*made_up_rows(options.rows, 30, random.Random(0))], Path(folder) / "tokenizer"
                 train_tokenizer(library_texts(), tokenizer, vocab_size=8192)
             report["rows"] = len(rows)
             report["results"] = throughput(rows, ChatTokenizer(tokenizer), options.repeats)

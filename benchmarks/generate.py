@@ -1,11 +1,11 @@
-"""Generating an adapter on the CPU for the 48-layer student, stage by stage, against the matrix products that bound it.
+"""Time generating an adapter for the 48-layer student on the CPU, by stage, against the matrix products it needs.
 
     python benchmarks/generate.py [--preset base] [--tokens 4096 32768] [--threads 2] [--json]
 
 The target layers are those of the real architecture, built on the meta device; the embedding table is random,
-151,936 x 2,048 in bfloat16. `bound` runs every matrix product of the same forward pass by itself, in its own shapes,
-and nothing else. Every prompt length runs in a process of its own, which also gives its peak memory; times are the
-median of three after one warm-up.
+151,936 x 2,048 in bfloat16. `bound` runs only the matrix products of the same forward pass, in the same shapes. Each
+prompt length runs in a separate process, which also gives its peak memory; times are the median of three after one
+warm-up.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ Product = tuple[int, int, int, int]
 
 
 def real_student() -> PreTrainedModel:
-    """Qwen3-Coder-Next on the meta device, from its architecture alone."""
-    config = Qwen3NextConfig(
+    """Build Qwen3-Coder-Next on the meta device, from its architecture alone."""
+    config = Qwen3NextConfig(  # type: ignore[call-arg]  # full_attention_interval is declared elsewhere
         vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
         head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
         linear_value_head_dim=128, moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512,
@@ -52,7 +53,7 @@ def real_student() -> PreTrainedModel:
 
 
 def products_of(network: AgenticHyperNetwork, run: Callable[[], object]) -> Counter[Product]:
-    """Every matrix product of one forward pass: of the linear layers, and the two of each attention head."""
+    """Count the matrix products of one forward pass: those of the linear layers, and two per attention head."""
     seen: Counter[Product] = Counter()
 
     def linear(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -84,20 +85,20 @@ def median_seconds(run: Callable[[], object]) -> float:
 
 
 def bound_seconds(products: Counter[Product]) -> float:
-    """Seconds of the matrix products alone: each distinct one timed, times how often it occurs."""
+    """Return the seconds of the matrix products alone: the time of each distinct one, multiplied by its count."""
     total = 0.0
     for (batch, rows, inner, columns), count in products.items():
-        # As the network has them: weights are stored [out, in], keys [.., C, d].
+        # Same layouts as in the network: weights are stored [out, in], keys [.., C, d].
         left, right = torch.randn(batch, rows, inner), torch.randn(batch, columns, inner)
         if batch == 1:
             left, right = left[0], right[0]
-        total += count * median_seconds(lambda left=left, right=right: left @ right.mT)
+        total += count * median_seconds(partial(torch.matmul, left, right.mT))
     return total
 
 
 @torch.inference_mode()
 def measure(preset: str, num_tokens: int) -> dict[str, Any]:
-    """One prompt length: seconds of each stage, of the whole, and of the bound; memory; sizes."""
+    """Measure one prompt length: seconds of each stage, of the total, and of the bound; memory; sizes."""
     torch.manual_seed(0)
     layers = discover_target_layers(real_student())
     network = AgenticHyperNetwork(HyperNetworkConfig.preset(preset), layers, HIDDEN).eval()
@@ -140,7 +141,7 @@ def measure(preset: str, num_tokens: int) -> dict[str, Any]:
         "bound_gflop_per_s": flops / 1e9 / bound,
         "seconds_over_bound": seconds / bound,
         "peak_rss_bytes": peak,
-        # What the pass itself needs, above the network and the table, which stay.
+        # Memory of the pass itself, in addition to the network and the table, which remain allocated.
         "peak_extra_bytes": peak - held,
     }
 
@@ -156,7 +157,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.preset, options.tokens = "tiny", [64]
     if options.one:
         torch.set_num_threads(options.threads)
         print(json.dumps(measure(options.preset, options.tokens[0])))

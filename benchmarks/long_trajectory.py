@@ -1,11 +1,11 @@
-"""Memory of one training step on one long trajectory: layers run again in the backward pass, experts in tiles.
+"""Measure the memory of a training step on one long trajectory, with recomputed layers and tiled experts.
 
     python benchmarks/long_trajectory.py [--tokens 16384 131072] [--plot FILE.png] [--json]
 
-The student and the step are those of benchmarks/train.py: a tiny Qwen3-Next with 151,936 entries, a quarter of the tokens
-supervised, the laptop recipe's hypernetwork. Each length runs in a process of its own; `peak_rss_bytes` is the whole
-process's, libraries included, and the curve samples it every quarter of a second. On a CPU, transformers computes Gated
-DeltaNet with a loop in PyTorch, which is what takes the time.
+The student and the step are those of benchmarks/train.py: a tiny Qwen3-Next with 151,936 entries, a quarter of the
+tokens supervised, the laptop recipe's hypernetwork. Each length runs in a separate process; `peak_rss_bytes` is that of
+the whole process, libraries included, and the curve samples it every quarter of a second. On a CPU, transformers
+computes Gated DeltaNet with a loop in PyTorch, which takes most of the time.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
-from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.activation_checkpoint import recomputation
 
 _SAMPLE_S = 0.25
 
 
 def measure(num_tokens: int, vocab: int) -> dict[str, Any]:
-    """One step in this process."""
+    """Run one step in this process."""
     recipe = load_recipe(RECIPE).model_copy(update={"checkpoint_activations": True})
     options = argparse.Namespace(tokens=num_tokens, vocab=vocab)
     student, batch = StudentWithoutFiles(make_model(options)), make_batch(options, 1)
@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.vocab = [256, 512], 1000
     logging.set_verbosity_error()
     if options.out:
         options.out.write_text(json.dumps(measure(options.tokens[0], options.vocab)))

@@ -1,20 +1,22 @@
-"""A frozen linear layer with an injected adapter, forward and backward, beside PEFT's layer and the bare one.
+"""Compare a frozen linear layer with an injected adapter, forward and backward, with PEFT's layer and the bare one.
 
     python benchmarks/lora.py [--device cuda] [--tokens 2048] [--dtype float32,bfloat16] [--json]
 
-The layers are those that an adapter changes in the 80B student, one of each shape; a variant's total counts each shape as often as the
-student has it. Variants take turns, one pass each over all tokens, and ratios are medians of the turns' ratios.
+The layers are those that an adapter changes in the 80B student, one of each shape; a variant's total counts each shape
+as often as it occurs in the student. Variants alternate, one pass each over all tokens, and ratios are medians of the
+rounds.
 
-    frozen                    the layer alone: the floor
+    frozen                    the layer alone: the lower bound
     ours                      `HookBasedLoRAInjector`
     ours, 8 samples           the same number of tokens in 8 samples, with an adapter for each
     addmm hook                a forward hook that adds the delta with one `baddbmm`
-    peft                      PEFT's `lora.Linear`, by `get_peft_model` as it comes: factors in float32
-    peft, bfloat16 factors    the same with `autocast_adapter_dtype=False`, where the layer is bfloat16
+    peft                      PEFT's `lora.Linear`, from `get_peft_model` with its defaults: factors in float32
+    peft, bfloat16 factors    the same with `autocast_adapter_dtype=False`, if the layer is bfloat16
 
-`delivered_delta` is the share of the exact delta, in float64, that is in the output, by projection, where the delta is 0.4 % of
-the weight; `error_over_delta` is the output's whole error in units of the delta. On a CPU memory is the growth of the process's peak
-(VmHWM) in one pass, on a GPU that of the allocator's; the output and all gradients are counted.
+`delivered_delta` is the fraction of the exact float64 delta that is present in the output, by projection, where the
+delta is 0.4 % of the weight; `error_over_delta` is the output's total error in units of the delta. Memory is the growth
+of the peak in one pass, of the process (VmHWM) on a CPU and of the allocator on a GPU; it includes the output and all
+gradients.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ SHAPES = {
     "in_proj_qkvz": (2048, 12288, 36),
     "o_proj, out_proj": (4096, 2048, 48),
 }
-"""Input features, output features, and how many layers of the student have them."""
+"""Input features, output features, and number of such layers in the student."""
 RANK, SCALE = 16, 2.0
 DELTA = 4e-3
 """|scale B A| over |W|."""
@@ -58,7 +60,7 @@ PEFT = ("peft", "peft, bfloat16 factors")
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One layer and its input, with a gradient to send back."""
+    """One layer with its input and the gradient of its output."""
 
     layer: nn.Linear
     x: Tensor
@@ -72,7 +74,7 @@ class Problem:
 
 def make_problem(kind: str, tokens: int, dtype: torch.dtype, device: str) -> Problem:
     inputs, outputs, _ = SHAPES[kind]
-    new = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    new: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(torch.randn(outputs, inputs, **new).mul_(inputs**-0.5))
     a = torch.randn(RANK, inputs, **new) * inputs**-0.5
@@ -109,8 +111,8 @@ def addmm_hook(problem: Problem) -> Iterator[Layer]:
 
 @contextmanager
 def peft(problem: Problem, *, autocast_adapter_dtype: bool = True) -> Iterator[Layer]:
-    config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=["0"])
-    model = get_peft_model(nn.Sequential(problem.layer), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    config = LoraConfig(r=RANK, lora_alpha=round(SCALE * RANK), target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(problem.layer), config, autocast_adapter_dtype=autocast_adapter_dtype)
     adapter = model.base_model.model[0]
     with torch.no_grad():
         adapter.lora_A["default"].weight.copy_(problem.a)
@@ -129,7 +131,7 @@ VARIANTS: dict[str, Callable[[Problem], Any]] = {
 
 
 def one_pass(problem: Problem, layer: Layer) -> tuple[float, float]:
-    """Seconds of the forward and of the backward pass."""
+    """Return the seconds of the forward and of the backward pass."""
     synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
     problem.x.grad = None
     synchronize()
@@ -149,7 +151,7 @@ def peak_extra_bytes(problem: Problem, layer: Layer) -> int:
         before = torch.cuda.memory_allocated()
         one_pass(problem, layer)
         return torch.cuda.max_memory_allocated() - before
-    # What earlier passes have freed must not serve this one; proc_pid_clear_refs(5): 5 sets the peak to what is resident.
+    # Return freed memory to the system first; proc_pid_clear_refs(5): 5 resets the peak to what is resident.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
@@ -163,7 +165,7 @@ def _status_bytes(field: str) -> int:
 
 
 def sums_of_errors(problem: Problem, layer: Layer) -> Tensor:
-    """[3]: <y - exact base, delta>, |delta|^2 and |y - exact base - delta|^2 over the first tokens."""
+    """Return <y - exact base, delta>, |delta|^2 and |y - exact base - delta|^2 over the first tokens, shape [3]."""
     x = problem.x.detach()[:, :ORACLE_TOKENS]
     with torch.no_grad():
         y = layer(x)[0].double()
@@ -175,7 +177,7 @@ def sums_of_errors(problem: Problem, layer: Layer) -> Tensor:
 
 
 def compare(dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
-    """All variants in one dtype."""
+    """Compare all variants in one dtype."""
     names = [name for name in VARIANTS if dtype == torch.bfloat16 or name != "peft, bfloat16 factors"]
     seconds = {name: [0.0] * options.turns for name in names}
     errors = {name: torch.zeros(3, dtype=torch.float64) for name in names}
@@ -187,7 +189,7 @@ def compare(dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
         for turn in range(-1, options.turns):
             for name in names:
                 with VARIANTS[name](problem) as layer:
-                    # The first turn warms up, and gives what does not depend on time.
+                    # The first round warms up, and measures everything that is not a time.
                     if turn < 0:
                         one_pass(problem, layer)
                         peaks[name] = peak_extra_bytes(problem, layer)
@@ -230,7 +232,7 @@ def _ratio(above: list[float], below: list[float]) -> float:
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    """What is printed."""
+    """Return the results to print."""
     if options.device == "cuda" and not torch.cuda.is_available():
         return {"device": "cuda", "results": "not yet measured"}
     by_dtype = {dtype: compare(getattr(torch, dtype), options) for dtype in options.dtype.split(",")}
@@ -269,10 +271,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tokens", type=int, help="by default 2,048 on a CPU and 131,072 on a GPU")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="with commas between")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated list")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.dtype, options.turns = 64, "float32", 1
     options.tokens = options.tokens or (131_072 if options.device == "cuda" else 2048)
     found = report(options)
     if options.json:

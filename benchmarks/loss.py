@@ -1,22 +1,24 @@
-"""The fused loss, forward and gradient, beside the matrix products that bound it and the ways others compute it.
+"""Compare the fused loss, forward and gradient, with the matrix products that bound it and with other implementations.
 
     python benchmarks/loss.py [--device cuda] [--rows 2048] [--dtype float32] [--json]
 
-Each variant runs in a process of its own, warmed up on a few rows, and takes its time and its memory from one pass over
-all rows. `floor`, hidden states times head and a gradient of the logits times head, is the fastest of several cuts into
-chunks of rows and slabs of ids. `floor` and `ours` take turns, and `ours_over_gemm_floor` is the median of the turns' ratios.
+Each variant runs in a separate process; time and memory are those of one pass over all rows, after a warm-up on a few
+rows. `floor` (hidden states times head, and a gradient of the logits times head) is the fastest of several divisions
+into chunks of rows and slabs of ids. `floor` and `ours` alternate, and `ours_over_gemm_floor` is the median of their
+ratios.
 
     ours                 `compute_distillation_loss` as training calls it; on a GPU also each of its two paths
     naive                all logits at once, log_softmax, gather, autograd
     chunks of 1,024      the same in chunks of 1,024 rows, whose log-softmax autograd keeps until the backward pass
     liger chunked        Liger-Kernel's LigerFusedLinearJSDLoss, compiled, as forward KL over the whole vocabulary; it
-                         computes a gradient of the head too, asked for or not
+                         always computes a gradient of the head too
     liger fused          Liger-Kernel's fused linear JSD in Triton
     trl                  TRL's ChunkedDivergenceFunction, forward KL over the whole vocabulary
 
-The last three need the teacher's logits: theirs is a teacher of hidden size 64, which costs them little. On a CPU memory is
-the growth of the process's peak (VmHWM), on a GPU that of the allocator's; the gradient of the hidden states, which every
-variant hands out, is not counted. `ours_peak_extra_bytes` is the larger of those at the given rows and at four times as many.
+The last three need the teacher's logits; their teacher has hidden size 64, which costs them little. Memory is the
+growth of the peak, of the process (VmHWM) on a CPU and of the allocator on a GPU; the gradient of the hidden states,
+which every variant returns, is not counted. `ours_peak_extra_bytes` is the maximum of the given number of rows and four
+times as many.
 """
 
 from __future__ import annotations
@@ -43,14 +45,14 @@ from hyperagent_trainer.loss.distillation import compute_distillation_loss
 
 FLOOR_CUTS = ((160, 4096), (1024, 4096), (1024, None), (4096, None))
 WARM_UP_ROWS = 8
-# Compiled for the shape of its chunks, which the warm-up must have too.
+# The loss is compiled for the shape of its chunks, so the warm-up must have the same shape.
 LIGER_CHUNK = 1024
 TEACHER_HIDDEN = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A student's hidden states and head, and a teacher's rows."""
+    """Hidden states and head of a student, and rows of a teacher."""
 
     hidden: Tensor
     head: Tensor
@@ -70,7 +72,7 @@ def make_problem(options: argparse.Namespace) -> Problem:
         block = head[start : start + 8192]
         block.copy_(torch.randn(block.shape, **new).mul_(options.hidden**-0.5))
     hidden = torch.randn(options.rows, options.hidden, **new).to(dtype).requires_grad_()
-    # Distinct within a row and scattered over the vocabulary.
+    # Ids are distinct within a row and scattered over the vocabulary.
     first = torch.randint(options.vocab, (options.rows, 1), **new)
     ids = (
         first + torch.arange(options.top_k, device=options.device) * (options.vocab // options.top_k)
@@ -82,7 +84,7 @@ def make_problem(options: argparse.Namespace) -> Problem:
 
 
 def floor(problem: Problem, *, chunk: int, slab: int | None) -> None:
-    """Both products for every row, the results of the first thrown away; `slab` ids at a time or all of them."""
+    """Run both products for every row, discarding the first's results; `slab` ids at a time, or all of them."""
     n, vocab = problem.hidden.shape[0], problem.head.shape[0]
     logits = problem.head.new_empty(min(chunk, n), vocab)
     gradient = torch.zeros_like(problem.hidden)
@@ -115,7 +117,7 @@ def naive(problem: Problem, *, chunk: int | None = None) -> None:
 
 
 def _teacher(problem: Problem) -> tuple[Tensor, Tensor]:
-    new = {"dtype": problem.head.dtype, "device": problem.head.device}
+    new: dict[str, Any] = {"dtype": problem.head.dtype, "device": problem.head.device}
     hidden = torch.randn(problem.hidden.shape[0], TEACHER_HIDDEN, **new)
     return hidden, torch.randn(problem.head.shape[0], TEACHER_HIDDEN, **new)
 
@@ -157,13 +159,13 @@ ONLY_ON_A_GPU = ("ours, torch", "ours, triton")
 
 
 def _peak_extra_bytes(device: str) -> Callable[[], int]:
-    """Begin to measure; the returned function says how far the peak has risen since."""
+    """Begin to measure memory; the returned function gives the growth of the peak since then, in bytes."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         return lambda: torch.cuda.max_memory_allocated() - before
-    # Man page proc_pid_clear_refs(5): 5 sets the peak back to what is resident now.
+    # Man page proc_pid_clear_refs(5): 5 resets the peak to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     return lambda: _status_bytes("VmHWM") - before
@@ -175,7 +177,7 @@ def _status_bytes(field: str) -> int:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One pass of one variant over all rows, in this process."""
+    """Run one pass of one variant over all rows, in this process."""
     problem = make_problem(options)
     try:
         VARIANTS[name](problem.first(LIGER_CHUNK if name == "liger chunked" else WARM_UP_ROWS))
@@ -194,7 +196,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own, which the machine may end for want of memory."""
+    """Run `measure` in a separate process, which the system may kill if memory runs out."""
     shape = [f"--{k}={getattr(options, k.replace('-', '_'))}" for k in ("rows", "vocab", "hidden", "top-k", "device")]
     command = [sys.executable, __file__, "--variant", name, "--dtype", options.dtype, *shape]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -206,7 +208,7 @@ def in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """All variants in one dtype."""
+    """Compare all variants in one dtype."""
     floors = {name: in_process(name, options) for name in FLOORS}
     best = min((f for f in floors if "seconds" in floors[f]), key=lambda f: floors[f]["seconds"])
     floor_s, ours_s, ours_bytes = [], [], []
@@ -235,7 +237,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    """What is printed: of both dtypes, the headline numbers of the first one given once more at the top."""
+    """Return the results to print for all dtypes; the headline numbers of the first are repeated at the top."""
     if options.device == "cuda" and not torch.cuda.is_available():
         return {"device": "cuda", "results": "not yet measured"}
     by_dtype = {}
@@ -281,13 +283,15 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--top-k", type=int, default=128)
-    parser.add_argument(
-        "--dtype", help="with commas between; by default float32,bfloat16, on a GPU the other way round"
-    )
+    parser.add_argument("--dtype", help="comma-separated list; by default float32,bfloat16, on a GPU bfloat16,float32")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.vocab, options.hidden, options.top_k = 64, 1000, 32, 8
+        options.dtype, options.turns = "float32", 1
     on_gpu = options.device == "cuda"
     options.rows = options.rows or (131_072 if on_gpu else 2048)
     options.dtype = options.dtype or ("bfloat16,float32" if on_gpu else "float32,bfloat16")

@@ -1,11 +1,12 @@
-"""How busy the ranks are, simulated: steps as training cuts them against steps of trajectories drawn at random.
+"""Simulate how busy the ranks are, with the trainer's steps and with steps of randomly drawn trajectories.
 
     python benchmarks/schedule.py [--tokens TOKENS.parquet] [--ranks 8] [--batch-size 8] [--json]
 
-A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/data/cost.py, for the 48-layer
-student), a step's time that of the slowest rank; the efficiency is the mean over the maximum, over all steps of an epoch.
-Lengths are those of a tokens file, 32,768 drawn from them with replacement, and those of two made-up splits of that size.
-A small split is cut into smaller groups, for the sake of other batches every epoch, and is balanced less well.
+A rank's time is the predicted cost of its trajectories (services/trainer/hyperagent_trainer/data/cost.py, for the
+48-layer student), a step's time is that of the slowest rank; the efficiency is the mean over the maximum, over all
+steps of an epoch. Lengths are those of a tokens file, of 32,768 draws from them with replacement, and of two synthetic
+splits of that size. A small split is divided into smaller groups so that batches differ between epochs, and is
+therefore balanced less well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from hyperagent.data.files.tokens_file import TRAIN, read_tokens
 from hyperagent_trainer.data.cost import StepCost
 from hyperagent_trainer.data.schedule import batch_order, plan_step
 
-MADE_UP = 32_768
 LONGEST = 131_072
 
 
@@ -31,23 +31,23 @@ def student_cost() -> StepCost:
     return StepCost.of(model.get_decoder(), model.config)
 
 
-def lengths_by_name(tokens: Path | None) -> dict[str, list[int]]:
+def lengths_by_name(tokens: Path | None, count: int) -> dict[str, list[int]]:
     generator = np.random.default_rng(0)
-    # Mean 45,000, standard deviation as large as the mean times 0.8.
+    # Mean 45,000, standard deviation 0.8 times the mean.
     spread = np.sqrt(np.log(1 + 0.8**2))
-    lognormal = generator.lognormal(np.log(45_000) - spread**2 / 2, spread, MADE_UP).clip(1_000, LONGEST)
+    lognormal = generator.lognormal(np.log(45_000) - spread**2 / 2, spread, count).clip(1_000, LONGEST)
     found = {
         "lognormal, mean 45,000": lognormal.astype(int).tolist(),
-        "uniform, 8,000 to 131,072": generator.integers(8_000, LONGEST, MADE_UP).tolist(),
+        "uniform, 8,000 to 131,072": generator.integers(8_000, LONGEST, count).tolist(),
     }
     if tokens is not None:
         real = [len(t.student_ids) for t in read_tokens(tokens, split=TRAIN)]
-        found = {tokens.name: real, f"drawn from {tokens.name}": generator.choice(real, MADE_UP).tolist(), **found}
+        found = {tokens.name: real, f"drawn from {tokens.name}": generator.choice(real, count).tolist(), **found}
     return found
 
 
 def efficiency(steps: list[list[int]], costs: list[float], num_ranks: int) -> float:
-    """Of all steps together."""
+    """Return the efficiency over all steps together."""
     busy = slowest = 0.0
     for step in steps:
         plan = plan_step(step, costs, rank=0, num_ranks=num_ranks, size=1)
@@ -60,12 +60,16 @@ def efficiency(steps: list[list[int]], costs: list[float], num_ranks: int) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--trajectories", type=int, default=32_768, help="of each made-up split")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.trajectories = 512
     cost, size, results = student_cost(), options.batch_size, {}
-    for name, lengths in lengths_by_name(options.tokens).items():
+    for name, lengths in lengths_by_name(options.tokens, options.trajectories).items():
         costs = [cost(n) for n in lengths]
         shuffled = np.random.default_rng(1).permutation(len(lengths)).tolist()
         at_random = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]

@@ -1,14 +1,14 @@
-"""From vLLM's engine to rows on the wire: what the teacher adds, against vLLM's own ways to give prompt logprobs.
+"""Measure the teacher's overhead between vLLM's engine and encoded rows, against vLLM's own prompt logprobs.
 
     .venv-vllm/bin/python benchmarks/teacher_capture.py [--tokens 32768] [--top-k 128] [--vocab-size 8192] [--json]
 
 One engine, one trajectory, one run (`make setup-vllm` installs what it needs).
 
-- `..._us_per_token` is the time of this process per scored token from the engine's answer on: for stock vLLM until its
-  dictionaries or flat lists stand, for ours until the messages for the wire are packed, checksums and digest included.
-- `capture_over_prefill` is tokens/s with the rows of the supervised share of positions (34 %, as in real trajectories)
-  over tokens/s of the same engine without any. The smaller the model and the larger the vocabulary, the lower it is.
-- `grpc` is the service with another process as client, on the loopback, by size of message.
+- `..._us_per_token` is this process's time per scored token after the engine's response: for stock vLLM until its
+  dictionaries or flat lists are complete, for ours until the gRPC messages are packed, checksums and digest included.
+- `capture_over_prefill` is tokens/s with the rows of the supervised positions (34 %, as in real trajectories) divided by
+  tokens/s of the same engine without rows. The smaller the model and the larger the vocabulary, the lower it is.
+- `grpc` is the service with a client in another process, on the loopback interface, by message size.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ from hyperagent.wire.conversion import ChunkEncoder, row_bytes
 SUPERVISED_SHARE = 0.34
 RUN_TOKENS = 170
 """Mean length of an assistant's turn in real trajectories."""
-CHUNK_KIB = (64, 256, 512, 1024, 2048)
 TOKEN = "benchmark"
 
 
 def write_model(folder: Path, *, vocab_size: int, num_tokens: int) -> None:
-    """A small random Qwen3 and a tokenizer of one word per id."""
+    """Write a small random Qwen3 and a tokenizer with one word per id."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -74,7 +73,7 @@ def write_model(folder: Path, *, vocab_size: int, num_tokens: int) -> None:
 
 
 class AfterEngine:
-    """Adds up the time vLLM's output processor takes in this process."""
+    """Accumulates the time that vLLM's output processor takes in this process."""
 
     def __init__(self, engine: Any) -> None:
         self.seconds = 0.0
@@ -92,7 +91,7 @@ class AfterEngine:
 
 
 async def stock(engine: Any, ids: NDArray[np.uint32], **options: Any) -> float:
-    """Seconds of an ordinary vLLM request."""
+    """Return the seconds of an ordinary vLLM request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -107,7 +106,7 @@ async def stock(engine: Any, ids: NDArray[np.uint32], **options: Any) -> float:
 
 
 async def ours(engine: Any, ids: NDArray[np.uint32], positions: NDArray[np.uint32], top_k: int) -> tuple[float, float]:
-    """Seconds of a tapped request whose rows are packed for the wire, and how many of them came after vLLM's answer."""
+    """Return the seconds of a tapped request whose rows are packed into messages, and those after vLLM's response."""
     answered = 0.0
     answer = engine._answer
 
@@ -119,19 +118,20 @@ async def ours(engine: Any, ids: NDArray[np.uint32], positions: NDArray[np.uint3
 
     engine._answer = stamped
     started = time.perf_counter()
-    encoder, sent = ChunkEncoder(top_k=top_k), 0
+    num_temperatures = len(engine.identity.temperatures)
+    encoder, sent = ChunkEncoder(top_k=top_k, num_temperatures=num_temperatures), 0
     async with aclosing(engine.score(ids, positions, top_k=top_k)) as parts:
         async for part in parts:
             sent += sum(len(chunk.SerializeToString()) for chunk in encoder.add(part))
     sent += len(encoder.finish().SerializeToString())
     ended = time.perf_counter()
     engine._answer = answer
-    assert sent >= len(positions) * row_bytes(top_k)
+    assert sent >= len(positions) * row_bytes(top_k, num_temperatures)
     return ended - started, ended - answered
 
 
 def supervised(num_tokens: int) -> NDArray[np.uint32]:
-    """Positions in runs, as many as in real trajectories."""
+    """Return positions in runs, with the same fraction of supervised tokens as real trajectories."""
     turn = round(RUN_TOKENS / SUPERVISED_SHARE)
     places = np.arange(1, num_tokens, dtype=np.uint32)
     return places[places % turn >= turn - RUN_TOKENS]
@@ -154,7 +154,7 @@ async def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str,
     ids = np.random.default_rng(0).integers(0, options.vocab_size, options.tokens).astype(np.uint32)
     everywhere, some = np.arange(1, options.tokens, dtype=np.uint32), supervised(options.tokens)
     after = AfterEngine(engine)
-    for options_of_request in ({}, {"prompt_logprobs": options.top_k}):  # what runs for the first time is compiled
+    for options_of_request in ({}, {"prompt_logprobs": options.top_k}):  # warm up: the first run compiles
         await stock(engine, ids[:64], **options_of_request)
     await stock(engine, ids)
     prefill = min([await stock(engine, ids) for _ in range(2)])
@@ -186,7 +186,7 @@ async def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str,
 
 
 class ReplayEngine:
-    """Answers at once with uniform rows: what is measured is the way from here to the client."""
+    """Engine that returns uniform rows immediately, so that only the path to the client is measured."""
 
     rows_per_step = 1
     progress = 0
@@ -209,14 +209,14 @@ class ReplayEngine:
             yield TopKRows(part, ids[cut], logprobs[cut], *rest)
 
     async def restart(self) -> None:
-        """Never hangs."""
+        """Do nothing: this engine never hangs."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: this engine holds no resources."""
 
 
 def serve_replay(identity: TeacherIdentity, folder: str, chunk_kib: int, max_tokens: int, address: Any) -> None:
-    """The real service in front of a `ReplayEngine`, in a process of its own."""
+    """Run the real service with a `ReplayEngine`, in a separate process."""
     import structlog
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
@@ -234,7 +234,7 @@ def serve_replay(identity: TeacherIdentity, folder: str, chunk_kib: int, max_tok
 
 
 def measure_grpc(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Bytes of rows per second, by KiB per message."""
+    """Return bytes of rows per second, by KiB per message."""
     identity = TeacherIdentity(
         "t", "0" * 64, "float32", "replay", "0" * 64, "0" * 64, options.vocab_size, options.top_k
     )
@@ -255,7 +255,7 @@ def measure_grpc(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         return len(positions) * row_bytes(options.top_k, 0) / best
 
     speeds = {}
-    for chunk_kib in CHUNK_KIB:
+    for chunk_kib in options.chunk_kib:
         address = context.Queue()
         arguments = (identity, str(folder), chunk_kib, options.tokens, address)
         server = context.Process(target=serve_replay, args=arguments)
@@ -271,9 +271,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--top-k", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument(
+        "--chunk-kib", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="sizes of a message"
+    )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.top_k, options.vocab_size, options.chunk_kib = 256, 8, 512, [64]
     try:
         import vllm
     except ModuleNotFoundError:

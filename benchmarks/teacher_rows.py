@@ -1,4 +1,4 @@
-"""Rows for the cache's benchmark: a tiny teacher's, trained on real trajectories, and synthetic ones."""
+"""Make rows for the cache's benchmark: those of a tiny teacher trained on real trajectories, and synthetic ones."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MAX_TOKENS = 3072
 
 
 def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows]:
-    """Rows whose ids have no pattern, which is the worst case for a codec."""
+    """Return rows whose ids have no pattern, the worst case for a codec."""
     generator = np.random.default_rng(0)
-    # No two alike, so that their order needs no ids.
+    # Distinct logits, so that ties need not be ordered by id.
     logits = -(1e-3 + generator.exponential(0.15, size=(num_rows, top_k))).cumsum(axis=1)
     logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) - 0.01).astype(np.float32)
     # A random offset for each row of a random subset of a coarser grid, with a random remainder: distinct, and uniform.
@@ -43,7 +43,7 @@ def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows
         logprobs=logprobs,
         tail_logmass=tail,
         target_logprob=logprobs[:, 0],
-        # As if all of the tail were spread evenly over a thousand ids.
+        # Assume that the tail is spread evenly over a thousand ids.
         tail_logsumexps=np.stack(
             [tail / t + (1 - 1 / t) * np.log(1000) for t in DEFAULT_TEMPERATURES], axis=1, dtype=np.float32
         ),
@@ -57,11 +57,11 @@ def synthetic_rows(num_rows: int, top_k: int) -> tuple[TeacherIdentity, TopKRows
 def teacher_rows(
     data: Path, tokenizer: Path, *, store: Path, num_rows: int, top_k: int, train_s: float
 ) -> tuple[TeacherIdentity, TopKRows]:
-    """A teacher's rows of trajectories it was not trained on, joined as if they were those of one long sequence.
+    """Return a teacher's rows of trajectories it was not trained on, joined as if they were one long sequence.
 
     Args:
-        store: keeps tokens files and trained teachers from one run to the next.
-        train_s: seconds of training.
+        store: folder that caches tokens files and trained teachers between runs.
+        train_s: training time in seconds.
     """
     store.mkdir(parents=True, exist_ok=True)
     settings = TokenizeSettings(
@@ -79,7 +79,7 @@ def teacher_rows(
         job = PretrainJob(
             role="teacher", config=config, tokens=tokens, tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=0, target=teacher
         )  # fmt: skip
-        # It tells its progress on standard output, which belongs to the report.
+        # It prints progress to standard output, which is reserved for the report.
         with redirect_stdout(sys.stderr):
             pretrain(job)
     engine = TransformersEngine(
@@ -101,7 +101,7 @@ def teacher_rows(
 
 
 def entropy_nats(rows: TopKRows, vocab_size: int) -> np.ndarray:
-    """[N], each row's entropy in nats if its tail is spread evenly over all other ids: an upper bound."""
+    """Return each row's entropy [N] in nats with its tail spread evenly over all other ids: an upper bound."""
     logp, tail = rows.logprobs.astype(np.float64), rows.tail_logmass.astype(np.float64)
     spread = np.maximum(tail, -1e3) - np.log(max(vocab_size - rows.top_k, 1))
     return -(np.exp(logp) * np.maximum(logp, -1e3)).sum(axis=1) - np.exp(tail) * spread

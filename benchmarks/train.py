@@ -1,18 +1,19 @@
-"""One optimizer step of the laptop recipe beside the same step with PEFT's layers and transformers' own logits.
+"""Compare an optimizer step of the laptop recipe with the same step with PEFT's layers and transformers' own logits.
 
     python benchmarks/train.py [--tokens 1024] [--vocab 151936] [--steps 5] [--json]
 
-A tiny Qwen3-Next with a real tokenizer's vocabulary, 4 trajectories a step of which a quarter is supervised, top 128 ids of a
-teacher, rank 16 on the default targets, AdamW. Every variant runs in a process of its own; the time is the median of the
-steps after the first, the memory the growth of the process's peak (VmHWM) over what it held before the first step.
+A tiny Qwen3-Next with a real tokenizer's vocabulary, 4 trajectories per step with a quarter of the tokens supervised,
+top 128 ids of a teacher, rank 16 on the default targets, AdamW. Each variant runs in a separate process; the time is
+the median of the steps after the first, the memory is the growth of the process's peak (VmHWM) since before the first
+step.
 
     ours                  the recipe's hypernetwork: prompts to adapters, injection, fused loss, backward, AdamW
-    ours, recomputed      the same with the student's layers run again in the backward pass
+    ours, recomputed      the same with the student's layers recomputed in the backward pass
     ours, static          a static adapter in place of the hypernetwork
     peft                  one PEFT adapter for all samples; `model(ids).logits`, then the same divergence with autograd
     peft, rows only       the same, but logits of the supervised rows alone
 
-A PEFT adapter is one set of parameters: its step has no hypernetwork to run, and cannot have one adapter per sample.
+A PEFT adapter is one set of parameters: its step runs no hypernetwork and cannot use one adapter per sample.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,19 +52,21 @@ RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "laptop.y
 TOP_K = 128
 PROMPT_TOKENS = 256
 SUPERVISED = 4
-"""One token in so many."""
+"""One in this many tokens is supervised."""
 HIDDEN = 128
 
 Step = Callable[[], None]
 
 
 class StudentWithoutFiles:
-    """What an `AdaptedStudent` needs of a student, without files."""
+    """Minimal student for `AdaptedStudent`, without files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.embeddings: Tensor = model.get_input_embeddings().weight
-        self.head: Tensor = model.get_output_embeddings().weight
+        embeddings: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        self.embeddings: Tensor = embeddings.weight
+        self.head: Tensor = head.weight
         self.vocab_size = self.head.shape[0]
 
     def hidden_states(self, token_ids_BT: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class StudentWithoutFiles:
 def make_model(options: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     return Qwen3NextForCausalLM(
-        Qwen3NextConfig(
+        Qwen3NextConfig(  # type: ignore[call-arg]  # full_attention_interval is declared elsewhere
             vocab_size=options.vocab, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=4,
             num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=HIDDEN, full_attention_interval=4,
@@ -135,7 +139,9 @@ def peft_step(options: argparse.Namespace, *, rows_only: bool) -> Step:
     recipe = load_recipe(RECIPE)
     model, batch = make_model(options), make_batch(options, recipe.batch_size)
     targets = [layer.name for layer in discover_target_layers(model)]
-    config = LoraConfig(r=recipe.hypernetwork.rank, lora_alpha=recipe.hypernetwork.alpha, target_modules=targets)
+    alpha = round(recipe.hypernetwork.alpha)
+    assert alpha == recipe.hypernetwork.alpha, "PEFT declares an integer"
+    config = LoraConfig(r=recipe.hypernetwork.rank, lora_alpha=alpha, target_modules=targets)
     peft = get_peft_model(model, config)
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -176,9 +182,9 @@ def status_bytes(field: str) -> int:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Some steps of one variant, in this process."""
+    """Run several steps of one variant, in this process."""
     step = VARIANTS[name](options)
-    # Man page proc_pid_clear_refs(5): 5 sets the peak back to what is resident now.
+    # Man page proc_pid_clear_refs(5): 5 resets the peak to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before, seconds = status_bytes("VmRSS"), []
     for _ in range(options.steps + 1):
@@ -199,13 +205,16 @@ def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each trajectory")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per trajectory")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.tokens, options.vocab, options.steps = 64, 1000, 2
     logging.set_verbosity_error()
     if options.variant:
         options.out.write_text(json.dumps(measure(options.variant, options)))

@@ -14,19 +14,13 @@ from typing import Any
 
 import pytest
 from global_state import differences, seeded, snapshot
+from needs import skip_or_fail
 
 # Triton reads it when it is first imported, by whichever test: its kernels must run without a GPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 _NUM_DESELECTED = pytest.StashKey[int]()
-
-
-def skip_or_fail(reason: str) -> None:
-    """Skip the test, or fail it in CI, which must not skip anything."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}, and CI must not skip this test")
-    pytest.skip(reason)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -17,7 +17,6 @@ import asyncio
 import os
 import secrets
 import shutil
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from typing import Any
 import yaml
 
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import CacheStats, count, verify
+from hyperagent.cache.maintenance.stats import CacheStats, count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import read_rows
@@ -35,20 +35,20 @@ from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings
 from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.errors import ConfigError, DataError, ServiceError
-from hyperagent.files import new_directory, write_atomically
-from hyperagent.http.client import ApiClient
+from hyperagent.http.adapter_client import AdapterClient
+from hyperagent.http.adapter_models import PromptBody
+from hyperagent.http.run_client import RunClient
+from hyperagent.http.run_models import RunBody, RunRequest
+from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent.wire.client import TeacherClient
 from hyperagent.wire.outcome import Outcome
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.peft_check import PeftCheckJob
 from hyperagent_demo.pretrain import PretrainedModels, pretrain_models
-from hyperagent_demo.processes import free_port, run_worker, service
+from hyperagent_demo.processes import ServiceProcess, free_port, run_worker, service
 from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.stages import Bar, Stages
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
-
-_POLL_S = 0.5
-_FINAL_STATES = {"done", "failed", "stopped"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class LoopResult:
     tokenized: TokenizeReport
     models: PretrainedModels
     cache: CacheStats
-    run: dict[str, Any]
-    """The trainer's last word about the run."""
+    run: RunBody
+    """The run in its final state."""
     metrics: list[dict[str, Any]]
     """Every line of the run's metrics."""
     prompt: str
@@ -94,7 +94,8 @@ def run_loop(
                 selection=Selection(sample=config.max_rows, seed=config.seed),
                 split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
             ),
-            progress=lambda _what, done, total: bar.update(done, total),
+            reading=bar.update,
+            tokenizing=bar.update,
         )
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
     for name, folder in (("teacher", models.teacher), ("student", models.student)):
@@ -178,7 +179,7 @@ async def _populate_over_grpc(address: str, tokens: Path, token: str, bar: Bar) 
 
 def _distil(
     config: DemoConfig, student: Path, tokens: Path, out: Path, token: str, bar: Bar
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[RunBody, list[dict[str, Any]]]:
     """Serve the trainer, start a run over REST, follow it to its end."""
     recipe = {
         "student": str(student.resolve()),
@@ -194,24 +195,27 @@ def _distil(
     arguments = ["--recipes", str(out / "recipes"), "--runs", str(out / "runs"), "--port", str(port)]
     with (
         service("trainer", arguments, log=out / "logs" / "trainer.txt", token=token) as process,
-        ApiClient(f"http://127.0.0.1:{port}", token) as trainer,
+        RunClient(f"http://127.0.0.1:{port}", token) as trainer,
     ):
         process.wait_until_ready(trainer.wait_until_ready)
-        run = trainer.post_json("/v1/runs", {"recipe": "demo"})
-        while run["state"] not in _FINAL_STATES:
-            time.sleep(_POLL_S)
-            process.require_alive()
-            run = trainer.get_json(f"/v1/runs/{run['id']}")
-            loss = "" if run["loss"] is None else f" · loss {run['loss']:.3f} · {run['tokens_per_s']:,.0f} tokens/s"
-            bar.update(run["step"], run["num_steps"], run["state"] + loss)
-        if run["state"] != "done":
-            raise ServiceError(
-                f"the training run {run['state']}: {run['reason']}; see {_run_folder(out, run) / 'log.txt'}"
-            )
-        metrics = trainer.get_json(f"/v1/runs/{run['id']}/metrics")["metrics"]
+        run = _follow(trainer, trainer.start(RunRequest(recipe="demo")), process, bar)
+        if run.state != "done":
+            raise ServiceError(f"the training run {run.state}: {run.reason}; see {_run_folder(out, run) / 'log.txt'}")
+        metrics = trainer.metrics(run.id).metrics
     with new_directory(out / "bundle") as temporary:
         shutil.copytree(_run_folder(out, run) / "bundle", temporary, dirs_exist_ok=True)
     return run, metrics
+
+
+def _follow(trainer: RunClient, started: RunBody, process: ServiceProcess, bar: Bar) -> RunBody:
+    run = started
+    try:
+        for run in trainer.follow(started.id):
+            bar.update(run.step, run.num_steps, run.progress_note)
+    except ServiceError:
+        process.require_alive()  # the last line of its log says more than a refused connection
+        raise
+    return run
 
 
 def _adapter(source: Path, out: Path, token: str) -> str:
@@ -221,13 +225,10 @@ def _adapter(source: Path, out: Path, token: str) -> str:
     arguments = ["--bundle", str(out / "bundle"), "--store", str(out / "adapters"), "--port", str(port)]
     with (
         service("adapter-api", arguments, log=out / "logs" / "adapter-api.txt", token=token) as process,
-        ApiClient(f"http://127.0.0.1:{port}", token) as client,
+        AdapterClient(f"http://127.0.0.1:{port}", token) as client,
     ):
         process.wait_until_ready(client.wait_until_ready)
-        created = client.post_json("/v1/adapters", {"prompt": prompt})
-        with new_directory(out / "adapter") as temporary:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (temporary / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
+        client.download(client.create(PromptBody(prompt=prompt)), out / "adapter")
     return prompt
 
 
@@ -241,5 +242,5 @@ def _probe_prompt(source: Path, out: Path) -> str:
     return next(dialogue_of(row).task for row in read_rows(source) if row["trajectory_id"] == trajectory_id)
 
 
-def _run_folder(out: Path, run: dict[str, Any]) -> Path:
-    return out / "runs" / str(run["id"])
+def _run_folder(out: Path, run: RunBody) -> Path:
+    return out / "runs" / run.id

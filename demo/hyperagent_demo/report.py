@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hyperagent import __version__
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult
 
@@ -48,7 +48,7 @@ def build_report(
             "train": tokenized.splits[TRAIN],
             "held_out": tokenized.splits[HELD_OUT],
         },
-        "held_out_kl": result.run["held_out_kl"],
+        "held_out_kl": result.run.held_out_kl,
         "peft_max_abs_diff": result.peft["max_abs_diff"],
         "adapter_effect": result.peft["adapter_effect"],
         "cache": {
@@ -64,7 +64,7 @@ def build_report(
             "better_on_held_out": pretrained["teacher"].held_out_nll < pretrained["student"].held_out_nll,
         },
         "student": {**pretrained["student"].model_dump(), "steps_planned": config.student.num_steps},
-        "run": {"id": result.run["id"], "steps": result.run["step"]},
+        "run": {"id": result.run.id, "steps": result.run.step},
         "prompt": result.prompt,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,

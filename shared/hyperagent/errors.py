@@ -1,30 +1,33 @@
-"""Every error a caller can meet, in one tree.
+"""All errors of the project that a caller can meet, in one tree; in parentheses the built-in class each also is.
 
     HyperagentError
-    ├── ConfigError            a setting or a recipe is wrong                      (ValueError)
-    ├── DataError              a data file, or something in it, is wrong           (ValueError)
-    │   ├── TooLong            ... because it has more tokens than asked for       (ValueError)
-    │   ├── MaskDisagreement   ... because its two masks differ                    (ValueError)
-    │   └── RowRefused         one trajectory cannot be used; names it             (ValueError)
-    ├── IdentityMismatch       two artifacts do not belong together                (ValueError)
-    ├── InvalidRequest         a request's arguments are wrong                     (ValueError)
-    │   └── LimitExceeded      ... because it is larger than the service allows    (ValueError)
-    ├── NotFound               no such adapter, run or record                      (LookupError)
-    ├── Conflict               the thing is there, but not in the state asked for  (HyperagentError)
-    ├── CorruptRecord          stored bytes are not the bytes that were written    (ValueError)
-    ├── StorageError           the disk refused: full, read-only, failing          (OSError)
-    └── ServiceError           a service could not start or be reached             (RuntimeError)
+    ├── ConfigError            a setting, a recipe or a command line is wrong       (ValueError)
+    ├── DataError              a data file, or something in it, cannot be used      (ValueError)
+    │   ├── TooLong            a trajectory has more tokens than asked for          (ValueError)
+    │   ├── MaskDisagreement   the two masks of a trajectory differ                 (ValueError)
+    │   └── RowRefused         one trajectory cannot be used; the error names it    (ValueError)
+    ├── IdentityMismatch       two artifacts do not belong together                 (ValueError)
+    ├── InvalidRequest         the arguments of a request are wrong                 (ValueError)
+    │   ├── LimitExceeded      a request is larger than the service allows          (ValueError)
+    │   └── BeyondEnd          a stream is resumed behind its end                   (ValueError)
+    ├── NotFound               no such adapter, run or record                       (LookupError)
+    ├── Conflict               the thing is there, but its state forbids the request  (Exception)
+    ├── CorruptRecord          stored bytes are not the bytes that were written     (ValueError)
+    ├── StorageError           the disk refused: full, read-only, failing           (OSError)
+    └── ServiceError           a service could not start or be reached              (RuntimeError)
+        ├── Busy               it holds as many requests as it accepts              (RuntimeError)
+        ├── NotServing         it is starting, shutting down or without its engine  (RuntimeError)
+        └── EngineHangs        only a new process of the teacher helps              (RuntimeError)
 
-A message says what happened, why, and how to mend it, in one line. The edges of the system (command
-line, gRPC, HTTP) translate the classes above and nothing else; any other exception is a defect and is
-left to surface as one.
+A message says in one line what happened, why, and how to fix it. The edges of the system (command line, gRPC, HTTP)
+translate the classes above and nothing else; any other exception is a defect and surfaces as one.
 """
 
 from __future__ import annotations
 
 
 class HyperagentError(Exception):
-    """Base of every error that is a person's to mend rather than a defect."""
+    """Base of every error that a person can fix, as opposed to a defect."""
 
 
 class ConfigError(HyperagentError, ValueError):
@@ -74,6 +77,10 @@ class LimitExceeded(InvalidRequest):
     """A request is larger than the service allows."""
 
 
+class BeyondEnd(InvalidRequest):
+    """A stream is resumed behind its end."""
+
+
 class NotFound(HyperagentError, LookupError):
     """No such adapter, run or cache record."""
 
@@ -96,3 +103,15 @@ class StorageError(HyperagentError, OSError):
 
 class ServiceError(HyperagentError, RuntimeError):
     """A service could not be started or reached."""
+
+
+class Busy(ServiceError):
+    """The service holds as many requests as it accepts at once; asking again later helps."""
+
+
+class NotServing(ServiceError):
+    """The service is starting or shutting down, or its engine has stopped; the request has not been carried out."""
+
+
+class EngineHangs(ServiceError):
+    """The teacher's engine hangs inside the teacher's own process and cannot be started again there."""

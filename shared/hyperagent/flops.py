@@ -27,6 +27,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperagent.architecture import (
+    LINEAR_ATTENTION,
+    LINEAR_ATTENTION_CHUNK,
+    attention_widths,
+    layer_types,
+    num_experts,
+    num_experts_per_token,
+)
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
@@ -38,9 +47,6 @@ FROZEN: Mapping[str, float] = MappingProxyType({"linear": 2.0, "attention": 3.0,
 """Forward passes that training is worth; what is computed a second time does not count."""
 EXECUTED: Mapping[str, float] = MappingProxyType({"linear": 3.0, "attention": 4.5, "recurrent": 4.5, "head": 2.0})
 """Forward passes that training computes, with every decoder layer run again in the backward pass."""
-
-_CHUNK = 64
-"""Tokens that the Gated DeltaNet's kernels take at once."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,14 @@ class ModelShape:
     @classmethod
     def of(cls, decoder: nn.Module, config: PreTrainedConfig) -> ModelShape:
         """From a decoder, which may lie on the meta device or be sharded, and its text config."""
-        share = getattr(config, "num_experts_per_tok", 0) / (getattr(config, "num_experts", 0) or 1)
+        share = num_experts_per_token(config) / (num_experts(config) or 1)
         linear = sum(
             p.numel() * (share if ".experts." in name else 1)
             for name, p in decoder.named_parameters()
             if p.dim() > 1 and not name.startswith("embed_tokens.")
         )
-        head_size = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        num_linear = sum(kind == "linear_attention" for kind in kinds)
+        kinds = layer_types(config)
+        num_linear = kinds.count(LINEAR_ATTENTION)
         recurrent = 0.0
         if num_linear:
             recurrent = num_linear * delta_rule_flops(
@@ -85,7 +90,7 @@ class ModelShape:
             name=str(config.model_type),
             num_parameters=sum(p.numel() for p in decoder.parameters()) + (0 if tied else head),
             linear_parameters=linear,
-            attention_width=config.num_attention_heads * head_size,
+            attention_width=attention_widths(config)[0],
             num_attention_layers=len(kinds) - num_linear,
             head_parameters=head,
             recurrent_flops=recurrent,
@@ -113,4 +118,4 @@ def delta_rule_flops(*, value_heads: int, key_size: int, value_size: int) -> flo
     Three products with the state [key_size, value_size], and five within a chunk: keys with keys, queries with keys, and
     the chunk's triangular system with values, with keys, and its attention with values.
     """
-    return 2.0 * value_heads * (3 * key_size * value_size + _CHUNK * (3 * key_size + 2 * value_size))
+    return 2.0 * value_heads * (3 * key_size * value_size + LINEAR_ATTENTION_CHUNK * (3 * key_size + 2 * value_size))

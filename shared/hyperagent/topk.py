@@ -1,6 +1,6 @@
 """Top-k rows: a teacher's distribution at the supervised positions, truncated to its k most probable ids.
 
-Shapes: N rows, K kept ids per row, M temperatures besides 1.
+Shapes: N rows, K kept ids per row, M temperatures other than 1.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Qwen3NextForCausalLM
 from typer.testing import CliRunner
 
-from hyperagent.http.client import ApiClient
+from hyperagent.http.adapter_client import AdapterClient
+from hyperagent.http.adapter_models import PromptBody
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.lora import HookBasedLoRAInjector
@@ -58,14 +59,12 @@ def test_a_downloaded_adapter_does_to_the_student_what_the_hypernetwork_meant(
         port = probe.getsockname()[1]
     process = start(["--bundle", bundle_folder, "--port", port], HYPERAGENT_ADAPTER_API_STORE=str(tmp_path / "store"))
     try:
-        with ApiClient(f"http://127.0.0.1:{port}", "secret") as client:
+        with AdapterClient(f"http://127.0.0.1:{port}", "secret") as client:
             client.wait_until_ready(60)
-            adapter = client.post_json("/v1/adapters", {"prompt": PROMPT})
+            adapter = client.create(PromptBody(prompt=PROMPT))
             folder = tmp_path / "downloaded"
-            folder.mkdir()
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (folder / name).write_bytes(client.get_bytes(f"/v1/adapters/{adapter['id']}/{name}"))
-            assert client.get_json("/v1/adapters")["adapters"] == [adapter]
+            client.download(adapter, folder)
+            assert client.adapters().adapters == [adapter]
         process.send_signal(signal.SIGTERM)
         output, log = process.communicate(timeout=30)
     finally:
@@ -83,7 +82,7 @@ def test_a_downloaded_adapter_does_to_the_student_what_the_hypernetwork_meant(
     with HookBasedLoRAInjector(student, scale=8.0 / 4).inject(batched):
         meant = student(input_ids=token_ids).logits
     assert (meant - bare).abs().max() > 1e-2
-    for source in (folder, tmp_path / "store" / adapter["id"]):
+    for source in (folder, tmp_path / "store" / adapter.id):
         fresh = Qwen3NextForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
         adapted = PeftModel.from_pretrained(fresh, source).eval()(input_ids=token_ids).logits
         torch.testing.assert_close(adapted, meant, atol=1e-5, rtol=0)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hyperagent.errors import ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
-from hyperagent.http.problems import Busy
+from hyperagent.errors import Busy, ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.peft_io import AdapterFiles
 from hyperagent_adapter_api.app import build_app

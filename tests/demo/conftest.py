@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from hyperagent.progress import no_progress
 from hyperagent_demo.sample.generate import write_sample
 
 
 @pytest.fixture(scope="session")
 def sample_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest sample with all its promises: 72 trajectories of 24 repositories."""
+    """Write the smallest sample with all guaranteed properties: 72 trajectories of 24 repositories."""
     path = tmp_path_factory.mktemp("sample") / "trajectories.parquet"
-    write_sample(path, seed=0, rows=72, progress=lambda _done, _total: None)
+    write_sample(path, seed=0, rows=72, progress=no_progress)
     return path

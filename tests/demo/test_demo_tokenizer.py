@@ -63,7 +63,7 @@ def test_what_is_supervised_is_what_the_assistant_wrote(sample_path: Path, token
     for row in read_rows(sample_path):
         spoken_to = dialogue_of(row)
         masked = maker.masked(spoken_to)
-        # A gap in the positions separates two turns.
+        # Turns are separated by gaps in the positions.
         turns = np.split(masked.positions, np.flatnonzero(np.diff(masked.positions) > 1) + 1)
         texts = [tokenizer.decode(masked.ids[turn].tolist()) for turn in turns]
         spoken = [message for message in spoken_to.messages if message["role"] == "assistant"]

@@ -1,4 +1,4 @@
-"""The sample against independent oracles: the real schema, a replay of every tool call, Python itself."""
+"""Tests of the sample against independent oracles: the real schema, a replay of every tool call, Python itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.pipeline.split import assign_splits
 from hyperagent.errors import ConfigError, StorageError
+from hyperagent.progress import no_progress
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.functions import ALGORITHMS, Function
 from hyperagent_demo.sample.generate import KINDS, write_sample
@@ -34,7 +35,7 @@ FUNCTIONS = [(module, function) for module, functions in ALGORITHMS.items() for 
 
 
 def generate(path: Path, *, seed: int, rows: int) -> pa.Table:
-    write_sample(path, seed=seed, rows=rows, progress=lambda _done, _total: None)
+    write_sample(path, seed=seed, rows=rows, progress=no_progress)
     return pq.read_table(path)
 
 
@@ -57,7 +58,7 @@ def test_the_columns_read_are_typed_as_in_real_files(real_data: Path) -> None:
     assert set(real.names) >= set(TRAJECTORY_SCHEMA.names)
     for name in ("trajectory_id", "repo", "trajectory", "model_patch", "exit_status", "resolved"):
         assert real.field(name).type == TRAJECTORY_SCHEMA.field(name).type, name
-    # The pack joins several tool sets, so its struct of properties has more fields, in another order.
+    # The pack combines several tool sets, so its struct of properties has more fields, in a different order.
     real_tool, tool = (fields(schema.field("tools").type.value_type) for schema in (real, TRAJECTORY_SCHEMA))
     assert real_tool.keys() == tool.keys()
     real_parameters, parameters = (fields(fields(t["function"])["parameters"]) for t in (real_tool, tool))
@@ -76,7 +77,7 @@ def test_rows_have_the_traits_of_the_real_file(sample_path: Path) -> None:
             assert (message["tool_calls"] is None) == (message["role"] != "assistant")
             for call in message["tool_calls"] or []:
                 assert isinstance(json.loads(call["function"]["arguments"]), dict)
-        # A tool holds null for every parameter of the others.
+        # A tool has null for every parameter of the other tools.
         properties = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in row["tools"]}
         assert properties["think"]["thought"] == {"description": None, "type": "string"}
         assert properties["think"]["command"] is None
@@ -141,7 +142,7 @@ def test_a_minority_repairs_hastily_and_sees_the_check_fail(sample_path: Path) -
 
 
 def replay(messages: list[dict[str, Any]], files: dict[str, str], root: Path, commands: Path) -> list[tuple[str, str]]:
-    """Carry out every tool call anew; returns what was recorded and what came now."""
+    """Repeat every tool call and return the recorded and the new results."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)

@@ -18,6 +18,7 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent.progress import no_progress
 from hyperagent_demo.config import PretrainConfig, Role
 from hyperagent_demo.models import build_model
 from hyperagent_demo.sample.generate import write_sample
@@ -30,7 +31,7 @@ HYPERAGENT = [sys.executable, "-m", "hyperagent"]
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     sample, tokenizer, tokens = root / "sample.parquet", root / "tokenizer", root / "tokens.parquet"
-    write_sample(sample, seed=0, rows=24, progress=lambda _done, _total: None)
+    write_sample(sample, seed=0, rows=24, progress=no_progress)
     train_tokenizer(tokenizer_texts(sample), tokenizer, vocab_size=768)
     chat = ChatTokenizer(tokenizer)
     views = ViewSettings(condition=("task",), internalized=("task",), max_tokens=4096, max_prompt_tokens=512)

@@ -76,7 +76,7 @@ def test_options_that_make_no_sense_are_one_line(world: World, run: Run, tmp_pat
     assert "must contain the task" in one_line(run(*tokenize, "--condition", "system"))
     assert "'system', 'tools', 'task' or 'extra'" in one_line(run(*tokenize, "--internalize", "weather"))
     assert "could not know it" in one_line(run(*tokenize, "--condition", "task", "--internalize", "tools"))
-    assert "give a file that does with --licenses" in one_line(run(*tokenize, "--license", "MIT"))
+    assert "license_name with --licenses" in one_line(run(*tokenize, "--license", "MIT"))
     assert "if and only if a file with extra texts" in one_line(
         run(*tokenize, "--condition", "task", "--condition", "extra")
     )

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 _NOT_RUN = {"make test\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[str, str], tmp_path: Path) -> None:
     if not (ROOT / ".venv" / ".installed").is_file():

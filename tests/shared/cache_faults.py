@@ -1,10 +1,10 @@
-"""Faults while a cache is written: run in a process that has faults.c preloaded (see `cache/test_faults.py`).
+"""Inject faults while a cache is written; runs in a process with faults.c preloaded (see `cache/test_faults.py`).
 
     python cache_faults.py errors | kills FOLDER       every call, one after the other
     python cache_faults.py random FOLDER [--kills N]   SIGKILL at random moments
 
-What must hold after each: a trajectory whose `put` has returned reads as it was put, no other reads at all, nothing is
-damaged, and the same put succeeds when the fault is gone.
+After each fault, a trajectory whose `put` returned must read exactly as it was put, no other trajectory may be
+readable, nothing may be damaged, and the same `put` must succeed without the fault.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cache_rows import IDENTITY, random_rows
 
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count, verify
+from hyperagent.cache.maintenance.stats import count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import CorruptRecord, StorageError
 
 OPEN, WRITE, SYNC, RENAME, TRUNCATE, READ = (1 << bit for bit in range(6))
@@ -45,7 +46,7 @@ ERRORS = {
 }
 SETTINGS = CacheSettings(codec="exact", block_tokens=16)
 SHARD_BYTES = 6000
-"""Reached by what is put, so that sealing meets faults too."""
+"""Small enough for the test's trajectories to reach it, so that faults also hit sealing."""
 _faults = ctypes.CDLL(None)
 
 
@@ -75,7 +76,7 @@ def put(root: Path, number: int) -> None:
 
 
 def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
-    """What must hold after a fault: see the module. `perhaps` were being put when the process was killed."""
+    """Assert the module's invariants after a fault; `perhaps` were being put when the process was killed."""
     with open_cache(root) as cache:
         keys = {number: cache.key(tokens(number), rows(number).positions) for number in acknowledged | perhaps}
         found = set(cache.trajectory_keys())
@@ -92,11 +93,11 @@ def check(root: Path, acknowledged: set[int], perhaps: set[int]) -> None:
         assert count(cache).dead_bytes == 0, "bytes that nobody accounts for"
 
 
-def every_error(folder: Path) -> dict[str, int]:
-    """Let each call fail in turn, with each error; returns the calls per error."""
+def every_error(folder: Path, step: int) -> dict[str, int]:
+    """Make each `step`-th call fail in turn, with each error; return the calls per error, rounded up to whole steps."""
     calls = {}
     for name, (number, kinds, action) in ERRORS.items():
-        for nth in itertools.count(1):
+        for nth in itertools.count(1, step):
             root = folder / "cache"
             shutil.rmtree(root, ignore_errors=True)
             done: set[int] = set()
@@ -111,7 +112,7 @@ def every_error(folder: Path) -> dict[str, int]:
                     done.add(trajectory)
             assert all(len(line.splitlines()) == 1 for line in said)
             happened = disarm() >= nth
-            # A commit whose outcome the disk did not tell may have happened; then all of the trajectory is there.
+            # A commit that reported an error may still have happened; then the whole trajectory must be readable.
             check(root, done, set(range(4)) - done)
             for trajectory in range(4):
                 put(root, trajectory)
@@ -123,7 +124,7 @@ def every_error(folder: Path) -> dict[str, int]:
 
 
 def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
-    """Run `work` in a forked process, which may be killed; returns the trajectories it acknowledged, and its status."""
+    """Run `work` in a forked process, which may be killed; return the trajectories it acknowledged, and its status."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -140,11 +141,11 @@ def in_child(work: Callable[[int], None]) -> tuple[set[int], int]:
     return acknowledged, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def every_kill(folder: Path) -> dict[str, int]:
-    """Kill before and after each call in turn; returns the calls."""
+def every_kill(folder: Path, step: int) -> dict[str, int]:
+    """Kill the process before and after each `step`-th call in turn; return the calls, rounded up to whole steps."""
     calls = {}
     for name, action in (("before", KILL_BEFORE), ("after", KILL_AFTER)):
-        for nth in itertools.count(1):
+        for nth in itertools.count(1, step):
             root = folder / "cache"
             shutil.rmtree(root, ignore_errors=True)
 
@@ -167,14 +168,14 @@ def every_kill(folder: Path) -> dict[str, int]:
 
 
 def random_kills(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill a process that puts one trajectory after the other, at random moments."""
+    """Kill a process that puts trajectories one after the other, at random moments."""
     chance = random.Random(seed)
     done = put_in_all = rounds = 0
     while done < kills:
         root = folder / f"cache{rounds}"
         acknowledged: set[int] = set()
         perhaps: set[int] = set()
-        # A fresh cache now and then, so that making one is killed too, and checking stays fast.
+        # Start a new cache occasionally, so that creating one is interrupted too, and checking stays fast.
         for _ in range(25):
             reading, writing = os.pipe()
             process = os.fork()
@@ -186,13 +187,15 @@ def random_kills(folder: Path, kills: int, seed: int) -> dict[str, int]:
                         os.write(writing, bytes([number]))
                 os._exit(1)
             os.close(writing)
+            # Every second process lives at least until its first answer, however busy the machine is.
+            first = os.read(reading, 1) if chance.random() < 0.5 else b""
             time.sleep(chance.expovariate(1 / 0.02))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             with os.fdopen(reading, "rb") as pipe:
-                said = list(pipe.read())
+                said = list(first + pipe.read())
             acknowledged |= set(said)
-            # Killed between the commit and the answer: it may be there, and then it is whole.
+            # If killed between the commit and the acknowledgment, the trajectory may exist, and must then be complete.
             perhaps.add((said[-1] + 1) % 200 if said else 0)
             check(root, acknowledged, perhaps)
             done += 1
@@ -207,13 +210,14 @@ def main() -> None:
     parser.add_argument("what", choices=["errors", "kills", "random"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10_000)
+    parser.add_argument("--step", type=int, default=1, help="fail or kill at one call in so many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what == "random":
         result = random_kills(options.folder, options.kills, options.seed)
     else:
-        result = (every_error if options.what == "errors" else every_kill)(options.folder)
+        result = (every_error if options.what == "errors" else every_kill)(options.folder, options.step)
     json.dump(result, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Random top-k rows for the tests of the cache."""
+"""Make random top-k rows for the tests of the cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOKENS = np.arange(40, dtype=np.uint32)
 
 
 def filled(cache: LocalCache, count: int = 3) -> list[str]:
-    """Put trajectories of 10, 11 ... rows in; returns their keys."""
+    """Put trajectories of 10, 11, ... rows and return their keys."""
     return [cache.put(TOKENS + number, random_rows(10 + number % 10, 8, seed=number)) for number in range(count)]
 
 
 def random_rows(num_rows: int, top_k: int, *, seed: int = 0, spread: float = 3.0) -> TopKRows:
-    """Rows of random distributions over `VOCABULARY` ids, at every second position from 1."""
+    """Return rows of random distributions over `VOCABULARY` ids, at every second position from 1."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(num_rows, VOCABULARY)) * spread
     logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

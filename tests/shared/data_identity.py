@@ -1,4 +1,4 @@
-"""The identity of data that were never in a file."""
+"""Identity of test data that do not come from a file."""
 
 from __future__ import annotations
 

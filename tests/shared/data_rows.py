@@ -1,4 +1,4 @@
-"""Rows and files of rows, by hand."""
+"""Make rows and files of rows for tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAST = {"role": "assistant", "content": "again"}
 
 
 def row(*messages: dict[str, Any], tools: list[Any] | None = None, **columns: Any) -> dict[str, Any]:
-    """One row; null-padded tools unless others are given."""
+    """Return one row, with null-padded tools unless others are given."""
     whole = [{"content": None, "tool_calls": None, **message} for message in messages]
     own = {"trajectory_id": "t1", "repo": "a/b", "trajectory": whole, "tools": TOOLS if tools is None else tools}
     return {**ROW, **own, **columns}
@@ -57,7 +57,7 @@ def dialogue(*messages: dict[str, Any], tools: list[Any] | None = None) -> Dialo
 
 
 def views(data: dict[str, Any], tokenizer: ChatTokenizer, **settings: Any) -> TokenizedTrajectory:
-    """The views of one row, with the task alone as the condition unless told otherwise."""
+    """Return the views of one row; by default the condition is the task alone."""
     chosen = ViewSettings(**{"condition": ("task",), **settings})
     return ViewMaker(tokenizer).make(data["trajectory_id"], data["repo"], "train", dialogue_of(data), settings=chosen)
 

@@ -1,4 +1,4 @@
-"""A small service for the tests of serving: `python http_service.py PORT`."""
+"""Run a small service for the tests of the HTTP server: `python http_service.py PORT`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface that holds one file and can fail in the middle of it."""
+"""Run a model hub on the loopback interface that holds one file and can fail in the middle of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hyperagent.data.files.schema import DATASET, DATASET_FILE, DATASET_REVISION
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Speaks what the hub's client asks for one large file: HEAD with its size and digest, GET with ranges."""
+    """Implements the hub's requests for one large file: HEAD with its size and digest, GET with ranges."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.content = content
         self.stated_sha256 = hashlib.sha256(content).hexdigest()
         self.cut_after: int | None = None
-        """Break the connection after this many bytes of the next answer."""
+        """Number of bytes after which the next response's connection is closed."""
         self.starts: list[int] = []
         """First byte of every GET of the file."""
 
@@ -40,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Suppress logging."""
 
     def _answer(self, *, body: bool) -> None:
         hub = self.server
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(hub: LocalHub) -> Iterator[LocalHub]:
-    """Serve from a thread."""
+    """Serve from a background thread."""
     thread = threading.Thread(target=hub.serve_forever, args=(0.05,))
     thread.start()
     try:

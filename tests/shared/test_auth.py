@@ -1,4 +1,4 @@
-"""The access token where services meet: two starting at once, and folders that cannot be written."""
+"""Tests of the access token: two services that start at once, and folders that cannot be written."""
 
 from __future__ import annotations
 

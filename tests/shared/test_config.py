@@ -1,4 +1,4 @@
-"""Configuration refuses what it does not know, in one line that names the place."""
+"""Tests that configuration rejects unknown fields, in one line that names each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints cover what decides the numbers and nothing else."""
+"""Tests that fingerprints cover everything that determines the numbers, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from cache_rows import IDENTITY
+from transformers import AutoTokenizer
 
 from hyperagent.errors import ConfigError, DataError, IdentityMismatch
 from hyperagent.identity import (
     DataIdentity,
     TokenizerIdentity,
+    canonical_json,
     file_fingerprint,
     require_same,
     tokenizer_sha256,
@@ -47,6 +49,30 @@ def test_a_tokenizer_is_what_it_does_to_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"give a folder that holds tokenizer\.json"):
         tokenizer_sha256(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
+def test_every_part_of_a_tokenizer_changes_its_digest(tokenizer_folder: Path, tmp_path: Path, part: str) -> None:
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    before = tokenizer_sha256(tokenizer_folder)
+    if part == "added_tokens":
+        content[part][-1]["content"] += "x"
+    else:
+        content[part] = {"type": "another"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert tokenizer_sha256(tmp_path) != before
+
+
+def test_an_added_token_changes_the_digest_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens(["<|added|>"])
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_sha256(tmp_path) != tokenizer_sha256(tokenizer_folder)
+
+
+def test_the_number_form_of_a_fingerprint_is_the_documented_one() -> None:
+    numbers = {"temperatures": (0.5, 2.0, 1e-05), "top_k": 8, "text": 'ü"'}
+    assert canonical_json(numbers) == '{"temperatures":[0.5,2.0,1e-05],"text":"ü\\"","top_k":8}'.encode()
 
 
 def test_weights_are_their_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Logs are JSON lines on standard error, whoever writes them; standard output stays free for results."""
+"""Tests that all loggers write JSON lines to standard error, and leave standard output to results."""
 
 from __future__ import annotations
 

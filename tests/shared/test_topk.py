@@ -1,4 +1,4 @@
-"""Top-k rows refuse what is not a distribution, and scale and join without changing it."""
+"""Tests that top-k rows reject what is not a distribution, and are joined in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPERATURES = (0.5, 2.0)
 
 
 def rows(num_rows: int = 3, top_k: int = 4, *, seed: int = 0, first: int = 1) -> TopKRows:
-    """The top k of random distributions over a vocabulary of 11, computed in float64."""
+    """Return the top k of random distributions over a vocabulary of 11, computed in float64."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(num_rows, VOCAB)) * 3
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -88,7 +88,7 @@ def changed(name: str, index: Any, value: Any) -> TopKRows:
             replace(
                 rows(), ids=np.tile(np.array([5, 3, 1, 0], np.uint32), (3, 1)), logprobs=np.full((3, 4), -2, np.float32)
             ),
-            "not in the order",
+            "not ordered by descending",
         ),
     ],
 )

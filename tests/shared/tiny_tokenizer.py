@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer whose chat template shows tools and tool calls."""
+"""Make a small byte-level tokenizer whose chat template shows tools and tool calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = """{%- if tools %}<|im_start|>tools
 {% endif -%}"""
 
 
-# The forms of other families, with calls shown as text: their turns open and end in other ways.
+# Templates of other families, with calls shown as text; their turns open and end differently.
 LLAMA3 = """<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
 
 {{ m.content | trim }}{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]

@@ -13,12 +13,12 @@ from blake3 import blake3
 from google.rpc import error_details_pb2, status_pb2
 
 from hyperagent import errors
-from hyperagent.errors import CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
+from hyperagent.errors import BeyondEnd, Busy, CorruptRecord, IdentityMismatch, InvalidRequest, NotServing, ServiceError
 from hyperagent.identity import TeacherIdentity, TokenizerIdentity
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire import conversion
 from hyperagent.wire import teacher_pb2 as pb
-from hyperagent.wire.errors import BeyondEnd, Busy, NotServing, reason_of, refusal, to_domain_error
+from hyperagent.wire.errors import reason_of, refusal, to_domain_error
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
-from hyperagent_trainer.optim.optimizer import learning_rate_factor, make_optimizer
+from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
 from hyperagent_trainer.student.student import Student
 
 SAMPLES_PER_COMBINATION = 4
@@ -76,8 +76,8 @@ def run_world(world: World, student: Student, settings: Settings, *, seed: int) 
     static_seconds = time.perf_counter() - started
     report = conditioning_report(
         frozen=frozen,
-        own=own,
-        shuffled=shuffled,
+        adapter=own,
+        adapter_shuffled_prompt=shuffled,
         static=min(static_kl.values(), key=np.sum),
         rows=np.full(len(held_out), samples.rows),
         clusters=held_out,
@@ -129,8 +129,7 @@ def _train(
     optimizer = make_optimizer(network, recipe)
     generator = np.random.default_rng([seed, 4])
     for step in range(1, settings.num_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
+        set_learning_rate(optimizer, step, recipe)
         latents = [world.train[i] for i in generator.integers(len(world.train), size=settings.batch_size)]
         batch = world.batch(latents, generator)
         adapters = adapted.adapters([world.prompt(latent, generator) for latent in latents])

@@ -20,7 +20,7 @@ from hyperagent_trainer.data.schedule import batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.network.build import assemble, shard_network
 from hyperagent_trainer.optim.optimizer import make_optimizer
-from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.activation_checkpoint import recomputation
 from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.step import accumulate_gradients
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.control.command import training_command
+from hyperagent_trainer.control.process import training_command
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 

@@ -138,7 +138,7 @@ async def test_aborted_requests_leave_the_engine(load: Load) -> None:
                 task.cancel()
             await asyncio.wait(tasks)
         async with asyncio.timeout(30):
-            while engine.num_unfinished_requests:
+            while engine._engine.get_num_unfinished_requests():
                 await asyncio.sleep(0.05)
         assert (await score_all(engine, token_ids, positions)).num_rows == 400
 

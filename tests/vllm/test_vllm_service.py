@@ -20,10 +20,9 @@ import pytest
 from vllm_world import ENGINE_ARGS, TOP_K, sequence
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ServiceError
+from hyperagent.errors import NotServing, ServiceError
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire.client import TeacherClient
-from hyperagent.wire.errors import NotServing
 
 TOKEN = "a-token"
 START_S = 150.0

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.errors import StorageError
-from hyperagent.files import write_atomically
+from hyperagent.progress import Progress
+from hyperagent.storage.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.repositories import Repository, invent_repositories
@@ -42,7 +43,7 @@ _ROWS_PER_REPOSITORY = 4
 _FEWEST_REPOSITORIES = 24
 
 
-def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Callable[[int, int], None]) -> None:
+def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Progress) -> None:
     """Write `rows` trajectories in the schema of nebius/SWE-rebench-openhands-trajectories; a seed fixes them.
 
     Args:

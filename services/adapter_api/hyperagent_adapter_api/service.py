@@ -13,9 +13,8 @@ from typing import Any
 
 import structlog
 
-from hyperagent.errors import NotFound
+from hyperagent.errors import Busy, NotFound
 from hyperagent.http.adapter_models import StoredAdapter
-from hyperagent.http.problems import Busy
 from hyperagent_adapter_api.generator import AdapterGenerator
 from hyperagent_adapter_api.store import AdapterStore, id_of
 

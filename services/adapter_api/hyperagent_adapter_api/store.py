@@ -10,7 +10,6 @@ stores it once. A folder is there whole or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -28,10 +27,11 @@ from pydantic import ValidationError
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.files import fsync_directory, is_temporary, new_directory
 from hyperagent.http.adapter_models import StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
+from hyperagent.storage.file_lock import open_locked
+from hyperagent.storage.files import fsync_directory, is_temporary, new_directory
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 
@@ -192,15 +192,10 @@ def _not_found(adapter_id: str) -> NotFound:
 def _hold(root: Path) -> int:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root, os.O_RDONLY)
+        if not os.access(root, os.W_OK):
+            raise ConfigError(f"cannot keep adapters in {root}: it may not be written to; choose another --store")
+        return open_locked(root, exclusive=True)
+    except BlockingIOError:
+        raise ServiceError(f"another adapter service holds {root}; stop it, or choose another --store") from None
     except OSError as error:
         raise ConfigError(f"cannot keep adapters in {root}: {error.strerror}; choose another --store") from error
-    if not os.access(root, os.W_OK):
-        os.close(descriptor)
-        raise ConfigError(f"cannot keep adapters in {root}: it may not be written to; choose another --store")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ServiceError(f"another adapter service holds {root}; stop it, or choose another --store") from None
-    return descriptor

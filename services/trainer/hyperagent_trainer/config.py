@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from hyperagent.config import StrictModel, load_yaml
 from hyperagent.http.run_models import RunOverrides
 from hyperagent.model.config import HyperNetworkConfig
-from hyperagent_trainer.loss.options import LossOptions
+from hyperagent_trainer.loss.options import LossBackend, LossOptions
 
 AttentionName = Literal["auto", "cudnn", "flash", "efficient", "flash_attn"]
 """How softmax attention can be computed on a GPU: three kernels of PyTorch's, and the package flash-attn."""
@@ -82,6 +82,8 @@ class TrainRecipe(StrictModel):
     """Of both softmaxes in training's loss (held-out KL is always at 1). The cache must have rows at it."""
     loss: LossOptions = LossOptions()
     """Of training; held-out KL is always plain forward KL."""
+    loss_backend: LossBackend = "auto"
+    """What computes the loss: "torch" on a CPU or GPU, "triton" for Triton kernels on a GPU; "auto" takes torch."""
     loss_workspace_mib: int | None = Field(None, ge=1)
     """Memory for the logits that the loss holds at once; by default 96 MiB on a CPU and 600 MiB on a GPU."""
     loader_workers: int = Field(0, ge=0, le=64)

@@ -72,7 +72,7 @@ class Ranks:
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """In their order, by type, so many numbers at once that starting a sum costs little beside it."""
+    """Group the trainable parameters by dtype, in order, into buckets large enough to hide the latency of a sum."""
     bucket: list[torch.nn.Parameter] = []
     for parameter in parameters:
         if not parameter.requires_grad:

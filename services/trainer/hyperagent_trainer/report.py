@@ -22,7 +22,7 @@ class Check:
     bound: str
     """What was asked for."""
     remedy: str
-    """Why a failure matters and how to mend it; the same whether it passed or not."""
+    """Why a failure matters and how to fix it; the same whether it passed or not."""
 
     @property
     def found(self) -> str:
@@ -48,7 +48,7 @@ class PreflightReport:
         """Stop here unless every check has passed.
 
         Raises:
-            ConfigError: naming every failed check, and what, why and how to mend of the first.
+            ConfigError: naming every failed check, and of the first what was found, why it matters and how to fix it.
         """
         failed = [check for check in self.checks if not check.passed]
         if not failed:

@@ -67,15 +67,19 @@ class CacheReader(ABC):
 
     @abstractmethod
     def data_fingerprints(self) -> list[str]:
-        """Fingerprints of all data that trajectories were put in of, sorted."""
+        """Return the fingerprints of the datasets this cache was populated from, sorted."""
 
     @abstractmethod
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         """Headers and bytes of whole records, checked; raises as `rows_of`."""
 
+    @abstractmethod
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        """Read and check one record even if this process has checked it before; raises as `rows_of`."""
+
     @property
     def hot_tier_stats(self) -> HotTierStats:
-        """What the hot tier was good for until now, in this process; nothing if there is none."""
+        """Hits and misses of the hot tier in this process; zeros without a hot tier."""
         return self._hot.use if self._hot else HotTierStats()
 
     def close(self) -> None:
@@ -105,21 +109,38 @@ class CacheReader(ABC):
         """Digest (hex) of all that decides a trajectory: the teacher, the tokens [T], the supervised positions [N]."""
         return trajectory_key(self.identity.fingerprint, token_ids, positions)
 
+    @abstractmethod
     def contains(self, key: str) -> bool:
-        """Whether a whole trajectory is on disk; a damaged one does not count, so populating again mends it."""
+        """Return whether the index names the trajectory `key` (hex); no record is read, so damage goes unnoticed.
+
+        A trajectory is named last, so all of its blocks have been written then.
+        """
+
+    def is_intact(self, key: str) -> bool:
+        """Return whether the trajectory `key` (hex) is stored whole; every byte of its records is read and checked.
+
+        Raises:
+            StorageError: the storage refused.
+        """
         return self.stored_digest(key) is not None
 
     def stored_digest(self, key: str) -> str | None:
-        """Digest (hex) of a whole trajectory on disk; None where there is none, or a damaged one."""
+        """Return the digest (hex) of the trajectory `key` (hex), or None if it is not intact.
+
+        Every byte is read from the storage, whatever this process has read and checked before.
+
+        Raises:
+            StorageError: the storage refused.
+        """
         try:
-            trajectory = self.trajectory(key)
-            digest = blake3(_DIGEST_DOMAIN + bytes.fromhex(key) + trajectory.num_tokens.to_bytes(8, "little"))
-            for block in trajectory.blocks:
-                digest.update(block.key + self._read_one(block.key)[0].checksum)
+            header, content = self._read_again(bytes.fromhex(key))
+            digest = blake3(_DIGEST_DOMAIN + bytes.fromhex(key) + header.num_tokens.to_bytes(8, "little"))
+            for block in decode_trajectory(header, header.payload(content)):
+                digest.update(block.key + self._read_again(block.key)[0].checksum)
         except NotFound:
             return None
         except CorruptRecord as error:
-            log.warning("damaged record will be written again", trajectory=key, reason=str(error))
+            log.warning("damaged trajectory", trajectory=key, reason=str(error))
             return None
         return digest.hexdigest()
 
@@ -128,7 +149,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is none.
-            CorruptRecord: its record is damaged; says which and how to mend it.
+            CorruptRecord: its record is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         header, content = self._read_one(bytes.fromhex(key))
@@ -140,7 +161,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is no such block.
-            CorruptRecord: it is damaged; says which and how to mend it.
+            CorruptRecord: it is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         for header, payload in self.records_of(block_keys):
@@ -165,7 +186,7 @@ class CacheReader(ABC):
 
         Raises:
             NotFound: there is none.
-            CorruptRecord: it is damaged; says which and how to mend it.
+            CorruptRecord: it is damaged; says which and how to restore it.
             StorageError: the file system refused.
         """
         trajectory = self.trajectory(key)

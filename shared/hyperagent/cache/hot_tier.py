@@ -1,7 +1,7 @@
 """The hot tier: a Redis that holds copies of records, and may lose, damage, delay or refuse any of them at any time.
 
 Nothing depends on it. A read has one deadline over all of it, so a Redis that answers byte by byte costs no more than
-one that is silent; a write is handed over and never waited for. An error opens a breaker, and Redis is left alone for a
+one that is silent; a write is handed over and never waited for. An error opens a circuit breaker, and Redis is not asked for a
 while. What it answers is checked by the reader like what the disk answers.
 """
 
@@ -23,7 +23,6 @@ from hyperagent.errors import ConfigError
 
 _TIMEOUT_S = 0.5
 _BREAKER_S = 10.0
-_LOOK_AT_MEMORY_S = 5.0
 _VALUES_PER_CALL = 16
 _MOST_WAITING_BYTES = 64 << 20
 DEFAULT_TTL_S = 86_400
@@ -38,7 +37,7 @@ class HotTierStats(NamedTuple):
     misses: int = 0
     """Values that it did not have, or did not give in time."""
     is_degraded: bool = False
-    """Whether it is left alone at the moment."""
+    """Whether the circuit breaker is open."""
 
     def since(self, earlier: HotTierStats) -> HotTierStats:
         """What has come after `earlier`."""
@@ -48,33 +47,28 @@ class HotTierStats(NamedTuple):
 class HotTier:
     """Bytes by name, best effort; no method raises or takes longer than half a second. Safe to use from several threads."""
 
-    def __init__(self, url: str, client: redis.asyncio.Redis, *, ttl_s: int, max_bytes: int | None) -> None:
+    def __init__(self, url: str, client: redis.asyncio.Redis, *, ttl_s: int) -> None:
         """Use `connect`."""
         self._url = url
         self._client = client
         self._ttl_s = ttl_s
-        self._max_bytes = max_bytes
         self._left_alone_until = 0.0
-        self._memory_looked_at = -_LOOK_AT_MEMORY_S
-        self._is_full = False
         self._waiting_bytes = 0
         self.hits = 0
         self.misses = 0
         self.errors = 0
         self.not_kept = 0
-        """Values that were not written, because Redis is full, slow or left alone."""
+        """Values that were not written, because Redis is slow or the circuit breaker is open."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hot-tier", daemon=True)
         self._thread.start()
 
     @classmethod
-    def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S, max_bytes: int | None = None) -> HotTier:
+    def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S) -> HotTier:
         """Name a Redis, such as "redis://localhost:6379/0"; it need not be up.
 
         Args:
-            ttl_s: seconds until Redis forgets a record.
-            max_bytes: nothing is written while Redis uses more memory than this; without it, Redis' own `maxmemory` is
-                the bound.
+            ttl_s: seconds until Redis forgets a record. How much Redis holds is bounded by its own `maxmemory`.
 
         Raises:
             ConfigError: `url` is not a Redis URL.
@@ -86,15 +80,15 @@ class HotTier:
         except ValueError as error:
             # Neither the address nor the reason is shown: both may quote a password.
             raise ConfigError("the Redis URL is wrong; give one like redis://127.0.0.1:6379/0") from error
-        return cls(url, client, ttl_s=ttl_s, max_bytes=max_bytes)
+        return cls(url, client, ttl_s=ttl_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process connects for itself."""
-        return _reconnect, (self._url, self._ttl_s, self._max_bytes)
+        return _reconnect, (self._url, self._ttl_s)
 
     @property
     def is_degraded(self) -> bool:
-        """Whether Redis is left alone at the moment."""
+        """Whether the circuit breaker is open: Redis is not asked for a while."""
         return time.monotonic() < self._left_alone_until
 
     @property
@@ -154,21 +148,11 @@ class HotTier:
         await self._client.delete(name)
 
     async def _put(self, values: Mapping[str, bytes]) -> None:
-        if await self._has_room():
-            # Not atomic: each value stands for itself.
-            pipeline = self._client.pipeline(transaction=False)
-            for name, value in values.items():
-                pipeline.set(name, value, ex=self._ttl_s)
-            await pipeline.execute()
-        else:
-            self.not_kept += len(values)
-
-    async def _has_room(self) -> bool:
-        if self._max_bytes is not None and time.monotonic() - self._memory_looked_at >= _LOOK_AT_MEMORY_S:
-            facts = await self._client.info("memory")
-            self._is_full = int(facts["used_memory"]) > self._max_bytes
-            self._memory_looked_at = time.monotonic()
-        return not self._is_full
+        # Not atomic: each value is independent of the others.
+        pipeline = self._client.pipeline(transaction=False)
+        for name, value in values.items():
+            pipeline.set(name, value, ex=self._ttl_s)
+        await pipeline.execute()
 
     async def _guarded(self, action: Coroutine[Any, Any, _T], timeout_s: float) -> _T | None:
         try:
@@ -178,7 +162,9 @@ class HotTier:
             # Also of another type than Redis' own: whatever answers at this address need not be a Redis.
             if not self.is_degraded:
                 log.warning(
-                    "hot tier left alone, disk is used", seconds=_BREAKER_S, error=str(error) or "no answer in time"
+                    "hot tier not used for a while, the disk is",
+                    seconds=_BREAKER_S,
+                    error=str(error) or "no answer in time",
                 )
             self.errors += 1
             self._left_alone_until = time.monotonic() + _BREAKER_S
@@ -195,5 +181,5 @@ class HotTier:
         self._waiting_bytes -= size
 
 
-def _reconnect(url: str, ttl_s: int, max_bytes: int | None) -> HotTier:
-    return HotTier.connect(url, ttl_s=ttl_s, max_bytes=max_bytes)
+def _reconnect(url: str, ttl_s: int) -> HotTier:
+    return HotTier.connect(url, ttl_s=ttl_s)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
-from filelock import FileLock
 
 from hyperagent.cache.format.record import Kind
 from hyperagent.cache.format.shard import (
@@ -21,7 +19,9 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.index import Entry, Index
 from hyperagent.errors import CorruptRecord, StorageError
-from hyperagent.files import fsync_directory, remedy_of, temporary_sibling
+from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.file_lock import locked
+from hyperagent.storage.files import fsync_directory, remedy_of, temporary_sibling
 
 _LOCK_S = 600.0
 log = structlog.get_logger()
@@ -38,7 +38,7 @@ def open_index(root: Path, fingerprint: str) -> Index:
         if path.exists():
             return Index.open(path)
     try:
-        with FileLock(root / "index.lock", timeout=_LOCK_S):
+        with locked(root / "index.lock", exclusive=True, wait_s=_LOCK_S):
             # Somebody else may have made it while this process waited.
             if path.exists():
                 try:
@@ -53,9 +53,7 @@ def open_index(root: Path, fingerprint: str) -> Index:
         raise StorageError(f"could not make {path}: {error.strerror or error}; {remedy_of(error)}") from error
 
 
-def rebuild_index(
-    root: Path, fingerprint: str, progress: Callable[[int, int], None] = lambda _done, _total: None
-) -> None:
+def rebuild_index(root: Path, fingerprint: str, progress: Progress = no_progress) -> None:
     """Make the index from the shards and put it in its place; hold `index.lock`, and have no writer.
 
     Of two whole records with one key the first counts, in the order of the shards' names.

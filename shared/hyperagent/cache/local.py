@@ -35,8 +35,8 @@ from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
-from hyperagent.files import is_temporary, write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
+from hyperagent.storage.files import is_temporary, write_atomically
 from hyperagent.topk import TopKRows
 
 log = structlog.get_logger()
@@ -110,11 +110,11 @@ class LocalCache(CacheReader):
         """An existing cache.
 
         Args:
-            exclusive: keep everybody else from opening it, to remove something.
+            exclusive: keep everybody else from opening it, in order to remove something.
 
         Raises:
             ConfigError: there is none, or it is of an unknown format version.
-            Conflict: somebody has it open alone, or, to be alone, at all.
+            Conflict: somebody has it open exclusively, or, with `exclusive`, somebody has it open.
             CorruptRecord: its manifest is damaged.
             StorageError: the file system refused.
         """
@@ -195,6 +195,10 @@ class LocalCache(CacheReader):
         capture.finish()
         return capture.key
 
+    def contains(self, key: str) -> bool:
+        """See `CacheReader.contains`."""
+        return self.index.find(bytes.fromhex(key)) is not None
+
     def trajectory_keys(self) -> list[str]:
         """See `CacheReader.trajectory_keys`."""
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
@@ -212,7 +216,7 @@ class LocalCache(CacheReader):
         self._writer.seal()
 
     def release_shard(self) -> None:
-        """Give up the shard that this process writes; the next writer goes on with it."""
+        """Give up the shard that this process writes; the next writer continues it."""
         self._writer.close()
 
     def _first_missing(self, blocks: Sequence[BlockPlan]) -> int:
@@ -247,6 +251,10 @@ class LocalCache(CacheReader):
                 # Compaction has moved it, and has deleted the shard it was in.
                 found = self.reader.read(self._at(key), key)
             yield found
+
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        self.reader.forget(self._at(key))
+        return self._read_one(key)
 
     def _at(self, key: bytes) -> Location:
         if (at := self.index.find(key)) is None:

@@ -9,7 +9,7 @@ fetched by ranges of bytes, those of one trajectory together. A folder on a read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -18,16 +18,13 @@ import fsspec
 import numpy as np
 
 from hyperagent.cache.base import CacheReader
-from hyperagent.cache.format.manifest import Manifest, manifest_path, parse_manifest, read_manifest
+from hyperagent.cache.format.manifest import Manifest, parse_manifest, read_manifest
 from hyperagent.cache.format.record import Header, Kind, check_record
-from hyperagent.cache.format.shard import SEALED, parse_footer, shard_paths
+from hyperagent.cache.format.shard import SEALED, parse_footer
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.compact import compact
-from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound, StorageError
+from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
 from hyperagent.identity import TeacherIdentity
-
-_UPLOAD_BYTES = 8 << 20
 
 
 class RemoteCache(CacheReader):
@@ -37,7 +34,7 @@ class RemoteCache(CacheReader):
         """Use `open`."""
         super().__init__(url, _manifest(url, files, folder), hot)
         self._files = files
-        with _storage_errors(url):
+        with storage_errors(url):
             # Fingerprints come from names: an object store has no cheaper way to hold a set.
             self._data = sorted(Path(name).stem for name in files.glob(f"{folder}/data/*.json"))
             self._shards = sorted(files.glob(f"{folder}/shards/*{SEALED}"))
@@ -52,7 +49,7 @@ class RemoteCache(CacheReader):
             CorruptRecord: its manifest or a shard's footer is damaged.
             StorageError: the store refused.
         """
-        files, folder = _file_system(url)
+        files, folder = open_file_system(url)
         return cls(url, files, folder, hot)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,16 +66,12 @@ class RemoteCache(CacheReader):
         return self._data
 
     def contains(self, key: str) -> bool:
-        """Whether a trajectory has been published; that its blocks were not damaged since, reading them tells."""
-        try:
-            self._at(bytes.fromhex(key))
-        except NotFound:
-            return False
-        return True
+        """See `CacheReader.contains`; the shards' footers are the index."""
+        return self._find(bytes.fromhex(key)) is not None
 
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
         at = [self._at(key) for key in keys]
-        with _storage_errors(self.name):
+        with storage_errors(self.name):
             contents = self._files.cat_ranges(
                 [path for path, _, _ in at], [start for _, start, _ in at], [end for _, _, end in at], on_error="raise"
             )
@@ -94,14 +87,23 @@ class RemoteCache(CacheReader):
                 ) from error
             yield header, whole
 
+    def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
+        # No record is kept between two reads.
+        return self._read_one(key)
+
     def _at(self, key: bytes) -> tuple[str, int, int]:
-        """The shard, and from where to where in it a record stands; the first in the order of names counts."""
+        if (at := self._find(key)) is None:
+            raise NotFound(f"the cache in {self.name} has no record {key.hex()}; populate it, and publish it again")
+        return at
+
+    def _find(self, key: bytes) -> tuple[str, int, int] | None:
+        """Return a record's shard, first byte and end; of several records the first in the order of shard names."""
         for path, footer in zip(self._shards, self._footers, strict=True):
             place = int(np.searchsorted(footer["key"].view("S32"), np.bytes_(key)))
             if place < len(footer) and bytes(footer["key"][place]) == key:
                 start = int(footer["offset"][place])
                 return path, start, start + int(footer["length"][place])
-        raise NotFound(f"the cache in {self.name} has no record {key.hex()}; populate it, and publish it again")
+        return None
 
     def _footer(self, path: str) -> np.ndarray[Any, np.dtype[np.void]]:
         try:
@@ -125,7 +127,7 @@ def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> Cac
 
 
 def read_identity(location: str | Path) -> TeacherIdentity:
-    """Whose rows are in the cache of that address or folder; its manifest alone is read.
+    """Return the identity of the teacher whose rows the cache holds; only its manifest is read.
 
     Raises:
         ConfigError: there is none, or the package that speaks the address's protocol is not installed.
@@ -133,69 +135,29 @@ def read_identity(location: str | Path) -> TeacherIdentity:
         StorageError: the store, or the file system, refused.
     """
     if "://" in str(location):
-        return _manifest(str(location), *_file_system(str(location))).identity
+        return _manifest(str(location), *open_file_system(str(location))).identity
     return read_manifest(Path(location)).identity
 
 
-def publish(cache: LocalCache, url: str, progress: Callable[[int, int], None] = lambda _done, _total: None) -> int:
-    """Compact and seal a cache's shards and copy what `url` does not have yet; returns the bytes copied.
-
-    The manifest goes last, so that who finds one finds all of it. A shard that compaction has replaced stays at `url`,
-    and does no harm: its records are the same.
-
-    Raises:
-        ConfigError: another cache is published there.
-        Conflict: somebody writes into the cache, so that what is published would not be all of it.
-        StorageError: the store, or the file system, refused; run again, it goes on.
-    """
-    files, folder = _file_system(url)
-    manifest = manifest_path(cache.root).read_bytes()
-    with _storage_errors(url):
-        there = files.cat_file(f"{folder}/{manifest_path(cache.root).name}") if _has_manifest(files, folder) else None
-    if there is not None and parse_manifest(there, url) != Manifest(cache.identity, cache.settings):
-        raise ConfigError(f"another cache is published at {url}; name another address")
-    compact(cache)
-    shards = shard_paths(cache.shards)
-    if growing := [path.name for path in shards if path.suffix != SEALED]:
-        raise Conflict(f"somebody writes into {cache.root} ({growing[0]}); publish when they have ended")
-    total, done, copied = sum(path.stat().st_size for path in shards), 0, 0
-    with _storage_errors(url):
-        files.makedirs(f"{folder}/shards", exist_ok=True)
-        files.makedirs(f"{folder}/data", exist_ok=True)
-        for path in shards:
-            target, size = f"{folder}/shards/{path.name}", path.stat().st_size
-            # A sealed shard never changes, and an upload that broke off is shorter.
-            if not files.exists(target) or files.size(target) != size:
-                _upload(path, files, target)
-                copied += size
-            done += size
-            progress(done, total)
-        for fingerprint in cache.data_fingerprints():
-            name = f"data/{fingerprint}.json"
-            files.pipe_file(f"{folder}/{name}", (cache.root / name).read_bytes())
-        files.pipe_file(f"{folder}/{manifest_path(cache.root).name}", manifest)
-    return copied
-
-
-def _upload(path: Path, files: fsspec.AbstractFileSystem, target: str) -> None:
-    with path.open("rb") as source, files.open(target, "wb") as sink:
-        while part := source.read(_UPLOAD_BYTES):
-            sink.write(part)
-
-
-def _has_manifest(files: fsspec.AbstractFileSystem, folder: str) -> bool:
+def has_manifest(files: fsspec.AbstractFileSystem, folder: str) -> bool:
+    """Return whether a cache is published in `folder`."""
     return bool(files.exists(f"{folder}/manifest.json"))
 
 
 def _manifest(url: str, files: fsspec.AbstractFileSystem, folder: str) -> Manifest:
-    with _storage_errors(url):
-        if not _has_manifest(files, folder):
+    with storage_errors(url):
+        if not has_manifest(files, folder):
             raise ConfigError(f"there is no cache in {url}; put one there with `hyperagent cache publish`")
         content = files.cat_file(f"{folder}/manifest.json")
     return parse_manifest(content, url)
 
 
-def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system that `url` names, and the path in it.
+
+    Raises:
+        ConfigError: the package that speaks the address's protocol is not installed.
+    """
     try:
         files, folder = fsspec.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -204,7 +166,8 @@ def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 @contextmanager
-def _storage_errors(url: str) -> Iterator[None]:
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn an `OSError` of the store into a `StorageError` that names it."""
     try:
         yield
     except OSError as error:

@@ -30,7 +30,7 @@ class ShardReader:
 
         Raises:
             NotFound: the shard is gone.
-            CorruptRecord: there is no whole record of `key`; says how it differs and how to mend it.
+            CorruptRecord: there is no whole record of `key`; says how it differs and how to restore it.
             StorageError: the file system refused.
         """
         shard = self._shard(at.shard)
@@ -42,7 +42,7 @@ class ShardReader:
         except CorruptRecord as error:
             raise CorruptRecord(
                 f"record {key.hex()} in {shard.path} at byte {at.offset} is damaged: {error}; run "
-                "`hyperagent cache populate` again to mend it"
+                "`hyperagent cache populate` again to restore it"
             ) from error
         except OSError as error:
             raise StorageError(

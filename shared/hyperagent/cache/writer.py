@@ -14,7 +14,7 @@ from hyperagent.cache.format.shard import OPEN, SHARD_HEADER_BYTES, Location, Sh
 from hyperagent.cache.index import Entry, Index
 from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
-from hyperagent.files import remedy_of
+from hyperagent.storage.files import remedy_of
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class RecordWriter:
                 self._seal()
 
     def close(self) -> None:
-        """Give the shard up; the next writer goes on with it."""
+        """Give the shard up; the next writer continues it."""
         with self._lock:
             if self._shard:
                 self._shard.close()
@@ -126,7 +126,7 @@ class RecordWriter:
             try:
                 shard.seal()
             except OSError as error:
-                # The records are durable without it; the next writer goes on with the shard and tries again.
+                # The records are durable without it; the next writer continues the shard and tries again.
                 log.warning("shard not sealed", shard=str(shard.path), error=str(error))
 
     @contextmanager

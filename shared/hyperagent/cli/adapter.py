@@ -10,6 +10,7 @@ import typer
 
 from hyperagent.cli.display import print_result
 from hyperagent.errors import ConfigError
+from hyperagent.services import Service
 
 _READY_TIMEOUT_S = 20.0
 
@@ -29,7 +30,7 @@ def create(
     tools_file: Annotated[Path | None, typer.Option(help="Read the tools, a JSON list, from this file.")] = None,
     extra_file: Annotated[Path | None, typer.Option(help="Read further text, such as a repository map.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write the adapter to, for PEFT and vLLM.")] = Path("adapter"),
-    server: Annotated[str, typer.Option(help="The adapter service's address.")] = "http://127.0.0.1:8703",
+    server: Annotated[str, typer.Option(help="The adapter service's address.")] = Service.ADAPTER_API.default_address,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Turn a prompt into a LoRA adapter in PEFT's format.
@@ -37,23 +38,22 @@ def create(
     System prompt, tools and further text are given if, and only if, the hypernetwork was trained to read them.
     """
     from hyperagent.auth import read_token
-    from hyperagent.files import new_directory
-    from hyperagent.http.client import ApiClient
-    from hyperagent.model.peft_io import CONFIG_FILE, MODEL_FILE
+    from hyperagent.config import parse
+    from hyperagent.http.adapter_client import AdapterClient
+    from hyperagent.http.adapter_models import PromptBody
 
     body: dict[str, Any] = {"prompt": _prompt_text(prompt, prompt_file)}
     for name, path in (("system", system_file), ("tools", tools_file), ("extra", extra_file)):
         if path is not None:
             body[name] = _tools(path) if name == "tools" else _text(path)
+    request = parse(body, PromptBody, source="hyperagent adapter create")
     # A service that was started a moment ago, in the same script, is still loading, and may not have made the token yet.
-    with ApiClient(server, token="") as client:
+    with AdapterClient(server, token="") as client:
         client.wait_until_ready(_READY_TIMEOUT_S)
-    with ApiClient(server, read_token()) as client:
-        created = client.post_json("/v1/adapters", body)
-        with new_directory(out) as temporary:
-            for name in (MODEL_FILE, CONFIG_FILE):
-                (temporary / name).write_bytes(client.get_bytes(f"/v1/adapters/{created['id']}/{name}"))
-    print_result({**created, "folder": str(out)}, as_json=as_json)
+    with AdapterClient(server, read_token()) as client:
+        adapter = client.create(request)
+        client.download(adapter, out)
+    print_result({**adapter.model_dump(mode="json"), "folder": str(out)}, as_json=as_json)
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

@@ -11,11 +11,14 @@ import typer
 
 from hyperagent.cli import cache_care, cache_exchange
 from hyperagent.cli.cache_care import Json, Root
-from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.cli.display import add_bar, print_result, progress_bars
+from hyperagent.errors import ConfigError
 from hyperagent.services import Service
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
+
+    from hyperagent.populate.run import PopulateReport
 
 app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
 for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
@@ -53,6 +56,13 @@ def populate(
     teacher_wait_s: Annotated[
         float, typer.Option(min=0, help="Seconds that a teacher that has gone has to come back.")
     ] = 600.0,
+    file_on_teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the tokens file's copy in the teacher's --data-dir, to be read there instead of sent; "
+            "with one --teacher, and without a queue."
+        ),
+    ] = None,
     tls_ca: TlsCa = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Json = False,
@@ -65,8 +75,12 @@ def populate(
     import asyncio
 
     settings = _PopulateSettings(queue or f"{tokens}.queue.sqlite", calls, max_tries, lease_s, teacher_wait_s)
+    if file_on_teacher is not None and (len(teacher) > 1 or queue is not None):
+        raise ConfigError("--file-on-teacher works with one --teacher and without --queue; leave out the others")
     with progress_bars() as bars:
-        result = asyncio.run(_populate(tokens, teacher, tls_ca, settings, bars, dry_run=dry_run))
+        result = asyncio.run(
+            _populate(tokens, teacher, tls_ca, settings, bars, file_on_teacher=file_on_teacher, dry_run=dry_run)
+        )
     print_result(result, as_json=as_json)
     if result.get("refused") or result.get("quarantined"):
         raise typer.Exit(1)
@@ -97,11 +111,10 @@ def audit(
 def verify(root: Root, as_json: Json = False) -> None:
     """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.cache.maintenance import verify
+    from hyperagent.cache.maintenance.verify import verify as verify_cache
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("verifying", total=None, note="bytes")
-        report = verify.verify(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        report = verify_cache(cache, add_bar(bars, "verifying", unit="bytes"))
     damaged = [
         f"{found.path} at byte {found.offset}: {found.reason}{f' (record {found.key})' if found.key else ''}"
         for found in report.damaged
@@ -125,11 +138,10 @@ def verify(root: Root, as_json: Json = False) -> None:
 def stats(root: Root, as_json: Json = False) -> None:
     """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.cache.maintenance import verify
+    from hyperagent.cache.maintenance.stats import count
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("counting", total=None, note="shards")
-        counted = verify.count(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        counted = count(cache, add_bar(bars, "counting", unit="shards"))
         print_result(
             {
                 **asdict(counted),
@@ -155,14 +167,15 @@ async def _populate(
     addresses: list[str],
     tls_ca: Path | None,
     settings: _PopulateSettings,
-    bars: Progress,
+    bars: Bars,
     *,
+    file_on_teacher: str | None,
     dry_run: bool,
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
     from hyperagent.data.files.tokens_file import read_data_identity
     from hyperagent.identity import require_same
-    from hyperagent.populate.run import find_teachers, open_queue, plan, populate
+    from hyperagent.populate.run import find_teachers, open_queue, plan, populate, populate_file_on_teacher
     from hyperagent.wire.client import TeacherClient
 
     data = read_data_identity(tokens)
@@ -186,6 +199,11 @@ async def _populate(
                 "teacher": asdict(facts.identity),
                 "queue": settings.queue,
             }
+        if file_on_teacher is not None:
+            report = await populate_file_on_teacher(
+                tokens, clients[0], file_on_teacher, progress=add_bar(bars, "populating", unit="trajectories")
+            )
+            return _populate_result(report)
         queue = open_queue(
             settings.queue,
             data=data,
@@ -201,7 +219,7 @@ async def _populate(
                 calls_per_teacher=settings.calls,
                 lease_s=settings.lease_s,
                 teacher_wait_s=settings.teacher_wait_s,
-                progress=lambda counts: bars.update(
+                on_counts=lambda counts: bars.update(
                     task,
                     description="populating",
                     completed=counts.tokens_over,
@@ -211,11 +229,15 @@ async def _populate(
             )
         finally:
             queue.close()
+    return _populate_result(report)
+
+
+def _populate_result(report: PopulateReport) -> dict[str, Any]:
     return {**asdict(report), "refused": list(report.refused), "quarantined": list(report.quarantined)}
 
 
 async def _audit(
-    root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Progress
+    root: Path, tokens: Path, address: str, tls_ca: Path | None, positions: int, seed: int, bars: Bars
 ) -> dict[str, Any]:
     from hyperagent.auth import read_token
     from hyperagent.cache.local import LocalCache
@@ -223,7 +245,6 @@ async def _audit(
     from hyperagent.wire.client import TeacherClient
 
     cache = LocalCache.open(root)
-    task = bars.add_task("auditing", total=None, note="")
     async with TeacherClient(address, read_token(), tls_ca=tls_ca) as teacher:
         report = await audit(
             cache,
@@ -231,6 +252,6 @@ async def _audit(
             teacher,
             num_positions=positions,
             seed=seed,
-            progress=lambda done, total: bars.update(task, completed=done, total=total, note="trajectories"),
+            progress=add_bar(bars, "auditing", unit="trajectories"),
         )
     return asdict(report)

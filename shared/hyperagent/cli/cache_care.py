@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.cli.display import add_bar, print_result, progress_bars
 
 if TYPE_CHECKING:
     from hyperagent.cache.maintenance.compact import CompactReport
@@ -70,11 +70,10 @@ def plan(
 
 def repair(root: Root, as_json: Json = False) -> None:
     """Rebuild the index and quarantine damaged shards; exits 1 if trajectories have to be populated again."""
-    from hyperagent.cache.maintenance.repair import repair as mend
+    from hyperagent.cache.maintenance.repair import repair as repair_cache
 
     with progress_bars() as bars:
-        task = bars.add_task("checking", total=None, note="bytes")
-        report = mend(root, lambda done, total: bars.update(task, completed=done, total=total))
+        report = repair_cache(root, add_bar(bars, "checking", unit="bytes"))
     print_result(
         {
             "trajectories": report.trajectories,
@@ -103,10 +102,7 @@ def gc(
 
     with progress_bars() as bars, LocalCache.open(root, exclusive=True) as cache:
         kept = keep and {cache.key(one.token_ids, one.positions) for file in keep for one in read_tokens(file)}
-        task = bars.add_task("compacting", total=None, note="shards")
-        report = collect_garbage(
-            cache, kept or None, lambda done, total: bars.update(task, completed=done, total=total)
-        )
+        report = collect_garbage(cache, kept or None, add_bar(bars, "compacting", unit="shards"))
     result = {name: value for name, value in asdict(report).items() if name != "compacted"}
     print_result({**result, **_compacted(report.compacted)}, as_json=as_json)
 
@@ -114,11 +110,10 @@ def gc(
 def compact(root: Root, as_json: Json = False) -> None:
     """Free the bytes of records that do not count any more, and seal the shards."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.cache.maintenance import compact as compaction
+    from hyperagent.cache.maintenance.compact import compact as compact_cache
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("compacting", total=None, note="shards")
-        report = compaction.compact(cache, lambda done, total: bars.update(task, completed=done, total=total))
+        report = compact_cache(cache, add_bar(bars, "compacting", unit="shards"))
     print_result(_compacted(report), as_json=as_json)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from hyperagent.cli.cache_care import Json, Root, Tokens
-from hyperagent.cli.display import print_result, progress_bars
+from hyperagent.cli.display import add_bar, print_result, progress_bars
 
 
 def export(
@@ -23,16 +23,15 @@ def export(
 ) -> None:
     """Write the rows of a tokens file's trajectories for other tools; `import` takes them back."""
     from hyperagent.cache.local import LocalCache
-    from hyperagent.export import transfer as exchange
+    from hyperagent.export.transfer import export as export_files
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("exporting", total=None, note="trajectories")
-        report = exchange.export(
+        report = export_files(
             cache,
             tokens,
             out,
             file_format=file_format,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
+            progress=add_bar(bars, "exporting", unit="trajectories"),
         )
     print_result({**asdict(report), "folder": str(out)}, as_json=as_json)
 
@@ -59,11 +58,7 @@ def import_(
     said = {"codec": codec, "kept_mass": kept_mass, "min_k": min_k}
     wanted = {name: value for name, value in said.items() if value is not None}
     with progress_bars() as bars:
-        task = bars.add_task("importing", total=None, note="trajectories")
-
-        def progress(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-
+        progress = add_bar(bars, "importing", unit="trajectories")
         if manifest_path(source).exists():
             with LocalCache.open(source) as other:
                 # A cache that is there already stores rows as it does, whatever the source does.
@@ -84,10 +79,9 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Copy a cache's sealed shards to an object store, from which trainers read it; run again, it copies what is new."""
-    from hyperagent.cache import remote
     from hyperagent.cache.local import LocalCache
+    from hyperagent.cache.maintenance.publish import publish as publish_cache
 
     with progress_bars() as bars, LocalCache.open(root) as cache:
-        task = bars.add_task("publishing", total=None, note="bytes")
-        copied = remote.publish(cache, url, lambda done, total: bars.update(task, completed=done, total=total))
+        copied = publish_cache(cache, url, add_bar(bars, "publishing", unit="bytes"))
     print_result({"url": url, "bytes_copied": copied}, as_json=as_json)

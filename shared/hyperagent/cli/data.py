@@ -11,7 +11,7 @@ import typer
 
 from hyperagent.cli import data_options as opt
 from hyperagent.cli.data_look import inspect, plan, show
-from hyperagent.cli.display import print_result, progress_bars, refusals
+from hyperagent.cli.display import add_bar, print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
     from hyperagent.data.pipeline.selection import Selected
@@ -83,13 +83,12 @@ def split(
         source="the options",
     )
     with progress_bars() as bars:
-        task = bars.add_task("reading", total=None, note="")
         selected = select_rows(
             source,
             selection,
             license_of=read_joined(licenses, "license_name") if licenses else None,
             strict=strict,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
+            progress=add_bar(bars, "reading"),
         )
     print_result(_split_result(selected, split_rows(selected.rows, settings), as_json=as_json), as_json=as_json)
 
@@ -159,7 +158,6 @@ def tokenize(
         source="the options",
     )
     with progress_bars() as bars:
-        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenizing")}
         report = tokenize_file(
             source,
             target,
@@ -168,7 +166,8 @@ def tokenize(
             joined=JoinedFiles(licenses, extra),
             strict=strict,
             num_workers=workers,
-            progress=lambda what, done, total: bars.update(tasks[what], completed=done, total=total),
+            reading=add_bar(bars, "reading"),
+            tokenizing=add_bar(bars, "tokenizing"),
         )
     print_result(_tokenize_result(target, report, as_json=as_json), as_json=as_json)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hyperagent.cli import data_options as opt
-from hyperagent.cli.display import print_result, progress_bars, refusals
+from hyperagent.cli.display import add_bar, print_result, progress_bars, refusals
 
 if TYPE_CHECKING:
     from hyperagent.data.reports.inspect import FileReport
@@ -38,13 +38,12 @@ def inspect(
 
     chat = ChatTokenizer(tokenizer)
     with progress_bars() as bars:
-        task = bars.add_task("inspecting", total=None, note="")
         report = inspect_file(
             source,
             chat,
             strict=strict,
             num_workers=workers,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
+            progress=add_bar(bars, "inspecting"),
         )
     if plot is not None:
         write_histogram(plot, report, max_tokens=max_tokens)
@@ -163,14 +162,14 @@ def plan(
     )
     selection = Selection(resolved_only=resolved_only, exit_statuses=tuple(exit_status or ()), sample=sample, seed=seed)
     with progress_bars() as bars:
-        tasks = {name: bars.add_task(name, total=None, note="") for name in ("reading", "tokenizing")}
         measured = measure_rows(
             source,
             ChatTokenizer(tokenizer),
             views,
             selection,
             num_workers=workers,
-            progress=lambda what, done, total: bars.update(tasks[what], completed=done, total=total),
+            reading=add_bar(bars, "reading"),
+            tokenizing=add_bar(bars, "tokenizing"),
         )
     made = plan_distillation(
         measured.tokens,

@@ -10,19 +10,21 @@ import typer
 from rich.console import Console
 
 from hyperagent.errors import RowRefused
+from hyperagent.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
 
 stderr = Console(stderr=True)
 
 
-def progress_bars() -> Progress:
+def progress_bars() -> Bars:
     """Return progress bars on standard error, each with count, elapsed time, ETA and a `note` field."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
     from rich.progress import TimeRemainingColumn as EtaColumn
 
-    return Progress(
+    return Bars(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,6 +35,16 @@ def progress_bars() -> Progress:
         TextColumn("{task.fields[note]}", style="dim"),
         console=stderr,
     )
+
+
+def add_bar(bars: Bars, description: str, *, unit: str = "") -> Progress:
+    """Add a bar and return the function that moves it; `unit` names what is counted."""
+    task = bars.add_task(description, total=None, note=unit)
+
+    def update(done: int, total: int) -> None:
+        bars.update(task, completed=done, total=total)
+
+    return update
 
 
 def print_result(result: dict[str, Any], *, as_json: bool) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hyperagent.cli.display import print_result, progress_bars, stderr
+from hyperagent.services import Service
 
-_POLL_S = 0.5
-_FINAL = {"done", "failed", "stopped"}
+if TYPE_CHECKING:
+    from hyperagent.http.run_client import RunClient
+    from hyperagent.http.run_models import RunBody
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of one of the trainer's recipes.")],
-    server: Annotated[str, typer.Option(help="The trainer's address.")] = "http://127.0.0.1:8702",
+    server: Annotated[str, typer.Option(help="The trainer's address.")] = Service.TRAINER.default_address,
     num_steps: Annotated[int | None, typer.Option(help="Override the recipe's number of optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Override the recipe's trajectories per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Override the recipe's peak learning rate.")] = None,
@@ -24,30 +25,30 @@ def train(
 ) -> None:
     """Start a training run and follow it to its end; Ctrl-C stops watching, not the run."""
     from hyperagent.auth import read_token
-    from hyperagent.http.client import ApiClient
+    from hyperagent.config import parse
+    from hyperagent.http.run_client import RunClient
+    from hyperagent.http.run_models import RunRequest
 
-    asked = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    overrides = {name: value for name, value in asked.items() if value is not None}
-    with ApiClient(server, read_token()) as client:
-        run = client.post_json("/v1/runs", {"recipe": recipe, "overrides": overrides})
+    overrides = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    request = parse({"recipe": recipe, "overrides": overrides}, RunRequest, source="hyperagent train")
+    with RunClient(server, read_token()) as client:
+        run = client.start(request)
         try:
             run = _follow(client, run)
         except KeyboardInterrupt:
             stderr.print(
-                f"The run goes on: GET {server}/v1/runs/{run['id']}; stop it with POST {server}/v1/runs/{run['id']}/stop"
+                f"The run continues: GET {server}/v1/runs/{run.id}; stop it with POST {server}/v1/runs/{run.id}/stop"
             )
             raise typer.Exit(130) from None
-    print_result(run, as_json=as_json)
-    if run["state"] != "done":
+    print_result(run.model_dump(mode="json"), as_json=as_json)
+    if run.state != "done":
         raise typer.Exit(1)
 
 
-def _follow(client: Any, run: dict[str, Any]) -> dict[str, Any]:
+def _follow(client: RunClient, started: RunBody) -> RunBody:
     with progress_bars() as bars:
-        task = bars.add_task(f"training {run['id']}", total=run["num_steps"], note=run["state"])
-        while run["state"] not in _FINAL:
-            time.sleep(_POLL_S)
-            run = client.get_json(f"/v1/runs/{run['id']}")
-            loss = "" if run["loss"] is None else f" · loss {run['loss']:.3f} · {run['tokens_per_s']:,.0f} tokens/s"
-            bars.update(task, completed=run["step"], note=run["state"] + loss)
+        task = bars.add_task(f"training {started.id}", total=started.num_steps, note=started.state)
+        run = started
+        for run in client.follow(started.id):
+            bars.update(task, completed=run.step, note=run.progress_note)
     return run

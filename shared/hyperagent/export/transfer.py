@@ -7,7 +7,6 @@ FOLDER/<key>.<suffix>      a trajectory each, see `hyperagent.export.formats`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, NotFound
 from hyperagent.export.formats import FORMATS, ExportedTrajectory
-from hyperagent.files import write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity
+from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import write_atomically
 
 DESCRIPTION = "export.json"
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class ExportDescription:
-    """What `export.json` tells."""
+    """What `export.json` states."""
 
     format: str
     identity: TeacherIdentity
@@ -41,7 +40,7 @@ class ExportDescription:
 
 
 def export(
-    cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = lambda _done, _total: None
+    cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = no_progress
 ) -> ExchangeReport:
     """Write the trajectories of a tokens file, each with its rows; run again, it writes the same files again.
 
@@ -49,7 +48,7 @@ def export(
         IdentityMismatch: the cache was not populated from this tokens file.
         ConfigError: the folder holds another export.
         DataError: the cache lacks a trajectory; names it.
-        CorruptRecord: a record is damaged; says which and how to mend it.
+        CorruptRecord: a record is damaged; says which and how to restore it.
         StorageError: the file system refused; files that were written stay.
     """
     data = read_data_identity(tokens)
@@ -106,7 +105,7 @@ def read_description(folder: Path) -> ExportDescription:
     return ExportDescription(file_format, identity, data)
 
 
-def import_files(folder: Path, cache: LocalCache, progress: Progress = lambda _done, _total: None) -> ExchangeReport:
+def import_files(folder: Path, cache: LocalCache, progress: Progress = no_progress) -> ExchangeReport:
     """Put every trajectory of an exported folder into the cache of its teacher; what is there already stays.
 
     Raises:

@@ -26,9 +26,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 
-from hyperagent.errors import HyperagentError, InvalidRequest
+from hyperagent.errors import Busy, HyperagentError, InvalidRequest
 from hyperagent.http.middleware import LimitBody, MeasureRequests, RequireToken, instance_of, problem_response
-from hyperagent.http.problems import MEDIA_TYPE, Busy, Problem, http_problem, problem_of
+from hyperagent.http.problems import MEDIA_TYPE, Problem, http_problem, problem_of
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

@@ -1,14 +1,22 @@
-"""Calling one of the REST services; its problems come back as the errors they were raised as."""
+"""Calling one of the REST services; its problems come back as the errors they were raised as.
+
+A request is described once, as a `Call`, and sent by `ApiClient` or by its asynchronous twin `AsyncApiClient`. The
+clients of the two services are built on them: `run_client` and `adapter_client`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hyperagent.errors import ConfigError, HyperagentError, ServiceError
 from hyperagent.http.problems import MEDIA_TYPE, Problem, error_of
@@ -19,14 +27,34 @@ _ANSWER_TIMEOUT_S = 600.0
 _POLL_S = 0.1
 _POLL_TIMEOUT_S = 2.0
 
+_Answer = TypeVar("_Answer")
+_Model = TypeVar("_Model", bound=BaseModel)
 
-class ApiClient:
-    """A connection to one service; a context manager, for one thread.
 
-    Every method raises, besides the errors it names, what the service answered with, and:
-        ServiceError: nothing answers, or what answers is no such service.
-        ConfigError: the service does not know the token.
-    """
+@dataclass(frozen=True)
+class Call(Generic[_Answer]):
+    """One request, and how its answer is read."""
+
+    method: str
+    path: str
+    read: Callable[[bytes], _Answer]
+    """Turns the body of the answer into a value; raises ValueError if it is not what was asked for."""
+    body: object = None
+    """Sent as JSON unless it is None."""
+    query: Mapping[str, str | int] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_of(model: type[_Model]) -> Callable[[bytes], _Model]:
+    """Return the `read` of a call whose answer is JSON of this model."""
+    return model.model_validate_json
+
+
+_READY = Call("GET", "/readyz", bytes)
+
+
+class _Connection:
+    """What both clients share: the address, the token, and what an answer means."""
 
     def __init__(self, base_url: str, token: str) -> None:
         """Remember where the service is; `token` may be empty for `wait_until_ready`.
@@ -41,64 +69,16 @@ class ApiClient:
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"{base_url!r} is not an address; use one like http://127.0.0.1:8703")
         self._url = str(url).rstrip("/")
-        self._client = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=False,  # a proxy named in the environment must not see loopback traffic and its token
-        )
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "trust_env": False,  # a proxy named in the environment must not see loopback traffic and its token
+        }
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.close()
-
-    def get_json(self, path: str) -> Any:
-        """The JSON value at `path`."""
-        return self._json(self._send("GET", path))
-
-    def post_json(self, path: str, body: object) -> Any:
-        """Send a JSON value; returns the one answered."""
-        return self._json(self._send("POST", path, body=body))
-
-    def get_bytes(self, path: str) -> bytes:
-        """The content at `path`."""
-        return self._send("GET", path).content
-
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the service says that it is ready.
-
-        Raises:
-            ServiceError: it was not within `timeout_s` seconds.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            remaining_s = deadline - time.monotonic()
-            try:
-                self._send("GET", "/readyz", timeout_s=min(max(remaining_s, _POLL_S), _POLL_TIMEOUT_S))
-            except HyperagentError as error:
-                if remaining_s <= _POLL_S:
-                    raise ServiceError(f"{self._url} was not ready within {timeout_s:g} s: {error}") from error
-                time.sleep(_POLL_S)
-            else:
-                return
-
-    def _json(self, response: httpx.Response) -> Any:
+    @contextmanager
+    def _transport_errors(self) -> Iterator[None]:
         try:
-            return response.json()
-        except ValueError as error:
-            raise ServiceError(
-                f"{response.url} answered something that is not JSON; check that {self._url} is the right service"
-            ) from error
-
-    def _send(
-        self, method: str, path: str, *, body: object = None, timeout_s: float = _ANSWER_TIMEOUT_S
-    ) -> httpx.Response:
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
-        try:
-            response = self._client.request(method, path, json=body, timeout=timeout)
+            yield
         except httpx.ConnectError as error:
             raise ServiceError(
                 f"nothing answers at {self._url} ({error}); "
@@ -110,9 +90,17 @@ class ApiClient:
             raise ServiceError(
                 f"the connection to {self._url} failed: {error}; check that it is the right service, and its log"
             ) from error
-        if response.is_success:
-            return response
-        raise self._error(response)
+
+    def _read(self, call: Call[_Answer], response: httpx.Response) -> _Answer:
+        if not response.is_success:
+            raise self._error(response)
+        try:
+            return call.read(response.content)
+        except ValueError as error:
+            raise ServiceError(
+                f"{response.url} did not answer with the expected JSON; check that {self._url} is the right service, "
+                "and of this release"
+            ) from error
 
     def _error(self, response: httpx.Response) -> HyperagentError:
         if response.status_code == HTTPStatus.UNAUTHORIZED:
@@ -129,3 +117,108 @@ class ApiClient:
             f"{response.url} answered {response.status_code} {response.reason_phrase}; "
             f"check that {self._url} is the right service"
         )
+
+
+class ApiClient(_Connection):
+    """A connection to one service; a context manager, for one thread.
+
+    Every method raises, besides the errors it names, what the service answered with, and:
+        ServiceError: nothing answers, or what answers is no such service.
+        ConfigError: the service does not know the token.
+    """
+
+    def __enter__(self) -> Self:
+        self._client = httpx.Client(**self._options)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def send(self, call: Call[_Answer], *, timeout_s: float = _ANSWER_TIMEOUT_S) -> _Answer:
+        """Send a request and return what its answer says."""
+        with self._transport_errors():
+            response = self._client.send(_build(self._client, call, timeout_s))
+        return self._read(call, response)
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Return once the service says that it is ready.
+
+        Raises:
+            ServiceError: it was not within `timeout_s` seconds.
+        """
+        waiting = _Waiting(self._url, timeout_s)
+        while True:
+            try:
+                self.send(_READY, timeout_s=waiting.attempt_timeout_s())
+            except HyperagentError as error:
+                waiting.require_time_left(error)
+                time.sleep(_POLL_S)
+            else:
+                return
+
+
+class AsyncApiClient(_Connection):
+    """`ApiClient` for an event loop; an async context manager."""
+
+    async def __aenter__(self) -> Self:
+        self._client = httpx.AsyncClient(**self._options)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def send(self, call: Call[_Answer], *, timeout_s: float = _ANSWER_TIMEOUT_S) -> _Answer:
+        """Send a request and return what its answer says."""
+        with self._transport_errors():
+            response = await self._client.send(_build(self._client, call, timeout_s))
+        return self._read(call, response)
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Return once the service says that it is ready.
+
+        Raises:
+            ServiceError: it was not within `timeout_s` seconds.
+        """
+        waiting = _Waiting(self._url, timeout_s)
+        while True:
+            try:
+                await self.send(_READY, timeout_s=waiting.attempt_timeout_s())
+            except HyperagentError as error:
+                waiting.require_time_left(error)
+                await asyncio.sleep(_POLL_S)
+            else:
+                return
+
+
+class _Waiting:
+    """The time that a service has to become ready."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def attempt_timeout_s(self) -> float:
+        """Return how long the next attempt may take."""
+        self._left_s = self._deadline - time.monotonic()
+        return min(max(self._left_s, _POLL_S), _POLL_TIMEOUT_S)
+
+    def require_time_left(self, error: HyperagentError) -> None:
+        """Raise ServiceError, with the error of the last attempt as the reason, if that attempt was the last one."""
+        if self._left_s <= _POLL_S:
+            raise ServiceError(f"{self._url} was not ready within {self._timeout_s:g} s: {error}") from error
+
+
+def _build(client: httpx.Client | httpx.AsyncClient, call: Call[Any], timeout_s: float) -> httpx.Request:
+    return client.build_request(
+        call.method,
+        call.path,
+        json=call.body,
+        params=dict(call.query) or None,
+        headers=dict(call.headers),
+        timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
+    )

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pydantic import BaseModel, ConfigDict
 
 from hyperagent.errors import (
+    Busy,
     ConfigError,
     Conflict,
     CorruptRecord,
@@ -27,10 +28,6 @@ from hyperagent.errors import (
 MEDIA_TYPE = "application/problem+json"
 
 _MAX_DETAIL_CHARACTERS = 1000
-
-
-class Busy(ServiceError):
-    """The service holds as many requests as it accepts at once."""
 
 
 class Problem(BaseModel):

@@ -74,6 +74,13 @@ class RunStatus(StrictModel):
     updated_at: float = Field(default_factory=time.time)
     """Seconds since the epoch."""
 
+    @property
+    def progress_note(self) -> str:
+        """State, loss and speed in a few words, for a progress bar."""
+        if self.loss is None:
+            return self.state
+        return f"{self.state} · loss {self.loss:.3f} · {self.tokens_per_s or 0:,.0f} tokens/s"
+
 
 class RunBody(RunStatus):
     """A run: its status, and where to go from here."""

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
-from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.config import EMBEDDINGS
@@ -32,6 +31,7 @@ from hyperagent.model.featurizer import EmbeddingFeaturizer, PromptFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.static_lora import StaticLoRA
+from hyperagent.storage.files import new_directory
 
 FORMAT_VERSION = 3
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hyperagent.architecture import attention_widths, decoder_prefix, linear_attention_widths
 from hyperagent.errors import ConfigError
 from hyperagent.model.config import LayerInfo
 
@@ -26,8 +27,7 @@ Shape = tuple[int, int]
 
 def _attention(config: Any, *, query_gate: bool = False) -> dict[str, Shape]:
     """Projections of (grouped-query) softmax attention; a gated one has its output gate inside q_proj."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query, key = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
+    query, key = attention_widths(config)
     return {
         "self_attn.q_proj": (config.hidden_size, 2 * query if query_gate else query),
         "self_attn.k_proj": (config.hidden_size, key),
@@ -49,8 +49,7 @@ def _dense_shapes(config: Any) -> dict[str, Shape]:
 
 
 def _qwen3_next_shapes(config: Any) -> dict[str, Shape]:
-    key = config.linear_num_key_heads * config.linear_key_head_dim
-    value = config.linear_num_value_heads * config.linear_value_head_dim
+    key, value = linear_attention_widths(config)
     return (
         _attention(config, query_gate=True)
         | {
@@ -120,10 +119,9 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
     shapes = ARCHITECTURES[model_type].shapes(student.config)
     targets = ARCHITECTURES[model_type].targets if targets is None else tuple(targets)
     _check_names(targets, shapes, model_type)
-    decoder = student.get_decoder()
-    prefix = next(name for name, module in student.named_modules() if module is decoder)
+    prefix = decoder_prefix(student)
     found: list[LayerInfo] = []
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(student.get_decoder().layers):
         modules = dict(layer.named_modules())
         # Those of the layer's own parts: an attention layer need not have the projections of a DeltaNet one.
         here = [path for path in targets if path.rpartition(".")[0] in modules]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import TokensFile, read_tokens
 from hyperagent.errors import DataError
 from hyperagent.identity import require_same
+from hyperagent.progress import Progress, no_progress
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent.wire.client import TeacherClient
 
@@ -51,7 +51,7 @@ async def audit(
     *,
     num_positions: int,
     seed: int,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> AuditReport:
     """Score `num_positions` random cached positions again.
 

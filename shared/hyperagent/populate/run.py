@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,17 @@ from blake3 import blake3
 
 from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.size_estimate import bytes_per_row
-from hyperagent.cache.maintenance.verify import cache_digest
-from hyperagent.data.files.tokens_file import TokensFile, read_data_identity, read_tokens
+from hyperagent.cache.maintenance.stats import cache_digest
+from hyperagent.data.files.tokens_file import TokensFile, count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import HyperagentError
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
 from hyperagent.populate.queue import QueueCounts, WorkItem, WorkQueue
 from hyperagent.populate.redis_queue import RedisQueue
 from hyperagent.populate.sqlite_queue import SqliteQueue
 from hyperagent.populate.worker import Worker
+from hyperagent.progress import Progress, no_progress
 from hyperagent.wire.client import TeacherClient, TeacherFacts
-from hyperagent.wire.outcome import Outcome
+from hyperagent.wire.outcome import Outcome, PopulateOutcome
 
 _POLL_S = 0.5
 
@@ -127,7 +129,7 @@ async def populate(
     calls_per_teacher: int,
     lease_s: float,
     teacher_wait_s: float,
-    progress: Callable[[QueueCounts], None] = lambda _counts: None,
+    on_counts: Callable[[QueueCounts], None] = lambda _counts: None,
 ) -> PopulateReport:
     """Work, beside whoever shares the queue, until all of it is over.
 
@@ -136,7 +138,7 @@ async def populate(
     Args:
         calls_per_teacher: trajectories that a teacher holds at once.
         lease_s, teacher_wait_s: see `Worker`.
-        progress: called now and then.
+        on_counts: called with the queue's counts twice a second.
 
     Raises:
         HyperagentError: what ended the last worker, if something is left to do.
@@ -153,7 +155,7 @@ async def populate(
     try:
         while not working.done():
             await asyncio.wait({working}, timeout=_POLL_S)
-            progress(await asyncio.to_thread(queue.counts))
+            on_counts(await asyncio.to_thread(queue.counts))
         ends = working.result()
     finally:
         working.cancel()
@@ -164,25 +166,60 @@ async def populate(
             raise failure
     if failures and not (await asyncio.to_thread(queue.counts)).is_over:
         raise failures[0]
-    return await asyncio.to_thread(_report, queue)
+    return await asyncio.to_thread(_queue_report, queue)
 
 
-def _report(queue: WorkQueue) -> PopulateReport:
-    outcomes: Counter[str] = Counter()
-    refused, digests, rows = [], {}, 0
-    for finished in queue.finished():
-        outcomes[finished.outcome] += 1
-        rows += finished.item.num_rows
-        if finished.cache_key:
-            digests[finished.cache_key] = finished.record_digest
-        else:
-            refused.append(f"{finished.item.trajectory_id}: {finished.reason}")
+async def populate_file_on_teacher(
+    tokens: Path, client: TeacherClient, name: str, *, progress: Progress = no_progress
+) -> PopulateReport:
+    """Have one teacher populate its cache from a copy of `tokens` in its own data folder, without a queue.
+
+    Args:
+        tokens: the caller's copy; only its identity and its number of rows are read.
+        name: of the teacher's copy, relative to the teacher's `--data-dir`.
+        progress: called with (trajectories done, trajectories).
+
+    Raises:
+        NotFound: the teacher has no such file.
+        InvalidRequest: the teacher reads no files, or the name leads out of its data folder.
+        IdentityMismatch: the teacher's file is not `tokens`, or its tokenizer is another.
+        ServiceError: the teacher is gone; what it has written stays, and running again goes on from there.
+        StorageError: the teacher cannot write to its cache.
+    """
+    data = await asyncio.to_thread(read_data_identity, tokens)
+    total = await asyncio.to_thread(count_tokens_rows, tokens)
+    outcomes: list[PopulateOutcome] = []
+    async with aclosing(client.populate_file(name, data=data)) as answers:
+        async for outcome in answers:
+            outcomes.append(outcome)
+            progress(len(outcomes), total)
+    return _report(outcomes, quarantined=())
+
+
+def _queue_report(queue: WorkQueue) -> PopulateReport:
+    outcomes = [
+        PopulateOutcome(
+            trajectory_id=finished.item.trajectory_id,
+            outcome=Outcome(finished.outcome),
+            num_rows=finished.item.num_rows,
+            num_tokens=finished.item.num_tokens,
+            cache_key=finished.cache_key,
+            record_digest=finished.record_digest,
+            reason=finished.reason,
+        )
+        for finished in queue.finished()
+    ]
     quarantined = [f"{s.item.trajectory_id}: failed {s.tries} times, last: {s.reason}" for s in queue.quarantined()]
+    return _report(outcomes, quarantined)
+
+
+def _report(outcomes: Sequence[PopulateOutcome], quarantined: Iterable[str]) -> PopulateReport:
+    counts = Counter(one.outcome for one in outcomes)
     return PopulateReport(
-        written=outcomes[Outcome.WRITTEN],
-        present=outcomes[Outcome.PRESENT],
-        refused=tuple(refused),
+        written=counts[Outcome.WRITTEN],
+        present=counts[Outcome.PRESENT],
+        refused=tuple(f"{one.trajectory_id}: {one.reason}" for one in outcomes if not one.cache_key),
         quarantined=tuple(quarantined),
-        supervised_tokens=rows,
-        digest=cache_digest(digests),
+        supervised_tokens=sum(one.num_rows for one in outcomes),
+        digest=cache_digest({one.cache_key: one.record_digest for one in outcomes if one.cache_key}),
     )

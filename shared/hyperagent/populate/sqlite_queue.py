@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, QueueCounts, WorkItem
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 _VERSION = 1
 _QUARANTINED = "set_aside"
@@ -59,7 +59,7 @@ class SqliteQueue:
         """
         self._name, self._max_tries, self._lease_s = name, max_tries, lease_s
         # Losing the last moments to a power cut means doing some items again, which is what happens anyway.
-        self._database = Database(
+        self._database = Database.open_or_create(
             path,
             schema=_SCHEMA,
             version=_VERSION,

@@ -1,6 +1,6 @@
 """One worker: takes trajectories from the queue and has one teacher put their rows into its cache.
 
-What goes wrong is told apart by whose fault it may be. A teacher that is full, starting or shutting down has not
+Failures are distinguished by their possible cause. A teacher that is full, starting or shutting down has not
 begun: the item goes back. A call that breaks while an item is with the teacher counts as one of the item's tries,
 since it may be the item that kills the teacher. An error that every item would meet ends the worker.
 """
@@ -18,11 +18,10 @@ from contextlib import aclosing, asynccontextmanager, suppress
 import structlog
 
 from hyperagent.data.files.tokens_file import TokensFile
-from hyperagent.errors import CorruptRecord, ServiceError
+from hyperagent.errors import Busy, CorruptRecord, NotServing, ServiceError
 from hyperagent.identity import DataIdentity
 from hyperagent.populate.queue import Claim, Finished, WorkQueue
 from hyperagent.wire.client import TeacherClient, Trajectory
-from hyperagent.wire.errors import Busy, NotServing
 
 _IDLE_S = 0.5
 """Pause before asking again a teacher that is full, or a queue whose items are all with others."""

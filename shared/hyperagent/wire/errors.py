@@ -14,6 +14,8 @@ from google.protobuf.any_pb2 import Any as PackedMessage
 from google.rpc import error_details_pb2, status_pb2
 
 from hyperagent.errors import (
+    BeyondEnd,
+    Busy,
     ConfigError,
     CorruptRecord,
     DataError,
@@ -22,21 +24,10 @@ from hyperagent.errors import (
     InvalidRequest,
     LimitExceeded,
     NotFound,
+    NotServing,
     ServiceError,
     StorageError,
 )
-
-
-class Busy(LimitExceeded):
-    """The service already holds the maximum number of requests."""
-
-
-class BeyondEnd(InvalidRequest):
-    """A stream was asked to resume after its end."""
-
-
-class NotServing(ServiceError):
-    """The service is starting or shutting down, or its engine has stopped; the request was not executed."""
 
 
 class _Answer(NamedTuple):

@@ -159,17 +159,6 @@ def test_a_redis_without_memory_keeps_nothing_and_breaks_nothing(tmp_path: Path,
     cache.close()
 
 
-def test_nothing_is_written_above_the_bound(tmp_path: Path, redis_server: Any) -> None:
-    hot = HotTier.connect(redis_server.url, max_bytes=1)
-    cache, key = opened(tmp_path, hot)
-    assert_read(cache, key)
-    with redis.Redis.from_url(redis_server.url) as client:
-        assert client.keys() == []
-    assert (hot.errors, hot.is_degraded) == (0, False)
-    assert hot.not_kept >= 1
-    cache.close()
-
-
 @contextmanager
 def server(handle: Handler) -> Iterator[str]:
     """Something that listens where a Redis should."""

@@ -23,7 +23,8 @@ from hyperagent.cache.format.codecs import CODECS
 from hyperagent.cache.format.manifest import CacheSettings
 from hyperagent.cache.format.shard import SEALED, shard_paths
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import count, verify
+from hyperagent.cache.maintenance.stats import count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import (
     ConfigError,
     CorruptRecord,
@@ -46,7 +47,7 @@ def test_what_is_put_is_read_again(tmp_path: Path, codec: str) -> None:
     with LocalCache.open(tmp_path) as cache:
         assert (cache.identity, cache.settings) == (IDENTITY, settings)
         assert cache.trajectory_keys() == sorted(keys)
-        assert all(cache.contains(key) for key in keys)
+        assert all(cache.contains(key) and cache.is_intact(key) for key in keys)
         for number, key in enumerate(keys):
             put, read = random_rows(10 + number, 8, seed=number), cache.get(key)
             read.rows.validate(num_tokens=40, vocab_size=IDENTITY.vocab_size, temperatures=IDENTITY.temperatures)
@@ -58,6 +59,7 @@ def test_what_is_put_is_read_again(tmp_path: Path, codec: str) -> None:
             by_id = [np.take_along_axis(rows.logprobs, np.argsort(rows.ids), axis=1) for rows in (put, read.rows)]
             np.testing.assert_allclose(*by_id, atol={"exact": 5e-3, "compact": 0.05, "archive": 0.13}[codec])
         assert not cache.contains("00" * 32)
+        assert not cache.is_intact("00" * 32)
         with pytest.raises(NotFound, match="has no record 0000"):
             cache.get("00" * 32)
 
@@ -238,7 +240,7 @@ def test_a_shard_is_sealed_when_it_is_full_and_the_next_one_begun(tmp_path: Path
         keys = filled(cache, 12)
         sealed = [path for path in shard_paths(tmp_path / "shards") if path.suffix == SEALED]
         assert len(sealed) >= 2
-        assert all(cache.contains(key) for key in keys)
+        assert all(cache.is_intact(key) for key in keys)
         assert verify(cache).damaged == ()
     with LocalCache.open(tmp_path) as cache:
         assert verify(cache).trajectories == 12
@@ -298,7 +300,7 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
         ):
             cache.get(keys[1])
         with structlog.testing.capture_logs() as logged:
-            assert not cache.contains(keys[1])
+            assert not cache.is_intact(keys[1])
         assert [(line["log_level"], line["trajectory"]) for line in logged] == [("warning", keys[1])]
         seen: list[tuple[int, int]] = []
         report = verify(cache, lambda done, total: seen.append((done, total)))
@@ -312,6 +314,27 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
         assert (mended.trajectories, mended.digest) == (3, before.digest)
         assert [(found.path, found.offset) for found in mended.damaged] == [(shard, at.offset)]
         assert count(cache).dead_bytes == at.length
+
+
+def test_damage_after_a_first_read_is_found_by_asking_whether_a_trajectory_is_intact(
+    tmp_path: Path,
+) -> None:
+    with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
+        key = cache.put(TOKENS, random_rows(20, 8))
+        cache.get(key)
+        assert cache.is_intact(key)
+        at = cache.index.find(cache.trajectory(key).blocks[1].key)
+        assert at is not None
+        (shard,) = shard_paths(tmp_path / "shards")
+        # In place, as a failing disk would: the reader keeps its descriptor.
+        with shard.open("r+b") as file:
+            file.seek(at.offset + 200)
+            (byte,) = file.read(1)
+            file.seek(at.offset + 200)
+            file.write(bytes([byte ^ 1]))
+        assert not cache.is_intact(key)
+        assert cache.put(TOKENS, random_rows(20, 8)) == key
+        assert cache.is_intact(key)
 
 
 def test_rows_that_are_no_distributions_are_not_written(tmp_path: Path) -> None:
@@ -458,7 +481,8 @@ def test_a_shard_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
     (shard,) = shard_paths(tmp_path / "shards")
     shard.unlink()
     with LocalCache.open(tmp_path) as cache:
-        assert not cache.contains(key)
+        assert cache.contains(key)
+        assert not cache.is_intact(key)
         (damage,) = verify(cache).damaged
         assert "the shard is gone, and with it 2 records" in damage.reason
     shard.mkdir()

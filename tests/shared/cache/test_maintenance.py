@@ -20,7 +20,8 @@ from hyperagent.cache.maintenance import compact as compact_module
 from hyperagent.cache.maintenance import repair as repair_module
 from hyperagent.cache.maintenance.compact import collect_garbage, compact
 from hyperagent.cache.maintenance.repair import QUARANTINE, repair
-from hyperagent.cache.maintenance.verify import count, verify
+from hyperagent.cache.maintenance.stats import count
+from hyperagent.cache.maintenance.verify import verify
 from hyperagent.errors import Conflict, CorruptRecord, NotFound, StorageError
 
 SETTINGS = CacheSettings(codec="exact", block_tokens=16)

@@ -15,8 +15,11 @@ from cache_rows import IDENTITY, TOKENS, filled, random_rows
 from data_identity import data_identity
 
 from hyperagent.cache.format.manifest import CacheSettings
+from hyperagent.cache.format.record import HEADER_BYTES
+from hyperagent.cache.format.shard import shard_paths
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.remote import RemoteCache, open_for_reading, publish, read_identity
+from hyperagent.cache.maintenance.publish import publish
+from hyperagent.cache.remote import RemoteCache, open_for_reading, read_identity
 from hyperagent.errors import ConfigError, Conflict, CorruptRecord, IdentityMismatch, NotFound, StorageError
 from hyperagent.topk import TopKRows
 
@@ -48,11 +51,13 @@ def test_what_is_published_reads_like_the_cache(cache: LocalCache, url: str) -> 
             published.require_data(replace(DATA, source="1" * 64))
         for key in keys:
             assert published.contains(key)
+            assert published.is_intact(key)
             assert published.stored_digest(key) == cache.stored_digest(key)
             found, meant = published.get(key).rows, cache.get(key).rows
             for field in fields(TopKRows):
                 np.testing.assert_array_equal(getattr(found, field.name), getattr(meant, field.name))
         assert not published.contains("0" * 64)
+        assert not published.is_intact("0" * 64)
         with pytest.raises(NotFound, match="publish it again"):
             published.get("0" * 64)
         with pickle.loads(pickle.dumps(published)) as other:  # noqa: S301  # what multiprocessing does with what is ours
@@ -100,6 +105,27 @@ def test_damage_is_never_served(cache: LocalCache, url: str) -> None:
             detected += 1
     # What is left is the shard's header, its digest, and padding between them and the footer.
     assert detected * 3 > 0.8 * len(whole)
+
+
+@pytest.mark.parametrize("place", ["trajectory", "block"])
+def test_one_flipped_bit_is_contained_but_not_intact_in_both_kinds_of_cache(
+    cache: LocalCache, url: str, place: str
+) -> None:
+    damaged, whole = filled(cache, 2)
+    publish(cache, url)
+    record = bytes.fromhex(damaged) if place == "trajectory" else cache.trajectory(damaged).blocks[-1].key
+    at = cache.index.find(record)
+    assert at is not None
+    (local,) = [path for path in shard_paths(cache.shards) if path.stem == at.shard]
+    content = bytearray(local.read_bytes())
+    content[at.offset + HEADER_BYTES] ^= 1
+    local.write_bytes(content)
+    files, folder = fsspec.url_to_fs(url)
+    files.pipe_file(f"{folder}/shards/{local.name}", bytes(content))
+    with LocalCache.open(cache.root) as local_cache, RemoteCache.open(url) as published:
+        for reader in (local_cache, published):
+            assert [reader.contains(key) for key in (damaged, whole)] == [True, True]
+            assert [reader.is_intact(key) for key in (damaged, whole)] == [False, True]
 
 
 def test_a_record_in_the_place_of_another_is_not_served(

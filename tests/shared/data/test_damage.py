@@ -1,4 +1,4 @@
-"""Data files that are damaged, of an unusual type, or have holes: refused in one line, or read all the same."""
+"""Tests of damaged, unusual or sparse data files: each is refused in one line, or read correctly."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_call_without_arguments_is_shown(tokenizer: ChatTokenizer) -> None:
 
 
 def cut_in_the_middle(path: Path) -> None:
-    """Overwrites the data pages and leaves the footer, as a bad disk does."""
+    """Overwrite the data pages but not the footer, as a failing disk may do."""
     content = bytearray(path.read_bytes())
     footer = int.from_bytes(content[-8:-4], "little") + 8
     content[4:-footer] = bytes(len(content) - footer - 4)
@@ -180,7 +180,7 @@ def trajectories(count: int = 8, *, length: int = 500) -> list[TokenizedTrajecto
 
 
 def write_all(path: Path, written: list[TokenizedTrajectory], tokenizer: ChatTokenizer) -> None:
-    """Every trajectory in the full view."""
+    """Write a tokens file with every trajectory in the full view."""
     with write_tokens(path, data_identity(tokenizer.identity)) as writer:
         for one in written:
             writer.write(replace(one, student_ids=one.token_ids, student_positions=one.positions))
@@ -189,7 +189,7 @@ def write_all(path: Path, written: list[TokenizedTrajectory], tokenizer: ChatTok
 def test_damaged_tokens_are_not_read_as_tokens(
     tokenizer: ChatTokenizer, flip_byte: Callable[[Path, int], None], tmp_path: Path
 ) -> None:
-    """A page's checksum covers the ids themselves; cut pages and a damaged footer are told by what they lead to."""
+    """A page's checksum covers the ids; truncated pages and a damaged footer are detected by other checks."""
     path = tmp_path / "t.tokens"
     written = trajectories(2, length=2000)
     write_all(path, written, tokenizer)
@@ -227,7 +227,7 @@ def test_one_split_of_a_tokens_file(tokenizer: ChatTokenizer, tmp_path: Path) ->
 
 
 def test_a_full_disk_leaves_no_tokens_file(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A file size limit stands in for the full disk."""
+    """A file size limit simulates a full disk."""
     source = write(tmp_path / "d.parquet", table(count=600, repo=[f"a/{number}" for number in range(600)]))
     program = (
         "import json, resource, sys\n"

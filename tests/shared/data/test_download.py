@@ -1,4 +1,4 @@
-"""The real hub client against a hub on this machine: what is whole is kept, what is not is fetched again."""
+"""Tests of the real hub client against a local hub: complete files are kept, others are fetched again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from local_hub import LocalHub, serving
 
 from hyperagent.data.files.schema import DATASET_FILE, DATASET_REVISION, TRAJECTORY_SCHEMA
 
-# The client reads its endpoint when it is imported, so each download is a process of its own.
+# The client reads its endpoint on import, so each download runs in its own process.
 _PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_what_arrives_is_what_the_hub_holds_and_is_fetched_once(
     assert hub.starts == [0]
 
 
-def test_a_connection_that_breaks_goes_on_where_it_broke(hub: LocalHub, download: Download, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_is_resumed_where_it_broke(hub: LocalHub, download: Download, tmp_path: Path) -> None:
     hub.cut_after = len(hub.content) // 2
     first = download()
     if "error" in first:
@@ -93,7 +93,7 @@ def test_a_connection_that_breaks_goes_on_where_it_broke(hub: LocalHub, download
     assert (tmp_path / "data" / DATASET_FILE).read_bytes() == hub.content
     assert hub.starts[0] == 0
     assert len(hub.starts) == 2
-    # What had arrived is not fetched again, save for what was still in a buffer.
+    # Bytes that already arrived are not fetched again, except for those that were still in a buffer.
     assert hub.starts[1] > len(hub.content) // 4
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_was_changed_on_disk_is_fetched_again(hub: LocalHub, downloa
     content[1000] ^= 1
     times = path.stat()
     path.write_bytes(content)
-    # As a bad disk does it: nothing but the content tells.
+    # As on a failing disk, only the content shows the damage.
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert download().get("error") == "DataError"
     assert download()["sha256"] == hub.stated_sha256

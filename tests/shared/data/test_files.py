@@ -1,4 +1,4 @@
-"""Reading a data file, splitting it by repository, and the tokens file that comes of it."""
+"""Tests of reading a data file, splitting it by repository, and writing the tokens file."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_the_fingerprint_follows_everything_that_decides_the_ids(tmp_path: Path,
 
 
 def test_the_real_pack_is_tokenized_to_its_manifest(real_data: Path, tmp_path: Path) -> None:
-    """Token counts made independently, by `apply_chat_template` of the real tokenizer."""
+    """Token counts were computed independently, with `apply_chat_template` of the real tokenizer."""
     tokenizer = ChatTokenizer(real_data / "qwen-tokenizer")
     assert tokenizer.vocab_size == 151_669
     lines = (real_data / "trajectories" / "manifest.jsonl").read_text().splitlines()

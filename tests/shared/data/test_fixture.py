@@ -1,4 +1,4 @@
-"""The synthetic fixture: its schema, its size, its bytes, and that every trait it names is in the file."""
+"""Tests of the synthetic fixture: its schema, size and bytes, and that it contains every irregularity it names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cases(folder: Path) -> tuple[FixtureCase, ...]:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path, cases: tuple[FixtureCase, ...]) -> Rows:
-    """The rows as read back, by id without `fixture-`; the row without an id is `None`."""
+    """Return the rows read from the file by id without `fixture-`; the row without an id has the key `None`."""
     table = pq.read_table(folder / "f.parquet").to_pylist()
     return {str(row["trajectory_id"]).removeprefix("fixture-"): row for row in table}
 
@@ -131,7 +131,7 @@ def test_every_tool_is_padded_with_the_parameters_of_all(rows: Rows) -> None:
         own = {name for name, value in properties.items() if value is not None}
         assert set(tool["function"]["parameters"]["required"]) <= own
         assert 0 < len(own) < len(PARAMETER_NAMES)
-    # Every parameter belongs to some tool, and padding goes below the first level.
+    # Every parameter belongs to a tool, and padding also occurs below the first level.
     assert all(any(tool["function"]["parameters"]["properties"][name] for tool in tools) for name in PARAMETER_NAMES)
     assert tools[0]["function"]["parameters"]["properties"]["command"]["enum"] is None
 
@@ -163,7 +163,7 @@ def test_repositories_attempts_and_forks(rows: Rows) -> None:
     source, fork = rows["original"], rows["fork"]
     assert source["repo"] != fork["repo"]
     assert source["instance_id"] == fork["instance_id"]
-    # These two are the only duplicates: elsewhere one issue has one repository.
+    # These two are the only duplicates: every other issue occurs in one repository only.
     repos = defaultdict(set)
     for row in rows.values():
         for issue in re.findall(r"<issue_description>(.*?)</issue_description>", str(row["trajectory"]), re.DOTALL):

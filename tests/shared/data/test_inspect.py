@@ -1,4 +1,4 @@
-"""`inspect` on every odd row there is, and on real trajectories of several agent frameworks."""
+"""Tests of `inspect` on every irregular row of the fixture, and on real trajectories of several agent frameworks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_odd_row_is_rendered_or_refused_as_it_must_be(
 
 
 def test_the_real_pack_is_rendered_in_whole(real_data: Path) -> None:
-    """Every row by the stock template's own bytes, with token counts that were made independently."""
+    """Every row renders to the stock template's exact bytes, with independently computed token counts."""
     source = real_data / "trajectories" / "dev.parquet"
     report = inspect_file(source, ChatTokenizer(real_data / "qwen-tokenizer"))
     assert report.schema_differences == ()
@@ -87,7 +87,7 @@ def test_the_real_pack_has_the_locked_schema(real_data: Path) -> None:
 
 
 def test_phantom_parameters_are_seen_in_the_rendered_text(tokenizer: ChatTokenizer) -> None:
-    """What the template is given decides: tools with their nulls in place show every padded parameter."""
+    """Without pruning, tools keep their nulls and the template shows every padded parameter."""
     clean = dialogue(USER, LAST)
     padded = replace(clean, tools=TOOLS)  # type: ignore[arg-type]
     properties = TOOLS[0]["function"]["parameters"]["properties"]  # type: ignore[index]

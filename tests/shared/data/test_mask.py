@@ -1,4 +1,4 @@
-"""What is supervised: two ways that must agree, against a third and slower one, on friendly and on hostile text."""
+"""Tests of the supervised positions: both masks against a third, slower method, on harmless and on hostile text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def makers(tmp_path_factory: pytest.TempPathFactory, real_data_if_present: Path 
 
 
 def by_every_prefix(spoken: Dialogue, maker: ViewMaker) -> list[int]:
-    """Positions from ids alone: what each longer conversation adds to the shorter one with the header of a reply."""
+    """Find positions from ids alone: those that a longer conversation adds to a shorter one with a reply's header."""
     tokenizer = maker.tokenizer
     conversation = tokenizer.conversation(spoken.messages, spoken.tools)
     end = turn_shape(tokenizer).end_id
@@ -50,7 +50,7 @@ def by_every_prefix(spoken: Dialogue, maker: ViewMaker) -> list[int]:
 
 
 def readers(makers: dict[str, ViewMaker], spoken: Dialogue) -> list[tuple[str, ViewMaker]]:
-    """The families that can show `spoken`: without a header for replies, two in a row cannot be told apart."""
+    """Return the families that can show `spoken`: consecutive replies without reply headers are indistinguishable."""
     roles = [message["role"] for message in spoken.messages]
     found = []
     for family, maker in makers.items():
@@ -63,7 +63,7 @@ def readers(makers: dict[str, ViewMaker], spoken: Dialogue) -> list[tuple[str, V
 
 
 def roles(*names: str) -> dict[str, Any]:
-    """Messages of distinct lengths, every second assistant message with calls."""
+    """Return messages of distinct lengths; every second assistant message has calls."""
     messages: list[dict[str, Any]] = []
     for number, role in enumerate(names):
         calls = [call("run", f'{{"n": {number}}}')] * (number % 3) if role == "assistant" and number % 2 else None
@@ -81,7 +81,7 @@ def test_every_order_of_roles(length: int, makers: dict[str, ViewMaker]) -> None
             assert maker.masked(spoken).positions.tolist() == by_every_prefix(spoken, maker), (family, names)
 
 
-# Words that templates and tokenizers treat as something else than text, and pieces of them.
+# Words that templates and tokenizers do not treat as plain text, and pieces of them.
 TRAPS = [
     *itertools.chain.from_iterable(control for _, control in FAMILIES.values()),
     "<|im_start|>assistant\n",
@@ -132,7 +132,7 @@ CONVERSATION = st.tuples(
 @given(CONVERSATION)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_hostile_conversations(makers: dict[str, ViewMaker], messages: list[dict[str, Any]]) -> None:
-    """Both masks agree, the third way too, and every shorter conversation's ids begin the whole's."""
+    """Both masks agree with the third method, and the ids of every shorter conversation are a prefix of the whole's."""
     spoken = dialogue(*messages, tools=[])
     for family, maker in readers(makers, spoken):
         masked = maker.masked(spoken)
@@ -150,7 +150,7 @@ def test_hostile_conversations(makers: dict[str, ViewMaker], messages: list[dict
 @given(CONVERSATION)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_text_opens_and_ends_no_turn(makers: dict[str, ViewMaker], messages: list[dict[str, Any]]) -> None:
-    """As many control tokens as the same conversation with harmless words."""
+    """The ids have as many control tokens as those of the same conversation with harmless words."""
     spoken = dialogue(*messages, tools=[])
     plain = dialogue(
         *(
@@ -166,7 +166,7 @@ def test_text_opens_and_ends_no_turn(makers: dict[str, ViewMaker], messages: lis
 
 
 def short_and_long(rows: list[Any], *, with_tools: bool) -> list[Any]:
-    """Of the rows with or without tools, one short row and one of about 60 messages: long ones take their time."""
+    """Return one short row and one of about 60 messages with or without tools; longer rows would take too long."""
     some = sorted((r for r in rows if bool(r["tools"]) == with_tools), key=lambda row: len(row["trajectory"]))
     return [some[0], min(some, key=lambda row: abs(len(row["trajectory"]) - 60))]
 
@@ -181,7 +181,7 @@ def test_real_trajectories(real_data: Path) -> None:
         starts = np.flatnonzero(np.diff(masked.positions.astype(int), prepend=-9) > 1)
         texts = [maker.tokenizer.decode(masked.ids[run]) for run in np.split(masked.positions, starts[1:])]
         replies = [message for message in spoken.messages if message["role"] == "assistant"]
-        # Every reply is there in its own words, with its calls and its end, and nothing else is.
+        # The supervised text contains exactly the replies, with their calls and ends of turns.
         for text, reply in zip(texts, replies, strict=True):
             assert text.endswith("<|im_end|>")
             assert reply["content"].strip() in text
@@ -207,19 +207,19 @@ def maker_of(template: str, folder: Path) -> ViewMaker:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        # Counts its messages from the end.
+        # Numbers its messages from the end.
         ("<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.revindex }}<|im_end|>\n", "is not prefix-preserving"),
-        # Shows the assistant's words only in the last message, as templates that drop old reasoning do.
+        # Shows the assistant's text only in the last message, as templates that drop old reasoning do.
         (
             "<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n",
             "is not prefix-preserving",
         ),
-        # Ends the last turn in another way.
+        # Ends the last turn differently.
         (
             "<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}",
             "is not prefix-preserving",
         ),
-        # Never ends a turn by a control token, so a student would never learn to stop.
+        # Does not end turns with a control token, so a student would never learn to stop.
         ("<|im_start|>{{ m.role }}\n{{ m.content }}\n", "would never learn to stop"),
         (
             "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' }}<|im_end|>\n",
@@ -245,7 +245,7 @@ def test_a_template_without_control_tokens_around_turns_stops_the_run(tmp_path: 
     [
         # Keeps only the newest tool output, which a plain conversation does not show.
         "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'tool' or loop.revindex < 3 }}<|im_end|>\n",
-        # Shows a message by its place in the conversation.
+        # Renders a message depending on its index.
         "<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.index }}<|im_end|>\n",
     ],
 )
@@ -264,7 +264,7 @@ def test_an_end_that_is_not_written_refuses_the_row(tmp_path: Path) -> None:
 
 
 def test_two_masks_that_differ_refuse_the_row(tmp_path: Path) -> None:
-    """A template that opens a tool's turn as the assistant's: by rendering it is no one's, by ids the assistant's."""
+    """The template opens a tool's turn like the assistant's: rendering does not supervise it, scanning does."""
     body = "<|im_start|>{{ 'assistant' if m.role == 'tool' else m.role }}\n{{ m.content }}<|im_end|>\n"
     maker = maker_of(f"{{% for m in messages %}}{body}{{% endfor %}}{GENERATION}", tmp_path)
     maker.masked(dialogue(USER, LAST, tools=[]))

@@ -1,4 +1,4 @@
-"""From a row to clean messages and tools, or to a refusal that says why."""
+"""Tests of cleaning a row's messages and tools, and of refusals and their reasons."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_limit_counts_arguments_too() -> None:
 
 @pytest.mark.parametrize("content", [None, "", "  \n"])
 def test_a_task_must_say_something(content: str | None) -> None:
-    with pytest.raises(DataError, match="no user message with a text"):
+    with pytest.raises(DataError, match="no user message with text"):
         _ = dialogue({"role": "user", "content": content}, LAST).task
 
 

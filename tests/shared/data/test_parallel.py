@@ -1,4 +1,4 @@
-"""Rows through worker processes: in order, a few at a time, and a process that dies is told."""
+"""Tests of worker processes: results are in order, few rows are in flight, and a killed process is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_items_are_taken_only_as_fast_as_results() -> None:
     results.close()
 
 
-def test_a_process_that_dies_is_told() -> None:
+def test_a_process_that_dies_is_reported() -> None:
     with pytest.raises(ServiceError, match=r"a worker process was killed, .* use fewer processes with --workers"):
         list(map_rows(os._exit, [3] * 9, num_items=9, num_workers=2))
 

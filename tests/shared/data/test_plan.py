@@ -1,4 +1,4 @@
-"""The plan's arithmetic against products counted one by one, and its errors against simulation."""
+"""Tests of the plan's arithmetic against products counted one by one, and of its standard errors by simulation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def lengths(*values: int) -> np.ndarray:
 
 
 def test_every_product_is_counted() -> None:
-    """Three matrices of 4 by 5 for each token, two attention layers with two heads of 3, a head of 4 by 7."""
+    """Count three matrices of 4 by 5 per token, two attention layers with two heads of 3, and a head of 4 by 7."""
     tokens, rows = 6, 4
     linear = sum(2 * 4 * 5 for _ in range(tokens) for _ in range(3))
-    # Scores and values: a product of 3 numbers for each head of each layer and each pair of a token and an earlier one.
+    # Scores and values: a product of 3 numbers per head, layer, and pair of a token and an earlier one.
     attention = sum(2 * (2 * 3) for query in range(tokens) for key in range(query) for _ in range(2) for _ in range(2))
-    # A token also attends to itself, which half of the square counts only in half.
+    # A token also attends to itself, which half of the square counts only half.
     itself = sum(2 * (2 * 3) for _ in range(tokens) for _ in range(2) for _ in range(2)) / 2
     head = sum(2 * 4 * 7 for _ in range(rows))
     counted = TINY.forward_flops(lengths(tokens), lengths(rows))
@@ -44,7 +44,7 @@ def test_every_product_is_counted() -> None:
 
 @pytest.mark.parametrize(("shape", "active"), [(QWEN3_CODER_480B, 35e9), (QWEN3_CODER_NEXT, 3.25e9)])
 def test_active_parameters_are_those_of_the_names(shape: ModelShape, active: float) -> None:
-    """A35B counts the head and the embedding table too; A3B, the published 3B, does not."""
+    """A35B includes the head and the embedding table; A3B, with the published 3B, does not."""
     tables = 2 * shape.head_parameters if shape is QWEN3_CODER_480B else 0
     assert shape.linear_parameters + tables == pytest.approx(active, rel=0.03)
 
@@ -88,7 +88,7 @@ def test_what_fits() -> None:
             lengths(9), lengths(3), lengths(9), rows=1, machine=machine_named(name), epochs=1
         ).teacher_fits
 
-    # 960 GB in bfloat16 and a fifth to spare.
+    # 960 GB in bfloat16, plus a fifth of the memory free.
     assert {name: fits(name) for name in ("1xh200", "8xh100", "8xh200", "8xb200")} == {
         "1xh200": False,
         "8xh100": False,

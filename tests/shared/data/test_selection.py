@@ -1,4 +1,4 @@
-"""Which rows are used, and on which side of the split they fall."""
+"""Tests of the selection and the split of rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_licenses_are_joined_by_instance(tmp_path: Path) -> None:
     selected = select(tmp_path, rows, license_of, licenses=("MIT",))
     assert names(selected) == ["t0", "t2"]
     assert selected.left_out == {"another license, or none known": 2}
-    with pytest.raises(DataError, match="give a file that does with --licenses"):
+    with pytest.raises(DataError, match="give a file with instance_id and license_name with --licenses"):
         select(tmp_path, rows, licenses=("MIT",))
 
 
@@ -60,7 +60,7 @@ def test_an_issue_of_another_repository_is_a_duplicate(tmp_path: Path) -> None:
     selected = select(tmp_path, rows)
     assert names(selected) == ["t0", "t1", "t3"]
     assert selected.left_out == {"issue of another repository": 1}
-    # A row that is not wanted anyway takes nothing away from others.
+    # A row that is not selected does not make other rows duplicates.
     rows[0]["resolved"] = rows[1]["resolved"] = 0
     rows[2]["resolved"] = rows[3]["resolved"] = 1
     assert names(select(tmp_path, rows, resolved_only=True)) == ["t2", "t3"]
@@ -109,7 +109,7 @@ def test_attempts_at_one_issue_stay_on_one_side(by: str, tmp_path: Path) -> None
         attempts = {sides[f"t{n}"] for n in range(60) if n // 6 == number // 6 and n % 3 == number % 3}
         assert len(attempts) == 1
     if by == "time":
-        # The highest issue numbers are the newest tasks, which come first here.
+        # The highest issue numbers are the newest tasks, which are held out first.
         newest = {number // 6 for number in range(60) if sides[f"t{number}"] == HELD_OUT_TASKS}
         assert newest == {0, 1, 2}
 
@@ -141,7 +141,7 @@ def test_joined_files(tmp_path: Path) -> None:
         ("{oops\n", "JSONDecodeError"),
         ("[1]\n", "TypeError"),
         ('{"instance_id": 1, "text": "x"}\n', "both must be text"),
-        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "values of text for a"),
+        ('{"instance_id": "a", "text": "x"}\n{"instance_id": "a", "text": "y"}\n', "different values of text for a"),
     ],
 )
 def test_a_joined_file_that_cannot_be_used_is_one_line(content: str | None, why: str, tmp_path: Path) -> None:

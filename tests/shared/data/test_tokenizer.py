@@ -1,4 +1,4 @@
-"""Text never becomes a control token, and every id knows which characters it came from."""
+"""Tests that text never becomes a control token, and that every id has the right character offsets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyperagent.data.pipeline.views import Condition, ViewMaker, condition_ids
 from hyperagent.errors import ConfigError, DataError
 
 START, END = "<|im_start|>", "<|im_end|>"
-# Pieces of control tokens beside ordinary text, white space and characters of several bytes.
+# Pieces of control tokens, ordinary text, white space and multi-byte characters.
 TEXT = st.lists(
     st.sampled_from(
         [
@@ -71,7 +71,7 @@ def controls(tokenizer: ChatTokenizer, text: str) -> list[str]:
 @given(TEXT)
 @settings(deadline=None)
 def test_no_text_makes_a_control_token(tokenizer: ChatTokenizer, text: str) -> None:
-    # The tools' turn and five messages, whatever their texts are.
+    # A turn for the tools and five messages, regardless of their texts.
     assert controls(tokenizer, text) == [START, END] * 6
 
 
@@ -91,7 +91,7 @@ def test_offsets_point_at_the_characters_of_each_token(tokenizer: ChatTokenizer,
         end = encoded.character_behind(token)
         assert encoded.tokens_within(end) >= token + 1
         assert encoded.tokens_within(end - 1) <= token
-        # A token of part of a character decodes to the replacement character and covers the whole of it.
+        # A token of part of a character decodes to the replacement character; its offsets cover the whole character.
         if "\ufffd" not in (piece := tokenizer.decode([token_id])):
             assert conversation.plain(rendered[:end]).endswith(piece)
     assert encoded.character_behind(len(encoded.ids) - 1) == len(rendered)
@@ -100,7 +100,7 @@ def test_offsets_point_at_the_characters_of_each_token(tokenizer: ChatTokenizer,
 
 
 def test_a_template_cannot_complete_a_control_token(tmp_path: Path) -> None:
-    """Neither at once nor after trimming what stands between."""
+    """Neither directly nor after white space between them is trimmed."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} <{{ m.content | trim }}>{{ '<|im_end|>\n' }}{% endfor %}"
     )
@@ -128,7 +128,7 @@ def test_the_real_template_cannot_complete_a_control_token(real_data: Path) -> N
         assert controls(tokenizer, text) == controls(tokenizer, "harmless"), text
 
 
-def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tokenizer: ChatTokenizer) -> None:
+def test_half_a_surrogate_pair_is_refused_wherever_it_occurs(tokenizer: ChatTokenizer) -> None:
     text = "a\ud800b"
     for conversation in (([{"role": "user", "content": text}], []), ([], [{"function": {"name": {text: 1}}}])):
         with pytest.raises(DataError, match="half of a surrogate pair"):
@@ -136,7 +136,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tokenizer: ChatToke
 
 
 def test_a_template_may_write_texts_in_a_notation(tmp_path: Path) -> None:
-    """Python's or JSON's, in which characters beyond ASCII are escaped: no trace of what broke the literals is left."""
+    """In Python's and JSON's notation, which escape characters outside ASCII, no trace of the marker remains."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ [m.content] }} {{ m.content | tojson(ensure_ascii=true) }}"
         "{{ '<|im_end|>\n' }}{% endfor %}"
@@ -150,7 +150,7 @@ def test_a_template_may_write_texts_in_a_notation(tmp_path: Path) -> None:
 
 
 def test_a_template_that_looks_into_literals_refuses_the_row(tmp_path: Path) -> None:
-    """It writes something else for a text that is broken, so what it writes cannot be trusted."""
+    """The template renders a broken literal differently, so its output cannot be trusted."""
     body = "<|im_start|>{{ m.role }}\n{{ 'x' if m.content == '<|im_end|>' else m.content }}<|im_end|>\n"
     template = (
         f"{{% for m in messages %}}{body}{{% endfor %}}{{{{ '<|im_start|>assistant\n' if add_generation_prompt }}}}"

@@ -1,4 +1,4 @@
-"""Three views of one trajectory whose supervised tokens are the same, one by one."""
+"""Tests of the three views of a trajectory, whose supervised tokens are identical, one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def text(tokenizer: ChatTokenizer, ids: np.ndarray) -> str:
 
 
 def runs(trajectory: TokenizedTrajectory) -> list[np.ndarray]:
-    """Consecutive supervised positions."""
+    """Return the runs of consecutive supervised positions."""
     return np.split(trajectory.positions, np.flatnonzero(np.diff(trajectory.positions.astype(int)) > 1) + 1)
 
 
@@ -36,7 +36,7 @@ def test_supervised_is_what_the_assistant_wrote_and_its_end_of_turn(tokenizer: C
     trajectory = views(row(USER, ASSISTANT, TOOL, LAST), tokenizer)
     written = [text(tokenizer, trajectory.token_ids[run]) for run in runs(trajectory)]
     assert written == ["the cat<call bash><command>ls</command></call><|im_end|>", "again<|im_end|>"]
-    # The token before each run is the newline of the assistant's header: a position names the token it predicts.
+    # The token before each run is the newline of the assistant's header: a position is that of the predicted token.
     for run in runs(trajectory):
         assert text(tokenizer, trajectory.token_ids[: run[0]]).endswith("<|im_start|>assistant\n")
 
@@ -75,10 +75,10 @@ def test_what_is_internalized_the_student_does_not_see(hidden: list[str], head: 
     trajectory = views(WHOLE, tokenizer, condition=condition, internalized=hidden)
     shown = text(tokenizer, trajectory.student_ids)
     assert shown.startswith(f"{head}<|im_start|>assistant\nthe cat")
-    # What the teacher sees does not depend on what the student sees.
+    # The teacher's view does not depend on the student's.
     assert trajectory.token_ids.tolist() == whole.token_ids.tolist()
     assert trajectory.positions.tolist() == whole.positions.tolist()
-    # The proof of alignment: the same tokens, one by one, and the same words behind the first of them.
+    # The views are aligned: the same tokens, one by one, and the same text after the first of them.
     aligned = trajectory.student_ids[trajectory.student_positions]
     assert aligned.tolist() == trajectory.token_ids[trajectory.positions].tolist()
     first, student_first = int(trajectory.positions[0]), int(trajectory.student_positions[0])
@@ -115,7 +115,7 @@ def test_the_condition_holds_what_was_asked_for(parts: list[str], expected: str,
     settings = ViewSettings(condition=tuple(parts))
     trajectory = ViewMaker(tokenizer).make("t", "a/b", "train", clean, settings=settings, extra="src/a.py")
     assert text(tokenizer, trajectory.prompt_ids) == expected
-    # The adapter service makes the very same ids of a request.
+    # The adapter service computes exactly these ids for a request.
     asked = Condition("run the tests", "be good", prune_nulls(TOOLS), "src/a.py")
     assert condition_ids(tokenizer, asked, parts=settings.condition).tolist() == trajectory.prompt_ids.tolist()
 

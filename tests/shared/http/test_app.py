@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
 from hyperagent.errors import (
+    Busy,
     ConfigError,
     Conflict,
     CorruptRecord,
@@ -30,7 +31,7 @@ from hyperagent.errors import (
 )
 from hyperagent.http.app import create_app
 from hyperagent.http.middleware import RequireHost
-from hyperagent.http.problems import Busy, Problem, error_of
+from hyperagent.http.problems import Problem, error_of
 
 TOKEN = "secret"
 MAX_BODY_BYTES = 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from hyperagent.errors import ConfigError, Conflict, LimitExceeded, NotFound, ServiceError
-from hyperagent.http.client import ApiClient
+from hyperagent.http.client import ApiClient, Call
 from hyperagent.http.server import listening
 
 SERVICE = Path(__file__).parents[1] / "http_service.py"
@@ -49,16 +50,16 @@ def url() -> Iterator[str]:
 
 def test_the_client_speaks_to_a_real_service(url: str) -> None:
     with ApiClient(url + "/", "secret") as client:
-        assert client.post_json("/length", {"a": 1}) == {"length": 7}
-        assert b"hyperagent_http_requests_total" in client.get_bytes("/metrics")
+        assert client.send(Call("POST", "/length", json.loads, body={"a": 1})) == {"length": 7}
+        assert b"hyperagent_http_requests_total" in client.send(Call("GET", "/metrics", bytes))
         with pytest.raises(Conflict, match=r"^the run is not stopped; stop it first$"):
-            client.get_json("/conflict")
+            client.send(Call("GET", "/conflict", json.loads))
         with pytest.raises(NotFound, match="/nothing"):
-            client.get_json("/nothing")
+            client.send(Call("GET", "/nothing", json.loads))
         with pytest.raises(LimitExceeded, match="1000 bytes"):
-            client.post_json("/length", "x" * 5_000_000)
+            client.send(Call("POST", "/length", json.loads, body="x" * 5_000_000))
     with ApiClient(url, "wrong") as client, pytest.raises(ConfigError, match="HYPERAGENT_TOKEN"):
-        client.get_json("/conflict")
+        client.send(Call("GET", "/conflict", json.loads))
 
 
 def test_a_long_upload_of_unsaid_length_gets_its_413(url: str) -> None:

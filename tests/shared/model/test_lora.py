@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from hyperagent.model.targets import discover_target_layers
 
 SCALE = 2.0
 RANK = 4
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""What the injection's own sums may add to the noise of the bare student, in units of the largest value."""
 LENGTHS = (40, 33, 21, 40, 7, 28, 1, 16)
 
 
@@ -77,6 +80,20 @@ def student(request: pytest.FixtureRequest) -> PreTrainedModel:
 def assert_close_to_size(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """The largest difference, in units of the largest value."""
     assert float((actual - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
+
+
+def batching_noise(student: PreTrainedModel, ids_BT: Tensor, lengths: Sequence[int]) -> float:
+    """Return how far the bare student's logits of a padded batch are from those of each sample alone.
+
+    Both are float32 and differ by the order of their sums, which depends on the machine; in units of the largest logit.
+    """
+    with torch.no_grad():
+        together_BTV = student(input_ids=ids_BT).logits
+        alone = [student(input_ids=row_T[None, :n]).logits[0] for row_T, n in zip(ids_BT, lengths, strict=True)]
+    return max(
+        float((row_TV[: len(alone_TV)] - alone_TV).abs().max() / alone_TV.abs().max())
+        for row_TV, alone_TV in zip(together_BTV, alone, strict=True)
+    )
 
 
 class _Layer:
@@ -228,8 +245,6 @@ def test_autocast_leaves_a_float64_layer_as_it_is() -> None:
 
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpointed"])
 def test_a_padded_batch_of_eight_equals_eight_runs(student: PreTrainedModel, mode: str) -> None:
-    # The bare Qwen3-Next differs between batch sizes by 2e-6 already: its recurrence and its experts sum in other orders.
-    tolerance = 1e-6 if student.config.model_type == "qwen3" else 1e-5
     student = copy.deepcopy(student).train(mode != "eval")
     if mode == "checkpointed":
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -237,6 +252,8 @@ def test_a_padded_batch_of_eight_equals_eight_runs(student: PreTrainedModel, mod
     student.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     weights = make_adapters(student, len(LENGTHS))
     ids = tokens(len(LENGTHS), max(LENGTHS))
+    tolerance = 2 * batching_noise(student, ids, LENGTHS) + ROUNDING
+    calls.clear()
     injector = HookBasedLoRAInjector(student, scale=SCALE)
     with injector.inject(weights):
         together = student(input_ids=ids).logits
@@ -352,11 +369,12 @@ def test_the_shared_expert_gets_its_samples_flattened_and_keeps_them_apart() -> 
         for layer in layers
     }
     ids = tokens(2, 20)
+    tolerance = 2 * batching_noise(student, ids, (20, 13)) + ROUNDING
     injector = HookBasedLoRAInjector(student, scale=SCALE)
     with torch.no_grad():
         with injector.inject(weights):
             together = student(input_ids=ids).logits
         with injector.inject(one(weights, 1)):
             alone = student(input_ids=ids[1:, :13]).logits
-        assert_close_to_size(together[1, :13], alone[0], 1e-6)
+        assert_close_to_size(together[1, :13], alone[0], tolerance)
         assert float((together - student(input_ids=ids).logits).abs().max()) > 1e-3

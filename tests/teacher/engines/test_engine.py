@@ -143,6 +143,29 @@ def test_identity_names_what_decides_the_numbers(
     assert halved.identity.fingerprint != engine.identity.fingerprint
 
 
+async def test_a_head_in_float32_multiplies_what_the_body_gives_in_float32(
+    model_folders: dict[str, Path], sequence: Sequence
+) -> None:
+    folder, (token_ids, positions) = model_folders["qwen3_moe"], sequence
+    rows = {}
+    for head_dtype in ("auto", "float32"):
+        engine = TransformersEngine(
+            folder, tokenizer_folder=folder, top_k=16, max_tokens=64, dtype="bfloat16", head_dtype=head_dtype
+        )
+        rows[head_dtype] = concatenate(await score_all(engine, token_ids, positions, 16))
+        engine.close()
+        assert engine.identity.dtype == ("bfloat16" if head_dtype == "auto" else "bfloat16, head float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        hidden = model.get_decoder()(torch.from_numpy(token_ids.astype(np.int64)[None])).last_hidden_state[0]
+        logits = hidden.double() @ model.get_output_embeddings().weight.double().T
+    oracle = logits[:, : engine.identity.vocab_size].log_softmax(dim=1).numpy()
+    target = oracle[positions.astype(int) - 1, token_ids[positions]]
+    np.testing.assert_allclose(rows["float32"].target_logprob, target, atol=1e-5)
+    # The product in bfloat16 is off by far more than that, so the two cannot be confused.
+    assert np.abs(rows["auto"].target_logprob - target).max() > 1e-3
+
+
 def test_the_models_own_limit_holds_where_it_is_lower(model_folders: dict[str, Path]) -> None:
     folder = model_folders["qwen3_moe"]
     engine = TransformersEngine(folder, tokenizer_folder=folder, top_k=16, max_tokens=131_072)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,28 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from click.testing import Result
 from data_identity import data_identity
 from numpy.typing import NDArray
 from teacher_service import (
     METADATA,
     OTHER,
+    TOKEN,
     FullDisk,
     GatedEngine,
     Sequence,
     Serve,
     drained,
 )
+from typer.testing import CliRunner
 
 from hyperagent.cache.local import LocalCache
-from hyperagent.cache.maintenance.verify import cache_digest, verify
+from hyperagent.cache.maintenance.stats import cache_digest
+from hyperagent.cache.maintenance.verify import verify
+from hyperagent.cli.cache import app
 from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, write_tokens
 from hyperagent.errors import (
+    ConfigError,
     DataError,
     IdentityMismatch,
     InvalidRequest,
@@ -189,6 +196,37 @@ async def test_a_file_of_the_data_folder_is_populated(
     async with serve() as client:
         outcomes = await drained(client.populate_file("sub/tokens.parquet", data=data_identity(tokenizer)))
     assert [(o.trajectory_id, o.outcome) for o in outcomes] == [("one", Outcome.WRITTEN), ("two", Outcome.WRITTEN)]
+
+
+async def test_the_command_has_the_teacher_read_its_own_copy_of_the_file(
+    serve: Serve,
+    settings: TeacherSettings,
+    cache: LocalCache,
+    sequence: Sequence,
+    tokenizer: TokenizerIdentity,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HYPERAGENT_TOKEN", TOKEN)
+    assert settings.data_dir
+    write_file(settings.data_dir / "sub" / "copy.parquet", sequence, tokenizer)
+    write_file(tmp_path / "tokens.parquet", sequence, tokenizer)
+
+    async def command(*options: str) -> Result:
+        arguments = ["populate", str(tmp_path / "tokens.parquet"), "--json", "--file-on-teacher", *options]
+        return await asyncio.to_thread(CliRunner().invoke, app, arguments)
+
+    async with serve() as client:
+        first, second = [await command("sub/copy.parquet", "--teacher", client.address) for _ in range(2)]
+        absent = await command("tokens.parquet", "--teacher", client.address)
+        two = await command("sub/copy.parquet", "--teacher", client.address, "--teacher", client.address)
+    reports = [json.loads(result.stdout) for result in (first, second)]
+    assert [(report["written"], report["present"]) for report in reports] == [(2, 0), (0, 2)]
+    assert {report["digest"] for report in reports} == {verify(cache).digest}
+    assert {report["supervised_tokens"] for report in reports} == {39}
+    assert not (tmp_path / "tokens.parquet.queue.sqlite").exists()
+    assert isinstance(absent.exception, NotFound)
+    assert isinstance(two.exception, ConfigError)
 
 
 async def test_a_file_of_other_data_is_refused(

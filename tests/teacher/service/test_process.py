@@ -117,5 +117,5 @@ async def test_sigterm_ends_a_population_between_trajectories_with_exit_code_0(
     assert 3 <= len(written) < 198
     cache = LocalCache.open(tmp_path / "cache")
     assert cache.identity.top_k == 8
-    assert all(cache.contains(key) for key in written)
+    assert all(cache.is_intact(key) for key in written)
     assert verify(cache).damaged == ()

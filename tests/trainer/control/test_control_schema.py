@@ -17,6 +17,7 @@ CHILD = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "training_c
 TOKEN = "secret"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_check_of_schemathesis_passes_on_every_operation(tmp_path: Path) -> None:
     recipes = tmp_path / "recipes"

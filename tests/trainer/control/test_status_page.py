@@ -17,11 +17,12 @@ import pytest
 from browser import Browser
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from needs import skip_or_fail
 from served import served
 
 import hyperagent_trainer
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control.app import create_control_app
 from hyperagent_trainer.control.settings import ControlSettings
@@ -33,8 +34,14 @@ from hyperagent_trainer.training.trainer import train
 TOKEN = "secret"
 STATIC = Path(hyperagent_trainer.__file__).parent / "control" / "static"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+needs_chromium = pytest.mark.usefixtures("chromium")
 Page = Callable[[], AbstractContextManager[Browser]]
+
+
+@pytest.fixture
+def chromium() -> None:
+    if CHROMIUM is None:
+        skip_or_fail("no chromium is installed")
 
 
 @pytest.fixture
@@ -186,7 +193,7 @@ def points(curve: str) -> list[tuple[float, float]]:
 
 
 @pytest.fixture
-def page(app: FastAPI, tmp_path: Path) -> Page:
+def page(chromium: None, app: FastAPI, tmp_path: Path) -> Page:
     """Opens a browser at the page, signed in."""
     assert CHROMIUM is not None
 

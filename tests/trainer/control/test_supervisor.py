@@ -243,7 +243,7 @@ def test_the_queue_outlives_its_supervisor(open_supervisor: Open) -> None:
     wait_for_state(supervisor, third, "done")
 
 
-def test_a_ledger_that_is_lost_is_made_anew(settings: ControlSettings, open_supervisor: Open) -> None:
+def test_a_queue_that_is_lost_is_built_again(settings: ControlSettings, open_supervisor: Open) -> None:
     supervisor = open_supervisor()
     first = wait_for_state(supervisor, start(supervisor, "trains", key="k1"), "running")
     second = start(supervisor, "trains", key="k2")

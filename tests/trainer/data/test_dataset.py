@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,38 @@ import pytest
 import torch
 from data_identity import data_identity
 
+from hyperagent.cache.base import CacheReader
+from hyperagent.cache.format.shard import SHARD_HEADER_BYTES, read_footer
 from hyperagent.cache.local import LocalCache
+from hyperagent.cache.maintenance.publish import publish
+from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, read_tokens, write_tokens
-from hyperagent.errors import ConfigError, DataError, IdentityMismatch, LimitExceeded
+from hyperagent.errors import ConfigError, CorruptRecord, DataError, IdentityMismatch, LimitExceeded
 from hyperagent.identity import TokenizerIdentity
 from hyperagent_trainer.data.dataset import load_split
-from hyperagent_trainer.evaluation.evaluate import foreign_prompts
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_loading_a_split_looks_up_and_reads_no_record(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    root = shutil.copytree(cache_folder, tmp_path / "cache")
+    with LocalCache.open(root) as cache:
+        publish(cache, f"file://{tmp_path}/published")
+    # Every byte of every record is wiped, so that whoever reads one is refused.
+    for shard in [*root.glob("shards/*.shard"), *tmp_path.glob("published/shards/*.shard")]:
+        _, end = read_footer(shard)
+        with shard.open("r+b") as file:
+            file.seek(SHARD_HEADER_BYTES)
+            file.write(bytes(end - SHARD_HEADER_BYTES))
+    identity = ChatTokenizer(student_folder).identity
+    with open_for_reading(root if kind == "local" else f"file://{tmp_path}/published") as reader:
+        assert not any(reader.is_intact(key) for key in reader.trajectory_keys())
+        data = load_split(tokens_file, reader, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+        assert len(data.trajectories) > 1
+        with pytest.raises(CorruptRecord):
+            data.rows(0)
 
 
 def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
@@ -99,10 +125,30 @@ def test_what_does_not_belong_together_is_refused(
         load_split(tokens_file, copy, HELD_OUT, tokenizer=identity, max_prompt_tokens=64)
 
 
-def test_shuffled_prompts_are_never_of_the_same_repository(tokens_file: Path) -> None:
-    held_out = tuple(read_tokens(tokens_file, split=HELD_OUT))
-    train = tuple(read_tokens(tokens_file, split=TRAIN))
-    for trajectory, prompt in zip(held_out, foreign_prompts(held_out, train, seed=0), strict=True):
-        assert not np.array_equal(prompt, trajectory.prompt_ids)
-    (alone,) = foreign_prompts(held_out[:1], train, seed=0)
-    assert any(np.array_equal(alone, t.prompt_ids) for t in train)
+def test_a_trajectory_is_hashed_once_however_often_it_is_read(
+    student_folder: Path, tokens_file: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, hashed = CacheReader.key, []
+
+    def counted(self: CacheReader, token_ids: np.ndarray, positions: np.ndarray) -> str:
+        hashed.append(len(token_ids))
+        return original(self, token_ids, positions)
+
+    monkeypatch.setattr(CacheReader, "key", counted)
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64).with_full_views()
+        for _ in range(2):
+            for index in range(len(data.trajectories)):
+                data[[index]]
+    assert len(hashed) == len(data.trajectories) / 2
+
+
+def test_a_worker_gets_no_more_for_a_larger_split(student_folder: Path, tokens_file: Path, cache_folder: Path) -> None:
+    identity = ChatTokenizer(student_folder).identity
+    with LocalCache.open(cache_folder) as cache:
+        data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64)
+        larger = data.with_full_views()
+        sent = [len(pickle.dumps(split.reader)) for split in (data, larger)]
+    assert len(larger.trajectories) == 2 * len(data.trajectories)
+    assert sent[0] == sent[1] < 4096

@@ -5,6 +5,7 @@ The figures of several seeds and learning rates: `python benchmarks/conditioning
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
 
 
 @pytest.fixture
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # Three trainings, one after another on one core.
 def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_lora_cannot(
     student: Student, one_thread: None
@@ -37,18 +42,19 @@ def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_l
     report = run_world(world, student, PROMPT_SETTINGS, seed=0).report
     # The student has learned all there is without the prompt: what is left is what the latent is worth.
     assert report.kl["frozen"] == pytest.approx(world.information, rel=0.05)
-    assert report.gap_closed["own"] >= 0.9
-    assert report.gap_closed["shuffled"] < 0.1
+    assert report.gap_closed["adapter"] >= 0.9
+    assert report.gap_closed["adapter_shuffled_prompt"] < 0.1
     assert abs(report.gap_closed["static"]) < 0.05
     assert report.verdict == PAYS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, one_thread: None) -> None:
     report = run_world(World.make("constant"), student, CONSTANT_SETTINGS, seed=0).report
-    assert report.gap_closed["own"] >= 0.9
+    assert report.gap_closed["adapter"] >= 0.9
     assert report.gap_closed["static"] >= 0.9
-    assert report.gap_closed["shuffled"] == pytest.approx(report.gap_closed["own"], abs=0.02)
+    assert report.gap_closed["adapter_shuffled_prompt"] == pytest.approx(report.gap_closed["adapter"], abs=0.02)
     # Not the interval around the own prompt's gain: by chance alone it lies above 0 in one seed of forty.
     assert report.over_static is not None
     assert report.over_static.low is not None
@@ -89,7 +95,11 @@ def test_the_report_s_interval_is_that_of_the_clusters_means() -> None:
     own = generator.normal(100, 1, 200)
     gain = 3 + np.repeat(generator.normal(0, 2, 40), 5) + generator.normal(0, 1, 200)
     report = conditioning_report(
-        frozen=own + 10, own=own, shuffled=own + gain, rows=np.full(200, 10), clusters=clusters.tolist()
+        frozen=own + 10,
+        adapter=own,
+        adapter_shuffled_prompt=own + gain,
+        rows=np.full(200, 10),
+        clusters=clusters.tolist(),
     )
     means = gain.reshape(40, 5).mean(1) / 10
     error = means.std() / np.sqrt(40)
@@ -106,7 +116,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         own = np.zeros(60)
         gain = 0.5 + np.repeat(generator.normal(0, 1, 30), 2)
         found = conditioning_report(
-            frozen=own + 1, own=own, shuffled=gain, rows=np.ones(60, int), clusters=np.repeat(np.arange(30), 2).tolist()
+            frozen=own + 1,
+            adapter=own,
+            adapter_shuffled_prompt=gain,
+            rows=np.ones(60, int),
+            clusters=np.repeat(np.arange(30), 2).tolist(),
         ).conditioning_gain
         assert found.low is not None
         assert found.high is not None
@@ -119,19 +133,24 @@ def test_conditioning_pays_only_beyond_doubt_and_beyond_a_static_lora() -> None:
     better, same = own + 1, own + np.tile([0.1, -0.1], 10)
 
     def verdict(**arms: np.ndarray) -> str:
-        return conditioning_report(frozen=own + 5, own=own, rows=rows, clusters=clusters, **arms).verdict
+        return conditioning_report(frozen=own + 5, adapter=own, rows=rows, clusters=clusters, **arms).verdict
 
-    assert verdict(shuffled=better, static=better) == PAYS
-    assert verdict(shuffled=same, static=better) == STATIC_SUFFICES
-    assert verdict(shuffled=better, static=same) == STATIC_SUFFICES
-    assert verdict(shuffled=better) == NO_STATIC_ARM
-    assert verdict(shuffled=same) == STATIC_SUFFICES
+    assert verdict(adapter_shuffled_prompt=better, static=better) == PAYS
+    assert verdict(adapter_shuffled_prompt=same, static=better) == STATIC_SUFFICES
+    assert verdict(adapter_shuffled_prompt=better, static=same) == STATIC_SUFFICES
+    assert verdict(adapter_shuffled_prompt=better) == NO_STATIC_ARM
+    assert verdict(adapter_shuffled_prompt=same) == STATIC_SUFFICES
 
 
 def test_one_cluster_proves_nothing() -> None:
     own = np.full(5, 1.0)
     report = conditioning_report(
-        frozen=own + 5, own=own, shuffled=own + 1, static=own + 1, rows=np.full(5, 10), clusters=["only"] * 5
+        frozen=own + 5,
+        adapter=own,
+        adapter_shuffled_prompt=own + 1,
+        static=own + 1,
+        rows=np.full(5, 10),
+        clusters=["only"] * 5,
     )
     assert report.conditioning_gain.mean == pytest.approx(0.1)
     assert report.conditioning_gain.low is None
@@ -141,11 +160,14 @@ def test_one_cluster_proves_nothing() -> None:
 def test_arms_that_cannot_be_paired_are_refused() -> None:
     own, rows = np.full(3, 1.0), np.full(3, 10)
     with pytest.raises(InvalidRequest, match="cannot be paired"):
-        conditioning_report(frozen=own, own=own, shuffled=own[:2], rows=rows, clusters=[1, 2, 3])
+        conditioning_report(frozen=own, adapter=own, adapter_shuffled_prompt=own[:2], rows=rows, clusters=[1, 2, 3])
     with pytest.raises(InvalidRequest, match="no finite number"):
-        conditioning_report(frozen=own, own=own, shuffled=own * np.nan, rows=rows, clusters=[1, 2, 3])
+        conditioning_report(
+            frozen=own, adapter=own, adapter_shuffled_prompt=own * np.nan, rows=rows, clusters=[1, 2, 3]
+        )
 
 
-def test_the_students_folder_is_one_the_trainer_takes(student: Student, tmp_path: Path) -> None:
+def test_the_students_folder_is_one_the_trainer_takes(tmp_path: Path) -> None:
+    student = Student(train_student(tmp_path, World.make("prompt"), num_steps=1), device=torch.device("cpu"))
     assert student.vocab_size == VOCAB_SIZE
     assert not any(p.requires_grad for p in student.model.parameters())

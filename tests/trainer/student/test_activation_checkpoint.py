@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hyperagent.architecture import routers
 from hyperagent.errors import DataError
-from hyperagent_trainer.preflight.student import routers
-from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputed_layers
-from hyperagent_trainer.student.moe_tiles import tiled_experts
+from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputed_layers, tiled_experts
 from hyperagent_trainer.student.student import Student
 
 

@@ -17,8 +17,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 
-NUM_KILLS = int(os.environ.get("HYPERAGENT_TEST_KILLS", "50"))
-NUM_STEPS = 4 * NUM_KILLS
+MANY_KILLS = int(os.environ.get("HYPERAGENT_TEST_KILLS", "50"))
 
 
 def _life(recipe: TrainRecipe, root: Path) -> None:
@@ -39,11 +38,16 @@ def _wait_for_progress(folder: RunFolder, life: BaseProcess, draw: random.Random
     life.join(draw.uniform(0, 0.1))
 
 
+@pytest.mark.parametrize("num_kills", [3, pytest.param(MANY_KILLS, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
-def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(recipe: TrainRecipe, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(
+    num_kills: int, recipe: TrainRecipe, tmp_path: Path
+) -> None:
+    # More than the killed processes can do: none of them may reach the end.
+    num_steps = 4 * num_kills + 40
     # A checkpoint after every step, so that many a kill falls into one.
     recipe = recipe.model_copy(
-        update={"num_steps": NUM_STEPS, "evaluate_every": NUM_STEPS, "checkpoint_every": 1, "learning_rate": 1e-3}
+        update={"num_steps": num_steps, "evaluate_every": num_steps, "checkpoint_every": 1, "learning_rate": 1e-3}
     )
     undisturbed = run(recipe, tmp_path / "undisturbed")
 
@@ -54,7 +58,7 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(recipe: 
     # Forked from a process that has imported everything, a life begins at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hyperagent_trainer.training.trainer", "transformers"])
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         life = context.Process(target=_life, args=(recipe, root))
         life.start()
         _wait_for_progress(folder, life, draw)
@@ -64,7 +68,7 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(recipe: 
     train(recipe, folder, threading.Event())
 
     assert losses(folder) == losses(undisturbed)
-    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, num_steps + 1))
     assert metrics(folder)[-1]["held_out_kl"] == metrics(undisturbed)[-1]["held_out_kl"]
     for name in ("network.safetensors", "optimizer.safetensors"):
         assert (last_checkpoint(folder) / name).read_bytes() == (last_checkpoint(undisturbed) / name).read_bytes()

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "long_trajectory.py"
 
 
+@pytest.mark.slow
 def test_a_trajectory_of_131072_tokens_fits_into_8_gib() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), "--tokens", "4096", "12288", "--json"],

@@ -19,6 +19,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
+from structlog.testing import capture_logs
 from tiny_runs import StopAfter, last_checkpoint, losses, metrics, run, start_worker
 from torch import Tensor
 
@@ -112,6 +113,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe
     assert losses(stopped) == losses(straight)
     weights = [load_file(f.bundle / "hypernetwork.safetensors") for f in (straight, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_resume_with_another_number_of_threads_is_warned_of(recipe: TrainRecipe, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run", StopAfter(2))
+    manifest = last_checkpoint(folder) / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    threads = torch.get_num_threads()
+    assert content["num_threads"] == threads
+
+    def warnings_of_resume(num_threads: int | None) -> list[tuple[int, int]]:
+        manifest.write_text(json.dumps({**content, "num_threads": num_threads}))
+        with capture_logs() as logs:
+            run(recipe, tmp_path / "run", StopAfter(0))
+        return [(line["threads_before"], line["threads_now"]) for line in logs if "threads_now" in line]
+
+    assert warnings_of_resume(threads) == []
+    assert warnings_of_resume(threads + 1) == [(threads + 1, threads)]
+    # Written by an earlier release.
+    assert warnings_of_resume(None) == []
 
 
 def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe: TrainRecipe, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The seam between the service and whatever runs the model."""
+"""The interface of engines, and checks that all of them share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded, ServiceError
+from hyperagent.errors import ConfigError, InvalidRequest, LimitExceeded
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import TopKRows
-
-
-class EngineHangs(ServiceError):
-    """The engine hangs in this very process, which only its end can help."""
 
 
 class ScoringEngine(Protocol):
@@ -24,20 +20,22 @@ class ScoringEngine(Protocol):
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Who computes the rows."""
+        """Return the identity of the model and everything else that decides the rows."""
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence accepted, in tokens."""
+        """Return the longest sequence accepted, in tokens."""
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that are computed together. Asked for from a multiple of it on, rows come out with the same bits, since
-        nothing else that goes into a product of matrices has changed."""
+        """Return the number of rows computed together.
+
+        Rows asked for from a multiple of it on have the same bits, since each product of matrices has the same operands.
+        """
 
     @property
     def progress(self) -> int:
-        """A number that changes whenever the engine has got something done; one that is busy and stands still hangs."""
+        """Return a number that changes with every step the engine completes; an engine with work and no change hangs."""
 
     def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
@@ -58,7 +56,7 @@ class ScoringEngine(Protocol):
         """
 
     async def restart(self) -> None:
-        """Give up what is being computed and start the engine afresh; who waits for it gets `NotServing`.
+        """Abandon the computations in progress and start the engine again; their callers get `NotServing`.
 
         Raises:
             EngineHangs: it cannot be started again within this process.
@@ -66,18 +64,18 @@ class ScoringEngine(Protocol):
         """
 
     def close(self) -> None:
-        """Stop for good and give back what the engine holds."""
+        """Stop for good and release all resources."""
 
 
 async def score_from(
     engine: ScoringEngine, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], first_row: int, *, top_k: int
 ) -> AsyncGenerator[TopKRows, None]:
-    """`ScoringEngine.score` from row `first_row` on, with the bits that all rows together would have come out with.
+    """Score from row `first_row` on; the rows have the same bits as when all rows are scored at once.
 
     Raises:
         As `ScoringEngine.score`.
     """
-    # Computing begins with the step that the first row belongs to, whose rows before it are dropped.
+    # The computation begins with the whole step of the first row; the step's rows before it are dropped.
     surplus = first_row % engine.rows_per_step
     async with aclosing(engine.score(token_ids, positions[first_row - surplus :], top_k=top_k)) as parts:
         async for rows in parts:
@@ -135,6 +133,6 @@ def require_vocabulary(folder: Path, *, model_vocab_size: int, vocab_size: int, 
 
 
 def dtype_name(model: object, head: object) -> str:
-    """How an identity names the dtypes (of torch) of a model and of its head's product."""
+    """Return an identity's name for the torch dtypes of a model and of its head's product."""
     names = [str(dtype).removeprefix("torch.") for dtype in (model, head)]
     return names[0] if names[0] == names[1] else f"{names[0]}, head {names[1]}"

@@ -1,4 +1,4 @@
-"""The engine that the settings ask for."""
+"""Load the engine that the settings name."""
 
 from __future__ import annotations
 

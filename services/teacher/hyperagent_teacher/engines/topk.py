@@ -27,7 +27,7 @@ class TopKTensors(NamedTuple):
     tail_N: Tensor
     """float32, log of the probability outside the kept ids; -inf if there is none."""
     target_N: Tensor
-    """float32, log-probability of the token that really stands there."""
+    """float32, log-probability of the token at the position."""
     tails_NM: Tensor
     """float32, `hyperagent.topk.TopKRows.tail_logsumexps`."""
 
@@ -38,7 +38,7 @@ def top_k_tensors(logits_NV: Tensor, targets_N: Tensor, *, top_k: int, temperatu
 
     Args:
         logits_NV: [N, V], any floating dtype, without the rows that only pad the vocabulary.
-        targets_N: [N], int64, the tokens that really stand at the positions.
+        targets_N: [N], int64, the actual tokens at the positions.
     """
     logprobs_NV = logits_NV.float().log_softmax(dim=1)
     values_NK, ids_NK, next_N = _largest(logprobs_NV, top_k)
@@ -62,7 +62,7 @@ def top_k_rows(
     top_k: int,
     temperatures: Sequence[float],
 ) -> TopKRows:
-    """`top_k_tensors` of the rows of `positions` [N], in the computer's own memory.
+    """`top_k_tensors` of the rows of `positions` [N], in host memory.
 
     Raises:
         ServiceError: a logit is not finite.

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, LimitExceeded
+from hyperagent.errors import ConfigError, EngineHangs, LimitExceeded
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
-from hyperagent_teacher.engines.base import EngineHangs, dtype_name, require_vocabulary
+from hyperagent_teacher.engines.base import dtype_name, require_vocabulary
 from hyperagent_teacher.engines.topk import top_k_rows
 
 PREFILL_TOKENS = 2048
@@ -58,7 +58,7 @@ class TransformersEngine:
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
-            temperatures: those besides 1 at which rows can be had without error, rising.
+            temperatures: those other than 1 at which rows are exact, rising.
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -97,7 +97,7 @@ class TransformersEngine:
     async def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
     ) -> AsyncGenerator[TopKRows, None]:
-        """See `ScoringEngine.score`. A computation that is told to stop does so within one layer's time."""
+        """See `ScoringEngine.score`. A cancelled computation stops within one layer's time."""
         stop = threading.Event()
         steps = self._steps(token_ids, positions, top_k, stop)
         loop = asyncio.get_running_loop()
@@ -127,7 +127,7 @@ class TransformersEngine:
         hidden_ND = self._hidden_states(token_ids, positions, stop)
         targets_N = torch.from_numpy(token_ids[positions].astype(np.int64)).to(self._device)
         for start in range(0, len(positions), self.rows_per_step):
-            self._go_on(stop)
+            self._count_step(stop)
             cut = slice(start, start + self.rows_per_step)
             with torch.inference_mode():
                 logits_NV = self._head(hidden_ND[cut].to(self._head.weight.dtype))[:, : self._vocab_size]
@@ -144,7 +144,7 @@ class TransformersEngine:
         before_N = torch.from_numpy(positions.astype(np.int64) - 1).to(self._device)
         # What comes after the last wanted output is not computed.
         ids_1T = torch.from_numpy(token_ids[None, : int(positions[-1])].astype(np.int64)).to(self._device)
-        hooks = [layer.register_forward_pre_hook(lambda *_: self._go_on(stop)) for layer in body.layers]
+        hooks = [layer.register_forward_pre_hook(lambda *_: self._count_step(stop)) for layer in body.layers]
         parts, cache = [], None
         try:
             for start in range(0, ids_1T.shape[1], PREFILL_TOKENS):
@@ -163,7 +163,7 @@ class TransformersEngine:
             for hook in hooks:
                 hook.remove()
 
-    def _go_on(self, stop: threading.Event) -> None:
+    def _count_step(self, stop: threading.Event) -> None:
         if stop.is_set():
             raise _Stopped
         self.progress += 1
@@ -217,5 +217,5 @@ def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"the model in {folder} ({model.config.model_type}) changes its head's output, which this engine does not "
-            "reproduce; serve a model whose logits are its head's output alone, such as Qwen3-MoE or Qwen3-Next"
+            "reproduce; serve a model whose logits are its head's plain output, such as Qwen3-MoE or Qwen3-Next"
         )

@@ -1,4 +1,4 @@
-"""The engine that runs a model in vLLM: many requests at once, on as many GPUs and nodes as vLLM is told to use.
+"""The engine that runs a model in vLLM: many requests at once, on as many GPUs and nodes as its arguments name.
 
 vLLM's engine is a process of its own; this one only asks. How the rows leave it is a matter of the capture:
 
@@ -30,10 +30,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, ServiceError
+from hyperagent.errors import ConfigError, NotServing, ServiceError
 from hyperagent.identity import TeacherIdentity, weights_fingerprint
 from hyperagent.topk import TopKRows
-from hyperagent.wire.errors import NotServing
 from hyperagent_teacher.engines.base import dtype_name, require_vocabulary
 from hyperagent_teacher.engines.topk import require_finite
 from hyperagent_teacher.engines.vllm_flat import flat_to_rows
@@ -45,7 +44,7 @@ from hyperagent_teacher.engines.vllm_tap import (
     require_supported,
 )
 
-TrajectoryWriter = Literal["tensors", "flat"]
+CaptureMode = Literal["tensors", "flat"]
 
 _ROWS_PER_PART = 512
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -55,7 +54,7 @@ class VllmEngine:
     """A model in vLLM with its tokenizer; a `ScoringEngine`. Made by `load`."""
 
     def __init__(
-        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: TrajectoryWriter, max_tokens: int
+        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: CaptureMode, max_tokens: int
     ) -> None:
         self.identity = identity
         self.max_tokens = max_tokens
@@ -79,7 +78,7 @@ class VllmEngine:
         temperatures: Sequence[float] = (),
         dtype: str = "auto",
         head_dtype: str = "auto",
-        capture: TrajectoryWriter = "tensors",
+        capture: CaptureMode = "tensors",
         engine_args: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
         """Load from a folder of safetensors weights.
@@ -87,7 +86,7 @@ class VllmEngine:
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
-            temperatures: those besides 1 at which rows can be had without error, rising; none with the capture "flat".
+            temperatures: those other than 1 at which rows are exact, rising; none with the capture "flat".
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             engine_args: further arguments of vLLM's `AsyncEngineArgs`, such as `tensor_parallel_size`.
@@ -182,11 +181,6 @@ class VllmEngine:
         await asyncio.to_thread(self._engine.shutdown, 0.0)
         await self._start()
 
-    @property
-    def num_unfinished_requests(self) -> int:
-        """Requests that vLLM still holds."""
-        return self._engine.get_num_unfinished_requests()
-
     def close(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
@@ -243,7 +237,7 @@ def _arguments(
     max_tokens: int,
     dtype: str,
     head_dtype: str,
-    capture: TrajectoryWriter,
+    capture: CaptureMode,
     given: Mapping[str, Any],
 ) -> AsyncEngineArgs:
     config = _config(folder)
@@ -261,7 +255,7 @@ def _arguments(
     if head_dtype != "auto":
         ours["hf_overrides"] = {"head_dtype": head_dtype}
     if capture == "tensors":
-        # The tap stands in vLLM's first model runner, which serves CPUs and GPUs alike.
+        # The tap exists for vLLM's first model runner, which serves CPUs and GPUs alike.
         if os.environ.setdefault(_V2_RUNNER, "0") != "0":
             raise ConfigError(f"the tap needs vLLM's first model runner; unset {_V2_RUNNER}, or give --capture flat")
         ours["worker_extension_cls"] = f"{TopKTap.__module__}.{TopKTap.__qualname__}"

@@ -4,7 +4,7 @@ Stock vLLM scores every position of a prompt, over the padded vocabulary, and tu
 flat lists) token by token. A request that carries `POSITIONS` is treated otherwise, on both sides of vLLM:
 
 - in each worker, `TopKTap` scores only the positions asked for, some rows at a time, over the real vocabulary, with
-  ties broken by id and the exact mass of what is left out (`topk_head.top_k_tensors`);
+  ties broken by id and the exact mass of what is left out (`engines.topk.top_k_tensors`);
 - in the process that asks, `TensorProcessor` hands the tensors on as they came.
 
 Requests without `POSITIONS` are vLLM's own, as ever. What is private to vLLM is named here and nowhere else:
@@ -36,7 +36,7 @@ POSITIONS = "hyperagent_positions"
 """Key in `SamplingParams.extra_args`: the positions to score, packed little-endian uint32, as in `ScoringEngine`. The
 prompt ends before the last of them, whose token need not be computed."""
 TARGETS = "hyperagent_targets"
-"""Likewise: the tokens that really stand there."""
+"""Likewise: the actual tokens there."""
 
 MAX_LOGITS_PER_CHUNK = 1 << 27
 """Numbers in one chunk of logits: 512 MiB in float32, 883 rows of Qwen's vocabulary."""

@@ -1,4 +1,4 @@
-"""Who may come in: nobody before the teacher is ready or while it shuts down, and only so many at once.
+"""Admission of requests: none before the teacher is ready or while it shuts down, and a bounded number at once.
 
 Used on the event loop's thread only.
 """
@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from hyperagent.wire.errors import Busy, NotServing
+from hyperagent.errors import Busy, NotServing
 
 
 class Admission:
@@ -23,16 +23,18 @@ class Admission:
         self._closed_because = "it is starting"
 
     def open(self) -> None:
-        """Let requests in."""
+        """Accept requests."""
         self._closed_because = ""
 
     def close(self, because: str) -> None:
-        """Turn new requests away; those inside go on."""
+        """Refuse new requests; those in progress continue."""
         self._closed_because = because
 
     def require_open(self) -> None:
-        """Raises:
-        NotServing: the teacher is starting or shutting down.
+        """Refuse to begin anything while closed.
+
+        Raises:
+            NotServing: the teacher is starting or shutting down.
         """
         if self._closed_because:
             raise NotServing(f"the teacher takes no request: {self._closed_because}; try again later")
@@ -61,7 +63,7 @@ class Admission:
                 self._empty.set()
 
     async def wait_until_empty(self, timeout_s: float) -> None:
-        """Return when nobody is inside any more, or after `timeout_s`."""
+        """Return when no request is in progress any more, or after `timeout_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()

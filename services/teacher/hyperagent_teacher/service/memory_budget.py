@@ -1,4 +1,4 @@
-"""How many bytes of rows the requests in progress may hold in memory together.
+"""The budget of bytes that the rows of all requests in progress share.
 
 Used on the event loop's thread only.
 """
@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from hyperagent.errors import LimitExceeded
 
 
-class RowMemory:
-    """A budget of bytes; who finds it used up waits, in order."""
+class MemoryBudget:
+    """A budget of bytes; callers wait in FIFO order when it is exhausted."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -26,7 +26,7 @@ class RowMemory:
         """Hold `num_bytes` of the budget, as soon as there is room.
 
         Raises:
-            LimitExceeded: there never will be.
+            LimitExceeded: `num_bytes` is more than the whole budget.
         """
         if num_bytes > self.limit_bytes:
             raise LimitExceeded(

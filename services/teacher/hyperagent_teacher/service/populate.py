@@ -18,7 +18,7 @@ from hyperagent.identity import DataIdentity, require_same
 from hyperagent.wire.conversion import row_bytes
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 from hyperagent_teacher.engines.base import ScoringEngine, require_scorable, score_from
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Populator:
     """Fills a cache with an engine's rows."""
 
     def __init__(
-        self, engine: ScoringEngine, cache: LocalCache, row_memory: RowMemory, *, data_dir: Path | None
+        self, engine: ScoringEngine, cache: LocalCache, row_memory: MemoryBudget, *, data_dir: Path | None
     ) -> None:
         """Name the parts.
 

@@ -1,4 +1,4 @@
-"""Messages on their way from the engine to a reader, who may be slow.
+"""Buffer an answer's messages on disk between the engine and a reader who may be slow.
 
 They wait on disk, in a file without a name that ends with the process: the engine never waits for a reader, and a
 reader who does not read costs no memory. One writer, one reader, both on the event loop.
@@ -18,7 +18,7 @@ from typing import Self
 from hyperagent.errors import StorageError
 
 
-class Spool:
+class ResponseBuffer:
     """First in, first out, unbounded; a context manager."""
 
     def __init__(self, folder: Path) -> None:

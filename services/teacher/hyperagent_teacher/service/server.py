@@ -22,17 +22,17 @@ from grpc_reflection.v1alpha import reflection
 
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
-from hyperagent.errors import ServiceError
+from hyperagent.errors import EngineHangs, ServiceError
 from hyperagent.net import listening_ip
 from hyperagent.wire import teacher_pb2, teacher_pb2_grpc
 from hyperagent.wire.pem import read_pem
 from hyperagent_teacher.config import TeacherSettings
-from hyperagent_teacher.engines.base import EngineHangs, ScoringEngine
+from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.engines.load import load_engine
 from hyperagent_teacher.service.admission import Admission
 from hyperagent_teacher.service.auth import RequireToken
 from hyperagent_teacher.service.canary import score_canary
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 from hyperagent_teacher.service.populate import Populator
 from hyperagent_teacher.service.servicer import TeacherServicer
 from hyperagent_teacher.service.watchdog import Watchdog
@@ -55,7 +55,7 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
         IdentityMismatch: the cache belongs to another teacher.
         ServiceError: the port is taken, or the canary fails.
     """
-    with _leaving_on_signals(), asyncio.Runner() as runner:
+    with _exit_on_signals(), asyncio.Runner() as runner:
         server, address = runner.run(bind(settings, token=token))
         try:
             _log.info("loading", model=str(settings.model), backend=settings.backend)
@@ -75,7 +75,7 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
 
     Raises:
         ConfigError: there is no such address, or other machines could reach it and `allow_remote` is not set.
-        ServiceError: the address cannot be had.
+        ServiceError: the address is taken.
     """
     is_encrypted = settings.tls_certificate is not None
     ip = listening_ip(settings.host, allow_remote=settings.allow_remote or is_encrypted)
@@ -119,14 +119,14 @@ async def answer(
         ServiceError: the engine cannot score a canary, or hangs and cannot be started again.
     """
     admission = Admission(max_pending_requests=settings.max_pending_requests)
-    row_memory = RowMemory(settings.row_memory_mib << 20)
+    row_memory = MemoryBudget(settings.row_memory_mib << 20)
     populator = Populator(engine, cache, row_memory, data_dir=settings.data_dir)
     servicer = TeacherServicer(
         engine,
         populator,
         admission,
         row_memory,
-        spool_folder=cache.root,
+        buffer_folder=cache.root,
         chunk_bytes=settings.chunk_kib << 10,
     )
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
@@ -157,7 +157,7 @@ async def _until_stopped(
     health_servicer: health.aio.HealthServicer,
     settings: TeacherSettings,
 ) -> None:
-    async def tell(is_alive: bool) -> None:
+    async def set_serving(is_alive: bool) -> None:
         if is_alive:
             admission.open()
             await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
@@ -166,7 +166,7 @@ async def _until_stopped(
             await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     watchdog = Watchdog(engine, timeout_s=settings.engine_timeout_s, restart_after_s=settings.engine_restart_s)
-    watching = asyncio.create_task(watchdog.watch(tell))
+    watching = asyncio.create_task(watchdog.watch(set_serving))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -210,7 +210,7 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
 
 
 @contextmanager
-def _leaving_on_signals() -> Iterator[None]:
+def _exit_on_signals() -> Iterator[None]:
     """Exit with code 0 on SIGTERM and SIGINT while there is nothing to drain yet."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:

@@ -3,7 +3,7 @@
 Answers are written rather than yielded: a cancelled call then always raises inside the method, so the engine is
 closed at once; a generator would be left suspended at its yield until it is collected.
 
-Rows do not wait in memory for their reader: the engine's are put into a spool, and written from there.
+Rows do not wait in memory for their reader: the engine's are put into a response buffer on disk, and written from there.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from hyperagent.errors import HyperagentError, InvalidRequest
+from hyperagent.errors import BeyondEnd, HyperagentError, InvalidRequest
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent.wire import conversion, teacher_pb2_grpc
 from hyperagent.wire import teacher_pb2 as pb
-from hyperagent.wire.errors import BeyondEnd, refusal, rich_details
+from hyperagent.wire.errors import refusal, rich_details
 from hyperagent_teacher.engines.base import ScoringEngine, require_scorable, score_from
 from hyperagent_teacher.service.admission import Admission
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 from hyperagent_teacher.service.populate import Populator, Trajectory
-from hyperagent_teacher.service.response_buffer import Spool
+from hyperagent_teacher.service.response_buffer import ResponseBuffer
 
 _log = structlog.get_logger()
 
@@ -40,16 +40,16 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         engine: ScoringEngine,
         populator: Populator,
         admission: Admission,
-        row_memory: RowMemory,
+        row_memory: MemoryBudget,
         *,
-        spool_folder: Path,
+        buffer_folder: Path,
         chunk_bytes: int,
     ) -> None:
         self._engine = engine
         self._populator = populator
         self._admission = admission
         self._row_memory = row_memory
-        self._spool_folder = spool_folder
+        self._buffer_folder = buffer_folder
         self._chunk_bytes = chunk_bytes
         self._tokenizer = engine.identity.tokenizer
 
@@ -69,7 +69,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         """Score one sequence."""
         async with _errors_as_status(context):
             _require_deadline(context)
-            with self._admission.slot(), Spool(self._spool_folder) as spool:
+            with self._admission.slot(), ResponseBuffer(self._buffer_folder) as buffer:
                 self._require_tokenizer(conversion.tokenizer_from_proto(request.tokenizer))
                 token_ids = conversion.unpack_u32(request.token_ids, what="token ids")
                 positions = conversion.unpack_u32(request.positions, what="positions")
@@ -79,9 +79,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                         f"there is no row {request.first_row:,} among {len(positions):,} positions; "
                         "take the stream up at a row that is missing"
                     )
-                filling = asyncio.create_task(self._fill(spool, token_ids, positions, request))
+                filling = asyncio.create_task(self._fill(buffer, token_ids, positions, request))
                 try:
-                    async for message in spool.messages():
+                    async for message in buffer.messages():
                         chunk = pb.ScoreTokensResponse.FromString(message)
                         del message  # a reader who does not read holds one message up, and need not hold two
                         await context.write(chunk)
@@ -91,12 +91,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     async def _fill(
         self,
-        spool: Spool,
+        buffer: ResponseBuffer,
         token_ids: NDArray[np.uint32],
         positions: NDArray[np.uint32],
         request: pb.ScoreTokensRequest,
     ) -> None:
-        """Put a request's messages into its spool."""
+        """Put a request's messages into its response buffer."""
         top_k, num_temperatures = request.top_k, len(self._engine.identity.temperatures)
         encoder = conversion.ChunkEncoder(
             top_k=top_k, num_temperatures=num_temperatures, first_row=request.first_row, max_bytes=self._chunk_bytes
@@ -110,11 +110,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             ):
                 async for rows in parts:
                     for chunk in encoder.add(rows):
-                        await spool.put(chunk.SerializeToString())
-                await spool.put(encoder.finish().SerializeToString())
-            spool.finish()
+                        await buffer.put(chunk.SerializeToString())
+                await buffer.put(encoder.finish().SerializeToString())
+            buffer.finish()
         except Exception as error:
-            spool.finish(error)
+            buffer.finish(error)
 
     async def PopulateCache(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.PopulateCacheRequest], context: grpc.aio.ServicerContext

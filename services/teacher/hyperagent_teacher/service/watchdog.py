@@ -14,7 +14,6 @@ from contextlib import suppress
 import structlog
 
 from hyperagent.errors import HyperagentError
-from hyperagent.wire.errors import NotServing
 from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.service.canary import score_canary
 
@@ -36,8 +35,8 @@ class Watchdog:
         self._restart_after_s = restart_after_s
         self._canary: asyncio.Task[None] | None = None
 
-    async def watch(self, tell: Callable[[bool], Awaitable[None]]) -> None:
-        """Watch until cancelled; `tell` is called with whether the engine is alive, on every change.
+    async def watch(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        """Watch until cancelled; `on_change` is called with whether the engine is alive, on every change.
 
         Raises:
             ServiceError: the engine hangs, or has stopped, and cannot be started again.
@@ -50,19 +49,19 @@ class Watchdog:
                 if self._engine.progress != progress:
                     moved_at, progress = clock(), self._engine.progress
                 still_s = clock() - moved_at
-                has_failed = self._look_at_canary(still_s)
+                has_failed = self._check_canary(still_s)
                 if is_alive != (alive := not has_failed and still_s <= self._timeout_s):
                     is_alive = alive
                     _log.warning("the engine moves again" if alive else "the engine does not answer")
-                    await tell(is_alive)
+                    await on_change(is_alive)
                 if has_failed or still_s > self._timeout_s + self._restart_after_s:
                     await self._restart()
                     moved_at, progress = clock(), self._engine.progress - 1
         finally:
             await self._drop_canary()
 
-    def _look_at_canary(self, still_s: float) -> bool:
-        """Send a canary to an engine that stands still; True if one has failed."""
+    def _check_canary(self, still_s: float) -> bool:
+        """Send a canary to an engine without progress; return whether one has failed."""
         if self._canary is not None and self._canary.done():
             error = self._canary.exception()
             self._canary = None
@@ -82,6 +81,6 @@ class Watchdog:
     async def _drop_canary(self) -> None:
         if self._canary is not None:
             self._canary.cancel()
-            with suppress(asyncio.CancelledError, HyperagentError, NotServing):
+            with suppress(asyncio.CancelledError, HyperagentError):
                 await self._canary
             self._canary = None

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord
-from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.distributed import full_tensor, placed_like
@@ -51,6 +51,8 @@ class CheckpointManifest(NetworkManifest):
     best: BestEvaluation = BestEvaluation()
     num_averaged: int = Field(0, ge=0)
     """Steps that have gone into the average of the weights."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of the process that wrote it, as a sum's last bits depend on them; None in earlier releases'."""
     files: dict[str, str]
     """BLAKE3 (hex) of every other file."""
 
@@ -63,6 +65,8 @@ class Snapshot:
     moments: dict[str, Tensor]
     average: dict[str, Tensor]
     num_averaged: int
+    num_threads: int
+    """Of the thread that trains; another one may have a different number."""
 
 
 def snapshot(
@@ -83,7 +87,7 @@ def snapshot(
         is_first=is_first,
     )
     averages = _gather(average.tensors.items(), is_first=is_first)
-    return Snapshot(weights, moments, averages, average.num_updates) if is_first else None
+    return Snapshot(weights, moments, averages, average.num_updates, torch.get_num_threads()) if is_first else None
 
 
 def _gather(tensors: Iterable[tuple[str, Tensor]], *, is_first: bool) -> dict[str, Tensor]:
@@ -121,6 +125,7 @@ def write_checkpoint(
             step=step,
             best=best,
             num_averaged=found.num_averaged,
+            num_threads=found.num_threads,
             files={name: _digest_of(temporary / name) for name in files},
         )
         (temporary / "checkpoint.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -163,7 +168,7 @@ def load_checkpoint(
             key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments
         }
         if state:
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            # AdamW keeps its step count on the CPU and its moments on the parameter's device.
             optimizer.state[parameter] = {k: v if k == "step" else placed_like(v, parameter) for k, v in state.items()}
     if average.tensors:
         averages = load_file(folder / _AVERAGE)

@@ -1,7 +1,7 @@
 """The checkpoints of a run: `checkpoints/step-00000200` and so on, the last few and the best.
 
-Each is written aside, beside the training that goes on, and gets its name in one rename; only then are older ones removed. So
-whenever the process is killed, the last checkpoint that has a name is whole.
+Each is written under a temporary name while training continues, and gets its name in one rename; only then are older
+ones removed. So whenever the process is killed, the last checkpoint that has a name is whole.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+import structlog
 import torch
 from torch import nn
 
-from hyperagent.files import is_temporary, remove_directory
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import is_temporary, remove_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.format import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.runs.folder import RunFolder
+
+log = structlog.get_logger()
 
 
 class CheckpointStore:
@@ -63,10 +66,10 @@ class CheckpointStore:
             self.wait()
 
     def save(self, step: int, best: BestEvaluation) -> None:
-        """Take a snapshot after `step` optimizer steps, and write it while training goes on; one that is saved already is not again.
+        """Take a snapshot after `step` optimizer steps, and write it while training continues; skip one that is saved.
 
         Raises:
-            StorageError: the file system has refused the one before; those that stood still stand.
+            StorageError: the file system refused the previous one; older checkpoints are kept.
         """
         if self._saved == (step, best):
             return
@@ -103,7 +106,12 @@ class CheckpointStore:
             ConfigError, IdentityMismatch, CorruptRecord: see `load_checkpoint`.
         """
         steps = self._folder.saved_steps()
-        return self._load(self._folder.checkpoint(steps[-1])) if steps else None
+        if not steps:
+            return None
+        manifest = self._load(self._folder.checkpoint(steps[-1]))
+        if self._ranks.is_first:
+            _warn_of_other_threads(manifest)
+        return manifest
 
     def load_best(self, best: BestEvaluation) -> CheckpointManifest:
         """Go back to the checkpoint of the best evaluation.
@@ -135,3 +143,14 @@ class CheckpointStore:
             kept.add(best.step)
         for step in set(self._folder.saved_steps()) - kept:
             remove_directory(self._folder.checkpoint(step))
+
+
+def _warn_of_other_threads(manifest: CheckpointManifest) -> None:
+    """Say that the run will not be the same bit by bit: sums are split over the threads, and rounded by part."""
+    before, now = manifest.num_threads, torch.get_num_threads()
+    if before not in (None, now):
+        log.warning(
+            "resumed with another number of CPU threads: results differ in their last bits; set OMP_NUM_THREADS as before",
+            threads_before=before,
+            threads_now=now,
+        )

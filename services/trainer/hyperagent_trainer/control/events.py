@@ -33,11 +33,11 @@ _LINES_AT_ONCE = 500
 
 
 async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[str]:
-    """The run's status and its metrics from `since` on, until it has ended.
+    """Yield the run's status and its metrics from `since` on, until it has ended.
 
     Holds no more than a batch of lines and no file between two reads, so a caller that goes away leaves nothing behind.
     """
-    told: RunStatus | None = None
+    sent_status: RunStatus | None = None
     sent_at = time.monotonic()
     while True:
         try:
@@ -51,9 +51,9 @@ async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[
         events += [_event("metrics", line, place) for line, place in zip(found.values, found.places, strict=True)]
         since = found.next
         may_be_more = len(found.values) == _LINES_AT_ONCE
-        if status != told and not may_be_more:
+        if status != sent_status and not may_be_more:
             events.append(_event("status", status.model_dump()))
-            told = status
+            sent_status = status
         if not events and time.monotonic() - sent_at >= _HEARTBEAT_S:
             events.append(": still here\n\n")
         if events:
@@ -66,6 +66,7 @@ async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[
         await asyncio.sleep(_POLL_S)
 
 
+# By hand, because `fastapi.sse` writes the id after the data and its own heartbeat: other bytes than clients know.
 def _event(name: str, data: dict[str, Any], place: Place | None = None) -> str:
     identifier = "" if place is None else f"id: {place}\n"
     return f"{identifier}event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"

@@ -1,4 +1,4 @@
-"""One training process: started, found again, awaited, ended.
+"""One training process: its command, its start, how it is found again, awaited and ended.
 
 The process leads a session of its own, so that neither a terminal's Ctrl-C nor the death of the control
 process reaches it, and so that what it leaves behind can be ended as a group. What starts sessions of its
@@ -11,9 +11,11 @@ not find; should the control process die in between, the gate reads the end of i
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,9 +25,10 @@ import psutil
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, ServiceError
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.runs.folder import RunFolder
 
+_WORKER = ("-m", "hyperagent_trainer.worker")
 _GATE = 'read -r line && exec "$@" </dev/null'
 _POLL_S = 0.1
 _FOLDER_VARIABLE = "HYPERAGENT_RUN_FOLDER"
@@ -33,8 +36,25 @@ _FOLDER_VARIABLE = "HYPERAGENT_RUN_FOLDER"
 _CREATE_TIME_TOLERANCE_S = 2.0
 
 
+def training_command(processes: int, *, stop_grace_s: float) -> tuple[str, ...]:
+    """Return the command that trains a recipe with so many `processes`; the run's folder is to be its last argument.
+
+    Several processes are started, ended and watched by torchrun
+    (https://docs.pytorch.org/docs/stable/elastic/run.html), which passes SIGTERM on to each.
+
+    Args:
+        stop_grace_s: how long the processes have to save and end after SIGTERM.
+    """
+    if processes == 1:
+        return (sys.executable, *_WORKER)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    # Its own default is half a minute, after which it kills a rank that still writes its checkpoint.
+    grace = f"--shutdown-timeout={math.ceil(stop_grace_s)}"
+    return (*torchrun, f"--nproc-per-node={processes}", grace, *_WORKER)
+
+
 class ProcessRecord(StrictModel):
-    """What process.json holds."""
+    """The content of process.json."""
 
     pid: int
     create_time: float
@@ -42,7 +62,7 @@ class ProcessRecord(StrictModel):
 
 
 class TrainingProcess:
-    """A living or just ended training process of one run."""
+    """The training process of one run, alive or just ended."""
 
     def __init__(self, process: psutil.Process, folder: RunFolder, *, child: subprocess.Popen[bytes] | None) -> None:
         self._process = process
@@ -132,10 +152,10 @@ class TrainingProcess:
             return False
 
     def wait(self, is_over: Callable[[], bool], *, grace_s: float) -> int | None:
-        """Block until the process ends; end what it left running.
+        """Block until the process ends, then end what it left running.
 
         Args:
-            is_over: whether the process has done all it had to; then it is waited for no longer than `grace_s` seconds.
+            is_over: whether the process has finished its work; from then on it has `grace_s` seconds to exit.
 
         Returns:
             The exit code, or minus the number of the signal that ended it; None for an adopted process.
@@ -149,7 +169,7 @@ class TrainingProcess:
         return self._child.wait() if self._child else None
 
     def terminate(self) -> None:
-        """Ask the process to save and end (SIGTERM); its own children are its own to end."""
+        """Ask the process to save and end (SIGTERM); it ends its own children."""
         with suppress(psutil.NoSuchProcess):
             self._process.terminate()
 
@@ -159,14 +179,14 @@ class TrainingProcess:
             self._kill_all()
 
     def _kill_all(self) -> None:
-        # An empty group is gone, and its number may come to be somebody else's.
+        # The group of a process that has ended may be gone, and its number given to another.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         end_leftovers(self._folder)
 
 
 def end_leftovers(folder: RunFolder) -> None:
-    """End (SIGKILL) what any training process of the run has started and left running."""
+    """End (SIGKILL) every process that a training process of the run started and left running."""
     for process in psutil.process_iter():
         # One that has ended, or is another user's, is no leftover.
         with suppress(psutil.Error):
@@ -175,7 +195,7 @@ def end_leftovers(folder: RunFolder) -> None:
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """How a process ended, for a person."""
+    """Return how a process ended, for a person to read."""
     if exit_code is None:
         return "the training process ended, how is not known: an earlier control process had started it"
     if exit_code >= 0:

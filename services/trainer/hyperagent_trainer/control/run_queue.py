@@ -1,6 +1,6 @@
-"""The supervisor's ledger, in SQLite: which run each idempotency key has started, and which runs wait for their turn.
+"""The queue of runs, in SQLite: which runs wait, in order, and which run each idempotency key has started.
 
-All else lies in the runs' folders, so that a ledger that is lost is made anew from them.
+Everything else is in the runs' folders, from which a lost queue is built again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 QUEUE_NAME = "runs.sqlite"
 
@@ -24,21 +24,21 @@ CREATE TABLE runs (
 
 
 class RunQueue:
-    """The ledger of one runs folder; safe to call from many threads. Every method raises StorageError when it cannot be used."""
+    """The queue of one runs folder; safe to call from many threads. Every method raises StorageError if it cannot be used."""
 
     def __init__(self, runs: Path) -> None:
-        """Open the ledger of the folder `runs`, or begin one.
+        """Open the queue of the folder `runs`, or create it.
 
         Raises:
             ConfigError: it is of another release.
             StorageError: it is no SQLite file, or the file system refuses.
         """
-        self._database = Database(
+        self._database = Database.open_or_create(
             runs / QUEUE_NAME,
             schema=_SCHEMA,
             version=_VERSION,
-            what="the ledger of the runs",
-            remedy="remove the file: it is made anew from the runs' folders",
+            what="the queue of the runs",
+            remedy="remove the file: it is built again from the runs' folders",
             synchronous=True,
         )
 
@@ -46,35 +46,35 @@ class RunQueue:
         self._database.close()
 
     def add(self, run_id: str, idempotency_key: str | None, *, make_folder: Callable[[], object]) -> None:
-        """Enter a new run, at the end of the queue, and make its folder; or neither."""
+        """Add a new run at the end of the queue and make its folder, or do neither."""
         with self._database.transaction() as database:
             database.execute("INSERT INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, _end_of_queue(database)))
             make_folder()
 
     def restore(self, run_id: str, idempotency_key: str | None, *, waits: bool) -> None:
-        """Enter a run whose folder is all that is known of it; one that is in the ledger already is left as it is."""
+        """Add a run that only its folder knows; a run that is known already is left as it is."""
         with self._database.transaction() as database:
             place = _end_of_queue(database) if waits else None
             database.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, place))
 
     def forget(self, run_id: str) -> None:
-        """Strike out a run whose folder is gone; its key may be used again."""
+        """Remove a run whose folder is gone; its key may be used again."""
         with self._database.transaction() as database:
             database.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
 
     def ids(self) -> set[str]:
-        """Every run that has been entered."""
+        """Return the ids of all known runs."""
         with self._database.transaction() as database:
             return {run_id for (run_id,) in database.execute("SELECT run_id FROM runs")}
 
     def started_with(self, idempotency_key: str) -> str | None:
-        """The run that this key has started, if any."""
+        """Return the run that this key has started, if any."""
         with self._database.transaction() as database:
             row = database.execute("SELECT run_id FROM runs WHERE idempotency_key = ?", (idempotency_key,)).fetchone()
         return None if row is None else row[0]
 
     def waiting(self) -> list[str]:
-        """The runs that wait, the next first."""
+        """Return the runs that wait, the next one first."""
         with self._database.transaction() as database:
             rows = database.execute("SELECT run_id FROM runs WHERE place IS NOT NULL ORDER BY place").fetchall()
         return [run_id for (run_id,) in rows]

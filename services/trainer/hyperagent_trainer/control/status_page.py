@@ -34,7 +34,7 @@ def _path(name: str) -> str:
 
 
 PUBLIC_PATHS = tuple(map(_path, _MEDIA_TYPES))
-"""What of the page is to be had, and without the token."""
+"""Paths of the page's static files, which are served without the token."""
 
 
 def page_router() -> APIRouter:

@@ -1,17 +1,16 @@
 """The one training process that may run in a runs folder: queued, started, stopped, resumed, adopted.
 
-What a run is lies in its folder and which runs wait in the ledger, so the supervisor itself can be killed at any
-moment: the next one on the same folder adopts a training process that lives, marks the run of a dead one as failed
-and goes on with the queue. Of a run's status there is one writer at a time: its process while it lives, the
+Everything about a run is in its folder, and the queue is in `runs.sqlite`, so the supervisor itself can be killed at any
+moment: the next one on the same folder adopts a training process that is alive, marks the run of a dead one as failed
+and continues with the queue. A run's status has one writer at a time: its process while that is alive, the
 supervisor otherwise.
 
 A supervisor that is closed leaves no training process behind; one that is killed by SIGKILL does, and that
-process goes on training until it is done or another supervisor adopts it.
+process continues to train until it is done or another supervisor adopts it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -27,11 +26,11 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
-from hyperagent.files import is_temporary
 from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
+from hyperagent.storage.file_lock import open_locked
+from hyperagent.storage.files import is_temporary
 from hyperagent_trainer.config import load_recipe
-from hyperagent_trainer.control.command import training_command
-from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers
+from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers, training_command
 from hyperagent_trainer.control.run_queue import RunQueue
 from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.runs.commands import RunCommands, read_commands, write_commands
@@ -44,12 +43,12 @@ MAX_WAITING = 100
 _LOG_TAIL_BYTES = 4096
 _LOG_LINE_CHARACTERS = 300
 
-log = structlog.get_logger()
+_log = structlog.get_logger()
 
 
 @dataclass
 class _Training:
-    """A training process under watch."""
+    """A training process that the supervisor watches."""
 
     run_id: str
     folder: RunFolder
@@ -68,10 +67,10 @@ class Supervisor:
     """
 
     def __init__(self, settings: ControlSettings, *, command: Sequence[str] | None = None) -> None:
-        """Take hold of the runs folder, and over what an earlier supervisor left in it.
+        """Lock the runs folder, and take over the runs that an earlier supervisor left in it.
 
         Args:
-            command: stands in for every recipe's own training process; a run's folder follows.
+            command: replaces every recipe's training command; the run's folder is its last argument.
 
         Raises:
             ConfigError: there is no recipes folder, or the runs folder cannot be made.
@@ -87,7 +86,7 @@ class Supervisor:
         self._changing = threading.Lock()
         self._training: _Training | None = None
         self._is_closed = False
-        self._hold = _hold(self.runs.root)
+        self._lock = _lock_folder(self.runs.root)
         try:
             self._queue = RunQueue(self.runs.root)
             try:
@@ -97,29 +96,29 @@ class Supervisor:
                 self._queue.close()
                 raise
         except BaseException:
-            os.close(self._hold)
+            os.close(self._lock)
             raise
 
     def close(self) -> None:
-        """Stop the training process as `stop` does, wait for it, and let go of the runs folder; what waits goes on waiting."""
+        """Stop the training process as `stop` does, wait for it, and unlock the runs folder; queued runs stay queued."""
         with self._changing:
             self._is_closed = True
             if self._training is not None:
                 self._end(self._training)
             self._queue.close()
-            os.close(self._hold)
+            os.close(self._lock)
 
     def recipes(self) -> list[str]:
-        """The names of the recipes that can be run."""
+        """Return the names of the recipes that can be run."""
         return sorted(path.stem for path in self._recipes.glob("*.yaml") if re.fullmatch(NAME_PATTERN, path.stem))
 
     def start(self, request: RunRequest, *, idempotency_key: str | None = None) -> Run:
-        """Start a run, or let it wait until the one that trains has ended.
+        """Start a run, or queue it until the one that trains has ended.
 
         The same key with the same request again returns the run it started.
 
         Returns:
-            The run as it stands now: one that cannot be started is failed already.
+            The run in its present state: one that cannot be started has failed already.
 
         Raises:
             NotFound: there is no such recipe.
@@ -142,13 +141,13 @@ class Supervisor:
             return self.runs.get(run_id)
 
     def resume(self, run_id: str) -> Run:
-        """End a run's pause, also one it has not come to yet, or go on with a stopped or failed run from its last checkpoint.
+        """End a run's pause, even one it has not reached yet, or continue a stopped or failed run from its last checkpoint.
 
-        The latter waits until the run that trains has ended.
+        The latter is queued until the run that trains has ended.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: there is nothing to go on with, or too many runs wait.
+            Conflict: there is nothing to continue, or too many runs wait.
             StorageError: the file system refused.
         """
         with self._changing:
@@ -165,7 +164,7 @@ class Supervisor:
                 )
             self._require_room()
             if self._training is not None and self._training.run_id == run_id:
-                # It has said its last word, and must not say another about what follows.
+                # Wait until the finished process is gone, so that it cannot overwrite the new status.
                 self._end(self._training)
             self._queue.enqueue(run_id)
             _write_state(run.folder, "queued", "")
@@ -221,7 +220,7 @@ class Supervisor:
             return run
 
     def _in_training(self, run_id: str) -> tuple[Run, _Training]:
-        """The run and the process that trains it."""
+        """Return the run and the process that trains it."""
         run, training = self.runs.get(run_id), self._training
         if training is None or not self._trains(run):
             raise Conflict(f"run {run_id} is {run.status.state}; there is nothing to stop, pause or save")
@@ -242,7 +241,7 @@ class Supervisor:
             return None
 
     def _forget(self, run_id: str) -> None:
-        log.warning("run forgotten, its folder is gone", run=run_id)
+        _log.warning("run forgotten, its folder is gone", run=run_id)
         self._queue.forget(run_id)
 
     def _require_room(self) -> None:
@@ -250,7 +249,7 @@ class Supervisor:
             raise Conflict(f"{MAX_WAITING} runs wait already; stop some of them, or wait")
 
     def _start_next(self) -> None:
-        """Start the run whose turn it is, unless one trains; runs that cannot be started are failed."""
+        """Start the first run of the queue that can be started, unless one trains; mark those that cannot as failed."""
         if self._is_closed or (self._training is not None and not self._training.settled.is_set()):
             return
         for run_id in self._queue.waiting():
@@ -260,18 +259,18 @@ class Supervisor:
                 self._forget(run_id)
                 continue
             try:
-                # What was asked of an earlier process is not asked of this one.
+                # The commands were for an earlier process.
                 write_commands(folder.control, RunCommands())
                 processes = folder.read_recipe().processes
                 command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
                 process = TrainingProcess.start(folder, command)
             except HyperagentError as error:
-                log.error("run not started", run=run_id, error=str(error))
+                _log.error("run not started", run=run_id, error=str(error))
                 _settle(folder, state="failed", reason=str(error))
                 self._queue.dequeue(run_id)
                 continue
             self._queue.dequeue(run_id)
-            log.info("run started", run=run_id, pid=process.pid)
+            _log.info("run started", run=run_id, pid=process.pid)
             self._watch(_Training(run_id, folder, process))
             return
 
@@ -282,17 +281,17 @@ class Supervisor:
     def _await(self, training: _Training) -> None:
         try:
             exit_code = training.process.wait(lambda: _is_final(training.folder), grace_s=self._stop_grace_s)
-            log.info("run ended", run=training.run_id, exit_code=exit_code)
+            _log.info("run ended", run=training.run_id, exit_code=exit_code)
             self._settle_ended(training, exit_code)
         except HyperagentError as error:
-            log.error("the end of a run not recorded", run=training.run_id, error=str(error))
+            _log.error("the end of a run not recorded", run=training.run_id, error=str(error))
         finally:
             training.settled.set()
         try:
             with self._changing:
                 self._start_next()
         except HyperagentError as error:
-            log.error("the queue stands still until the next request", error=str(error))
+            _log.error("the queue is not advanced until the next request", error=str(error))
 
     def _settle_ended(self, training: _Training, exit_code: int | None) -> None:
         if training.killed:
@@ -313,7 +312,7 @@ class Supervisor:
             training.settled.wait()
 
     def _take_over(self) -> None:
-        """Adopt the training process that an earlier supervisor left, and settle the runs whose process died."""
+        """Adopt the training process that an earlier supervisor left, and mark the runs whose process died as failed."""
         for path in filter(is_temporary, self.runs.root.iterdir()):
             shutil.rmtree(path)
         runs = self.runs.all()
@@ -323,7 +322,7 @@ class Supervisor:
             self._queue.restore(run.run_id, run.idempotency_key, waits=run.status.state == "queued")
             process = TrainingProcess.find(run.folder)
             if process is not None:
-                log.info("run adopted", run=run.run_id, pid=process.pid)
+                _log.info("run adopted", run=run.run_id, pid=process.pid)
                 self._watch(_Training(run.run_id, run.folder, process))
             elif run.status.state == "queued" and run.run_id in self._queue.waiting():
                 continue
@@ -336,13 +335,13 @@ class Supervisor:
 
 
 def _is_final(folder: RunFolder) -> bool:
-    with suppress(HyperagentError):  # what cannot be read is no last word
+    with suppress(HyperagentError):  # a status that cannot be read is not final
         return folder.read_status().state in FINAL_STATES
     return False
 
 
 def _has_started(folder: RunFolder) -> bool:
-    """Whether the training process has come to the point where it answers SIGTERM; torchrun's exit code does not tell."""
+    """Return whether the training process has reached the point where it answers SIGTERM; torchrun's exit code does not say."""
     return folder.read_status().state not in ("queued", "loading")
 
 
@@ -355,20 +354,20 @@ def _same(run: Run, request: RunRequest) -> Run:
 
 
 def _settle(folder: RunFolder, *, state: RunState, reason: str) -> None:
-    """Give a run without a process a final state, unless its process left one."""
+    """Write a final state for a run that has no process, unless its process wrote one."""
     status = folder.read_status()
     if status.state not in FINAL_STATES:
         _write_state(folder, state, f"{reason}; last line of {folder.log}: {_last_line(folder.log)}")
 
 
 def _write_state(folder: RunFolder, state: RunState, reason: str) -> None:
-    """What the supervisor says of a run that has no process."""
+    """Write the state of a run that has no process."""
     changes = {"state": state, "reason": reason, "eta_s": None, "updated_at": time.time()}
     folder.write_status(folder.read_status().model_copy(update=changes))
 
 
 def _last_line(path: Path) -> str:
-    """The last line of a log that says something, cut to a readable length."""
+    """Return the last line of a log that is not empty, cut to a readable length."""
     if not path.exists():
         return "(no log)"
     with path.open("rb") as file:
@@ -377,16 +376,12 @@ def _last_line(path: Path) -> str:
     return next((line[:_LOG_LINE_CHARACTERS] for line in reversed(lines) if line), "(empty)")
 
 
-def _hold(runs: Path) -> int:
-    """Lock the runs folder for as long as the returned descriptor is open, which no child inherits."""
+def _lock_folder(runs: Path) -> int:
+    """Lock the runs folder for as long as the returned descriptor is open; children do not inherit it."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(runs, os.O_RDONLY)
+        return open_locked(runs, exclusive=True)
+    except BlockingIOError:
+        raise ServiceError(f"another control process holds {runs}; stop it, or choose another runs folder") from None
     except OSError as error:
         raise ConfigError(f"cannot use {runs} as the runs folder: {error}; choose another") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ServiceError(f"another control process holds {runs}; stop it, or choose another runs folder") from None
-    return descriptor

@@ -1,4 +1,4 @@
-"""How large generated adapters are beside the weights they change, and how much they differ between prompts.
+"""How large generated adapters are relative to the weights they change, and how much they differ between prompts.
 
 Legend of shape suffixes: P prompts, R rank, I and O input and output features.
 

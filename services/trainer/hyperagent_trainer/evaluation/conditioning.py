@@ -1,8 +1,8 @@
 """What conditioning on the prompt is worth, on held-out samples, and whether that may be claimed.
 
     gap closed          (KL_frozen - KL_arm) / KL_frozen
-    conditioning gain   KL of another prompt's adapter minus KL of the own prompt's, in nats per supervised row
-    over static         KL of a static LoRA minus KL of the own prompt's
+    conditioning gain   KL_adapter_shuffled_prompt - KL_adapter, in nats per supervised row
+    over static         KL_static - KL_adapter
 
 Both differences are paired: the same rows under two adapters. Their intervals are 95% percentile bootstraps (Efron and
 Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13) that draw whole clusters, since samples of one
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperagent.errors import InvalidRequest
+from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT, STATIC
 
 PAYS = "conditioning pays"
 STATIC_SUFFICES = "a static LoRA suffices"
@@ -64,8 +65,8 @@ class ConditioningReport:
 def conditioning_report(
     *,
     frozen: NDArray[np.float64],
-    own: NDArray[np.float64],
-    shuffled: NDArray[np.float64],
+    adapter: NDArray[np.float64],
+    adapter_shuffled_prompt: NDArray[np.float64],
     rows: NDArray[np.int64],
     clusters: Sequence[Hashable],
     static: NDArray[np.float64] | None = None,
@@ -74,8 +75,8 @@ def conditioning_report(
     """Compare the arms on the same samples.
 
     Args:
-        frozen, own, shuffled, static: summed KL of every sample in nats, under no adapter, that of its own prompt, that
-            of another's, and a static LoRA of the same rank and targets.
+        frozen, adapter, adapter_shuffled_prompt, static: summed KL of every sample in nats [samples], by arm
+            (`hyperagent_trainer.evaluation.arms`).
         rows: supervised rows of every sample.
         clusters: what every sample belongs to, such as its repository; those of one are drawn together.
         seed: of the bootstrap.
@@ -83,7 +84,9 @@ def conditioning_report(
     Raises:
         InvalidRequest: the arms have different numbers of samples, none at all, or a value that is no number.
     """
-    arms = {"frozen": frozen, "own": own, "shuffled": shuffled, **({} if static is None else {"static": static})}
+    arms = {FROZEN: frozen, ADAPTER: adapter, SHUFFLED_PROMPT: adapter_shuffled_prompt}
+    if static is not None:
+        arms[STATIC] = static
     if len({len(clusters), len(rows), *map(len, arms.values())}) != 1 or not len(rows):
         raise InvalidRequest(
             f"arms of {', '.join(f'{name} {len(sums)}' for name, sums in arms.items())} samples cannot be paired; "
@@ -92,11 +95,11 @@ def conditioning_report(
     if not all(np.isfinite(sums).all() for sums in arms.values()):
         raise InvalidRequest("an arm has a divergence that is no finite number; nothing can be concluded from it")
     kl = {name: float(sums.sum() / rows.sum()) for name, sums in arms.items()}
-    gain = _difference(shuffled - own, rows, clusters, seed)
-    over_static = None if static is None else _difference(static - own, rows, clusters, seed)
+    gain = _difference(adapter_shuffled_prompt - adapter, rows, clusters, seed)
+    over_static = None if static is None else _difference(static - adapter, rows, clusters, seed)
     return ConditioningReport(
         kl=kl,
-        gap_closed={name: (kl["frozen"] - value) / kl["frozen"] for name, value in kl.items() if name != "frozen"},
+        gap_closed={name: (kl[FROZEN] - value) / kl[FROZEN] for name, value in kl.items() if name != FROZEN},
         conditioning_gain=gain,
         over_static=over_static,
         verdict=_verdict(gain, over_static),

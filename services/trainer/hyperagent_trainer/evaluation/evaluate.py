@@ -1,36 +1,29 @@
 """Held-out KL of the arms, on what training never saw: other repositories, and other tasks of its own repositories.
 
-    frozen                   the student as it is
-    adapter                  with the adapter of the trajectory's own prompt
-    adapter_shuffled_prompt  with the adapter of a prompt from another repository
+The arms are those of `arms`. Where tasks of training's own repositories are held out as well, their arms end in `_tasks`.
 
-A static adapter is the same whatever the prompt, so it has no arm with a shuffled one. Where tasks of training's own
-repositories are held out as well, their arms end in `_tasks`.
-
-The gap between the last two is what conditioning on the prompt is worth; what they share would be learned by a
+The gap between `adapter_shuffled_prompt` and `adapter` is what conditioning on the prompt is worth; what they share would be learned by a
 single static adapter too. `conditioning` puts an interval around it, over the held-out repositories.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TokenizedTrajectory
+from hyperagent.errors import DataError
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.distributed import Ranks
+from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
-FROZEN = "frozen"
-ADAPTER = "adapter"
-SHUFFLED = "adapter_shuffled_prompt"
-
-_ARMS = {FROZEN: "frozen", ADAPTER: "own", SHUFFLED: "shuffled"}
 _ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
 
 
@@ -48,7 +41,10 @@ class Evaluation:
     """Every held-out split, with everything about it that does not change during training."""
 
     def __init__(self, held_out: Mapping[str, DistillationData], train: DistillationData, *, seed: int) -> None:
-        self._parts = {split: SplitEvaluation(data, train, seed=seed) for split, data in held_out.items()}
+        self._parts = {
+            split: SplitEvaluation(data, [train, *(d for s, d in held_out.items() if s != split)], seed=seed)
+            for split, data in held_out.items()
+        }
 
     def run(self, adapted: AdaptedStudent, ranks: Ranks) -> HeldOut:
         """Every arm of every split; the ranks share the work, and each learns the whole result."""
@@ -70,19 +66,30 @@ class SplitResult:
 class SplitEvaluation:
     """One held-out split, trajectory by trajectory: paired differences need each one's own divergence."""
 
-    def __init__(self, held_out: DistillationData, train: DistillationData, *, seed: int) -> None:
+    def __init__(self, held_out: DistillationData, others: Sequence[DistillationData], *, seed: int) -> None:
+        """Evaluate `held_out`; `others` have prompts for a split of one repository, the first that can is used."""
         self._data = held_out
+        self._others = others
         self._seed = seed
-        self._foreign_prompts = foreign_prompts(held_out.trajectories, train.trajectories, seed=seed)
         # The frozen student answers the same every time.
         self._frozen: NDArray[np.float64] | None = None
 
+    @cached_property
+    def _foreign_prompts(self) -> list[NDArray[np.uint32]]:
+        # Not at once: a static adapter reads no prompt, and may be trained on a single repository.
+        fallbacks = [data.trajectories for data in self._others]
+        return foreign_prompts(self._data.trajectories, *fallbacks, seed=self._seed)
+
     @torch.no_grad()
     def run(self, adapted: AdaptedStudent, ranks: Ranks) -> SplitResult:
-        """Every arm, compared over repositories."""
+        """Compute every arm of every trajectory, and compare them over repositories.
+
+        Raises:
+            DataError: the network reads prompts, and there is none of another repository.
+        """
         num = len(self._data.trajectories)
         rows = np.array([len(t.positions) for t in self._data.trajectories])
-        frozen, own, shuffled = sums = np.zeros((3, num))
+        frozen, adapter, shuffled = sums = np.zeros((3, num))
         # A sharded student answers all ranks at once, so that each has to ask as often as the others.
         for turn in range(0, num, ranks.size):
             index = min(turn + ranks.rank, num - 1)
@@ -96,25 +103,38 @@ class SplitEvaluation:
         sums[:] = ranks.sum_(torch.from_numpy(sums).to(ranks.device)).cpu().numpy()
         frozen = self._frozen = frozen.copy() if self._frozen is None else self._frozen
         if not adapted.reads_prompt:
-            return SplitResult({FROZEN: frozen.sum() / rows.sum(), ADAPTER: own.sum() / rows.sum()}, None)
+            return SplitResult({FROZEN: frozen.sum() / rows.sum(), ADAPTER: adapter.sum() / rows.sum()}, None)
         report = conditioning_report(
             frozen=frozen,
-            own=own,
-            shuffled=shuffled,
+            adapter=adapter,
+            adapter_shuffled_prompt=shuffled,
             rows=rows,
             clusters=[trajectory.repo for trajectory in self._data.trajectories],
             seed=self._seed,
         )
-        return SplitResult({arm: report.kl[name] for arm, name in _ARMS.items()}, report)
+        return SplitResult(report.kl, report)
 
 
 def foreign_prompts(
-    held_out: tuple[TokenizedTrajectory, ...], train: tuple[TokenizedTrajectory, ...], *, seed: int
+    held_out: Sequence[TokenizedTrajectory], *fallbacks: Sequence[TokenizedTrajectory], seed: int
 ) -> list[NDArray[np.uint32]]:
-    """For every held-out trajectory the prompt of another repository: a held-out one, or else a training one."""
+    """Draw a prompt of another repository for every held-out trajectory.
+
+    Args:
+        fallbacks: where to look, in this order, if all of `held_out` is of one repository.
+
+    Raises:
+        DataError: there is no trajectory of another repository.
+    """
     generator = np.random.default_rng(seed)
     chosen = []
     for trajectory in held_out:
-        others = [t for t in held_out if t.repo != trajectory.repo] or list(train)
-        chosen.append(others[int(generator.integers(len(others)))].prompt_ids)
+        found = ([t for t in pool if t.repo != trajectory.repo] for pool in (held_out, *fallbacks))
+        candidates = next(filter(None, found), None)
+        if candidates is None:
+            raise DataError(
+                f"all trajectories are of the repository {trajectory.repo!r}, so what its prompts are worth cannot be "
+                "measured against another repository's; add a second repository, or set arm: static in the recipe"
+            )
+        chosen.append(candidates[int(generator.integers(len(candidates)))].prompt_ids)
     return chosen

@@ -9,11 +9,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.files import new_directory
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import encode_adapter
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.export.model_card import model_card
@@ -34,7 +34,7 @@ def export(
     step: int,
     held_out: HeldOutKL,
 ) -> None:
-    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what stood there.
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what was there.
 
     Args:
         embeddings: the student's table [V, E].

@@ -11,12 +11,13 @@ import yaml
 
 from hyperagent.model.bundle import BundleManifest
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT
 from hyperagent_trainer.runs.metrics_file import HeldOutKL
 
 _ARMS = {
-    "frozen": "the student as it is",
-    "adapter": "with the adapter of the trajectory's own prompt",
-    "adapter_shuffled_prompt": "with the adapter of another repository's prompt",
+    FROZEN: "the student as it is",
+    ADAPTER: "with the adapter of the trajectory's own prompt",
+    SHUFFLED_PROMPT: "with the adapter of another repository's prompt",
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,9 @@ from torch import Tensor
 from hyperagent.errors import InvalidRequest
 from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.loss import torch_backend
-from hyperagent_trainer.loss.options import LossOptions
+from hyperagent_trainer.loss.options import LossBackend, LossOptions
 from hyperagent_trainer.loss.row_terms import Objective
 from hyperagent_trainer.loss.validation import check_arguments, check_values
-
-Backend = Literal["auto", "torch", "triton"]
 
 _CPU_WORKSPACE = 96 * 2**20
 _GPU_WORKSPACE = 600 * 2**20
@@ -41,7 +39,7 @@ def compute_distillation_loss(
     options: LossOptions | None = None,
     scale: float = 1.0,
     workspace_bytes: int | None = None,
-    backend: Backend = "auto",
+    backend: LossBackend = "auto",
 ) -> Tensor:
     """`scale` times the sum over rows of the loss in nats; a scalar, differentiable once, in the hidden states only.
 
@@ -81,6 +79,7 @@ def compute_distillation_loss(
         rows = replace(rows, target_ids_N=None)
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden_ND.device)
+    check_backend(backend, hidden_ND.device)
     check_arguments(hidden_ND, head_VD, rows, vocab_size, workspace_bytes)
     check_values(rows, vocab_size=vocab_size, options=options)
     loss: Tensor = _FusedLoss.apply(
@@ -89,7 +88,7 @@ def compute_distillation_loss(
         rows,
         Objective(options, rows.temperature, scale),
         workspace_bytes,
-        _check_backend(backend, hidden_ND),
+        backend,
     )
     return loss
 
@@ -99,13 +98,17 @@ def default_workspace_bytes(device: torch.device) -> int:
     return _GPU_WORKSPACE if device.type == "cuda" else _CPU_WORKSPACE
 
 
-def _check_backend(backend: Backend, hidden_ND: Tensor) -> Backend:
-    can_triton = find_spec("triton") and (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET"))
+def check_backend(backend: LossBackend, device: torch.device) -> None:
+    """Refuse a backend that cannot run on the device.
+
+    Raises:
+        InvalidRequest: "triton" without the triton package, or on a CPU without Triton's interpreter.
+    """
+    can_triton = find_spec("triton") and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET"))
     if backend == "triton" and not can_triton:
         raise InvalidRequest(
             'backend "triton" needs the triton package and a GPU; take "torch", or leave the choice to "auto"'
         )
-    return backend
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -117,7 +120,7 @@ class _FusedLoss(torch.autograd.Function):
         rows: TeacherRows,
         objective: Objective,
         workspace: int,
-        backend: Backend,
+        backend: LossBackend,
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         # Autocast would take the products down to bfloat16 behind our back.

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from hyperagent.config import StrictModel
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+LossBackend = Literal["auto", "torch", "triton"]
+"""What computes the loss: PyTorch on a CPU or GPU, or Triton kernels on a GPU; "auto" is PyTorch."""
 
 _JSD_BETA = 0.5
 

@@ -16,8 +16,8 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.lora import HookBasedLoRAInjector
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.data.dataset import Batch, pad_prompts
-from hyperagent_trainer.loss.distillation import compute_distillation_loss
-from hyperagent_trainer.loss.options import LossOptions
+from hyperagent_trainer.loss.distillation import check_backend, compute_distillation_loss
+from hyperagent_trainer.loss.options import LossBackend, LossOptions
 from hyperagent_trainer.student.student import Student
 
 AdapterNetwork = AgenticHyperNetwork | StaticLoRA
@@ -27,12 +27,24 @@ AdapterNetwork = AgenticHyperNetwork | StaticLoRA
 class AdaptedStudent:
     """Everything one step computes, from prompts to the sum of the loss."""
 
-    def __init__(self, student: Student, network: AdapterNetwork, *, loss_workspace_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        student: Student,
+        network: AdapterNetwork,
+        *,
+        loss_workspace_bytes: int | None = None,
+        loss_backend: LossBackend = "auto",
+    ) -> None:
         """Put a network in front of a student.
+
+        Args:
+            loss_workspace_bytes, loss_backend: as of `compute_distillation_loss`.
 
         Raises:
             ConfigError: the network reads more of the student's layers than it has.
+            InvalidRequest: the backend cannot run on the student's device.
         """
+        check_backend(loss_backend, student.head.device)
         self.student = student
         self.network = network
         self.reads_prompt = isinstance(network, AgenticHyperNetwork)
@@ -41,6 +53,7 @@ class AdaptedStudent:
         self._featurizer = make_featurizer(featurizer, student.model)
         self.injector = HookBasedLoRAInjector(student.model, scale=network.scale)
         self._loss_workspace_bytes = loss_workspace_bytes
+        self._loss_backend = loss_backend
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
         """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
@@ -98,6 +111,7 @@ class AdaptedStudent:
             options=options,
             scale=scale,
             workspace_bytes=self._loss_workspace_bytes,
+            backend=self._loss_backend,
         )
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from hyperagent.errors import ConfigError, CorruptRecord
+from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest
 from hyperagent.identity import DataIdentity
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import hypernetwork_of
@@ -50,7 +50,8 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
     """The recipe's network at its start, on the student's device and in front of it.
 
     Raises:
-        ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
+        ConfigError: the recipe's targets are not the student's, the static adapter is for other layers, or its
+            loss_backend cannot run on the student's device.
     """
     network = make_network(recipe, student, warm_start)
     log.info(
@@ -61,7 +62,12 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
         adapter_parameters=num_adapter_parameters(network.layers, recipe.hypernetwork.rank),
         trained_parameters=_num_trained(network),
     )
-    return AdaptedStudent(student, network, loss_workspace_bytes=recipe.loss_workspace_bytes)
+    try:
+        return AdaptedStudent(
+            student, network, loss_workspace_bytes=recipe.loss_workspace_bytes, loss_backend=recipe.loss_backend
+        )
+    except InvalidRequest as error:
+        raise ConfigError(f"the recipe's loss_backend cannot be used: {error}") from error
 
 
 def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdapterNetwork:

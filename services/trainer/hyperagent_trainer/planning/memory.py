@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hyperagent.architecture import expert_blocks, layer_types, num_experts, num_experts_per_token
 from hyperagent.hardware import Machine
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.loss.distillation import default_workspace_bytes
@@ -22,7 +23,6 @@ from hyperagent_trainer.planning.network_cost import NetworkCost
 from hyperagent_trainer.planning.student_memory import (
     block_bytes,
     block_gradient_bytes,
-    layer_kinds,
     mixer_bytes,
     mixer_gradient_bytes,
 )
@@ -138,24 +138,20 @@ def _table_bytes(model: PreTrainedModel, element: int) -> int:
 
 def _pick_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Of experts' numbers, 16 bits each."""
-    routers = sum(1 for name, _ in model.get_decoder().named_modules() if name.endswith("mlp.experts"))
-    return 2 * tokens * getattr(model.config.get_text_config(), "num_experts_per_tok", 0) * routers
+    return 2 * tokens * num_experts_per_token(model.config.get_text_config()) * len(expert_blocks(model))
 
 
 def _activations(recipe: TrainRecipe, model: PreTrainedModel, machine: Machine, tokens: int) -> int:
     """Kept inside decoder layers, of one at a time where they are run again or else of all, and held in one's backward pass."""
-    config, element, kinds = (
-        model.config.get_text_config(),
-        element_bytes(recipe),
-        layer_kinds(model.config.get_text_config()),
-    )
+    config, element = model.config.get_text_config(), element_bytes(recipe)
+    kinds = layer_types(config)
     kept = {kind: mixer_bytes(config, kind, element=element, kernels=not is_cpu(machine)) for kind in kinds}
     beside = {kind: mixer_gradient_bytes(config, kind, element=element) for kind in kept}
     block, block_beside = block_bytes(config, element=element), block_gradient_bytes(config, element=element)
     if not recipe.checkpoint_activations:
         inside = sum(kept[kind] + block for kind in kinds)
         return round(tokens * (inside + max(beside.values()) + block_beside))
-    has_tiles = getattr(config, "num_experts", 0) and recipe.moe_tile_tokens is not None
+    has_tiles = num_experts(config) and recipe.moe_tile_tokens is not None
     at_once = min(tokens, recipe.moe_tile_tokens or tokens) if has_tiles else tokens
     # Tiles keep their inputs, and their outputs are put together.
     tiles = 2 * element * config.hidden_size * tokens if at_once < tokens else 0

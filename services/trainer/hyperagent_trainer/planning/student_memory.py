@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-_CHUNK = 64
-"""Tokens of the gated delta rule's chunks, and so the width of what stands for pairs within one."""
-
-
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """Of every decoder layer: full_attention or linear_attention."""
-    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+from hyperagent.architecture import (
+    LINEAR_ATTENTION,
+    LINEAR_ATTENTION_CHUNK,
+    attention_widths,
+    linear_attention_widths,
+    num_experts,
+    num_experts_per_token,
+)
 
 
 def mixer_bytes(config: PreTrainedConfig, kind: str, *, element: int, kernels: bool) -> float:
@@ -26,55 +27,41 @@ def mixer_bytes(config: PreTrainedConfig, kind: str, *, element: int, kernels: b
         element: bytes of a number in the student's dtype.
     """
     norms = 4 * 2 * config.hidden_size
-    if kind == "linear_attention":
+    if kind == LINEAR_ATTENTION:
         return norms + _delta_net_bytes(config, element, kernels=kernels)
     return norms + _attention_bytes(config, element)
 
 
 def mixer_gradient_bytes(config: PreTrainedConfig, kind: str, *, element: int) -> float:
     """Of each token, that a mixer's backward pass holds beside: two gradients of the widest product. An estimate."""
-    if kind == "linear_attention":
-        keys, values = _delta_net_sizes(config)
+    if kind == LINEAR_ATTENTION:
+        keys, values = linear_attention_widths(config)
         return element * 2 * (2 * keys + 2 * values)
-    heads, keys = _attention_sizes(config)
+    heads, keys = attention_widths(config)
     return element * 2 * (2 * heads + 2 * keys)
 
 
 def block_bytes(config: PreTrainedConfig, *, element: int) -> float:
     """Kept of each token by a layer's MLP or mixture of experts."""
-    if not getattr(config, "num_experts", 0):
+    if not num_experts(config):
         # The gate's product, its activation, and what that is multiplied with.
         return element * 3 * config.intermediate_size
     # Of every expert that a token goes to, the two products, the activation, and the output that a weight multiplies;
     # the block's input, the shared expert's three, and the router's probabilities.
-    routed = config.num_experts_per_tok * (3 * config.moe_intermediate_size + config.hidden_size)
+    routed = num_experts_per_token(config) * (3 * config.moe_intermediate_size + config.hidden_size)
     shared = 3 * getattr(config, "shared_expert_intermediate_size", 0)
-    return element * (config.hidden_size + routed + shared) + 4 * config.num_experts
+    return element * (config.hidden_size + routed + shared) + 4 * num_experts(config)
 
 
 def block_gradient_bytes(config: PreTrainedConfig, *, element: int) -> float:
     """Of each token, that a block's passes hold beside: gradients and, of experts, copies in another order. An estimate."""
-    if not getattr(config, "num_experts", 0):
+    if not num_experts(config):
         return element * 2 * config.intermediate_size
-    return element * config.num_experts_per_tok * 3 * (config.moe_intermediate_size + config.hidden_size)
-
-
-def _attention_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Widths of queries, and of keys or values."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head_size, config.num_key_value_heads * head_size
-
-
-def _delta_net_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Widths of keys, and of values."""
-    return (
-        config.linear_num_key_heads * config.linear_key_head_dim,
-        config.linear_num_value_heads * config.linear_value_head_dim,
-    )
+    return element * num_experts_per_token(config) * 3 * (config.moe_intermediate_size + config.hidden_size)
 
 
 def _attention_bytes(config: PreTrainedConfig, element: int) -> float:
-    heads, keys = _attention_sizes(config)
+    heads, keys = attention_widths(config)
     # x, queries, keys and values as attention takes them, what it gives, and its log-sum-exp.
     kept = element * (config.hidden_size + 2 * heads + 2 * keys) + 4 * config.num_attention_heads
     has_gate = config.model_type == "qwen3_next"
@@ -89,7 +76,7 @@ def _attention_bytes(config: PreTrainedConfig, element: int) -> float:
 
 
 def _delta_net_bytes(config: PreTrainedConfig, element: int, *, kernels: bool) -> float:
-    keys, values = _delta_net_sizes(config)
+    keys, values = linear_attention_widths(config)
     heads, key_size, value_size = (
         config.linear_num_value_heads,
         config.linear_key_head_dim,
@@ -100,7 +87,9 @@ def _delta_net_bytes(config: PreTrainedConfig, element: int, *, kernels: bool) -
     kept = element * (config.hidden_size + 2 * (2 * keys + values) + 2 * values) + 4 * 3 * values
     if kernels:
         # Normalized queries and keys, and of each value head a chunk's matrix and decay.
-        return kept + element * (2 * keys + heads * _CHUNK) + 4 * 3 * heads
+        return kept + element * (2 * keys + heads * LINEAR_ATTENTION_CHUNK) + 4 * 3 * heads
     # Copies for each value head: of queries and keys before and after normalization, with beta, and with decay; of values
     # before and after; five matrices of each chunk, and the state at its start.
-    return kept + 4 * heads * (11 * key_size + 4 * value_size + 5 * _CHUNK + key_size * value_size / _CHUNK)
+    return kept + 4 * heads * (
+        11 * key_size + 4 * value_size + 5 * LINEAR_ATTENTION_CHUNK + key_size * value_size / LINEAR_ATTENTION_CHUNK
+    )

@@ -123,7 +123,7 @@ def _balance(probe: Probe) -> Check:
             "ratio": largest / least if least else math.inf,
         },
         f"every group above 0, the largest at most {_MAX_IMBALANCE:g} times the least",
-        "a group whose gradients vanish beside the others' is clipped away with them; leave it out or look at its layers",
+        "a group whose gradients vanish compared with the others' is clipped away with them; leave it out or look at its layers",
     )
 
 

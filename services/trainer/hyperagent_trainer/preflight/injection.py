@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from hyperagent.architecture import routers
 from hyperagent_trainer.preflight.probe import Probe, b_gradients, outputs_of, resolution
-from hyperagent_trainer.preflight.student import routers
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 
@@ -67,7 +67,7 @@ def _every_target_reached(probe: Probe) -> Check:
             **({"first": unreached[0]} if unreached else {}),
         },
         "every target runs in a forward pass, and its delta reaches the loss",
-        "an adapter that is not applied trains nothing and says nothing; leave out modules that never run, or mend the injector",
+        "an adapter that is not applied trains nothing and says nothing; leave out modules that never run, or fix the injector",
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hyperagent.architecture import LINEAR_ATTENTION_CHUNK
 from hyperagent.model.adapter import LoRAPair
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.distributed import machine_bytes
@@ -22,8 +23,8 @@ from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.student.student import Student
 
-# Two and four chunks of the Gated DeltaNet's 64 tokens, to which its reference implementation pads.
-_PROBE_TOKENS = (128, 256)
+# Whole chunks, to which the Gated DeltaNet's reference implementation pads.
+_PROBE_TOKENS = (2 * LINEAR_ATTENTION_CHUNK, 4 * LINEAR_ATTENTION_CHUNK)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from hyperagent.architecture import decoder_prefix, layer_types, num_experts, routers
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.student.student import Student
 
@@ -19,11 +20,6 @@ def check_student(student: Student, target_names: Iterable[str]) -> Iterator[Che
     yield _targets_exist(student, names)
     yield _coverage(student, names)
     yield _router_untouched(student, names)
-
-
-def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of the mixture-of-experts layers, by name; transformers calls their classes ...TopKRouter."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__.lower().endswith("router")}
 
 
 def _vocabulary(student: Student) -> Check:
@@ -77,10 +73,8 @@ def _targets_exist(student: Student, names: list[str]) -> Check:
 
 def _coverage(student: Student, names: list[str]) -> Check:
     """Every decoder layer has a target, and layers of one kind have the same ones."""
-    prefix = next(name for name, module in student.model.named_modules() if module is student.model.get_decoder())
-    layers = student.model.get_decoder().layers
-    config = student.model.config.get_text_config()
-    kinds: list[str] = list(getattr(config, "layer_types", None) or ["decoder"] * len(layers))
+    prefix, layers = decoder_prefix(student.model), student.model.get_decoder().layers
+    kinds = layer_types(student.model.config.get_text_config())
     paths: list[set[str]] = [set() for _ in layers]
     for name in names:
         head, _, rest = name.removeprefix(f"{prefix}.layers.").partition(".")
@@ -109,8 +103,7 @@ def _coverage(student: Student, names: list[str]) -> Check:
 
 def _router_untouched(student: Student, names: list[str]) -> Check:
     found = routers(student.model)
-    config = student.model.config.get_text_config()
-    expects = bool(getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0))
+    expects = num_experts(student.model.config.get_text_config()) > 0
     learning = sum(p.requires_grad for router in found.values() for p in router.parameters())
     forbidden = [n for n in names if ".experts" in n or any(n == r or n.startswith(f"{r}.") for r in found)]
     return Check(

@@ -4,8 +4,7 @@ request.json      what the caller asked for; the supervisor's own
 recipe.json       the resolved recipe; the supervisor writes it, the training process reads it
 process.json      which process trains, or last did; the supervisor's own
 control.json      what the supervisor asks of the training process that lives: see `hyperagent_trainer.runs.commands`
-status.json       the training process's last word about itself, replaced as a whole; while no process
-                  lives, the supervisor's
+status.json       written by the training process while one lives, else by the supervisor; replaced as a whole
 preflight.json    what the pre-flight measured before training started
 metrics.jsonl     one line per step, one per evaluation; a resumed run first cuts those of steps it does again
 tensorboard/      with the logger of that name: event files
@@ -23,8 +22,8 @@ import re
 from pathlib import Path
 
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")

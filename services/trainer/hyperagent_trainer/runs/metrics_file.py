@@ -1,8 +1,8 @@
 """Reading a run's metrics bit by bit, although a run that is resumed cuts the lines of the steps that it does again.
 
 The number of a line does not say which line it is, then. A place in the metrics is the number of lines before it
-together with a digest of them; who goes on from a place whose lines are no longer there is given all from the start,
-and told so. That holds whoever has changed the file, and when.
+together with a digest of them. A reader whose place is no longer there gets all lines from the start, marked by
+`is_reset`, whoever changed the file and when.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 
 PLACE_PATTERN = r"^[0-9]{1,10}(-[0-9a-f]{16})?$"
 """A place as text: the number of lines, and the digest unless only the number is known."""

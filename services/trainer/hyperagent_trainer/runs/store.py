@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.files import new_directory
 from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import START, MetricLines, Place, read_lines
@@ -30,7 +30,7 @@ class _RunRecord(StrictModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it stands."""
+    """One run in its present state."""
 
     run_id: str
     """When it was first started, UTC, to the microsecond; so ids sort by age."""

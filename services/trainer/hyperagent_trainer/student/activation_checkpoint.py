@@ -1,4 +1,9 @@
-"""Activation checkpointing of the student: each decoder layer keeps its input and is run again in the backward pass.
+"""What the student keeps between its forward and backward pass: activation checkpointing and tiles of experts.
+
+Each decoder layer keeps its input and is run again in the backward pass. Mixture-of-experts blocks run a few thousand
+tokens at a time, so that their memory does not grow with the sequence: a block copies each token once for every expert it
+goes to, ten times in Qwen3-Next, and keeps several such copies for the backward pass, 30 GB at 131,072 tokens
+(arXiv:2506.13996 tiles dense blocks likewise).
 
 What a router picked is kept and not computed again. Kernels that sum in another order, or a near tie, give a few tokens
 other experts the second time. With grouped products the saved shapes do not depend on the picks, so nothing would raise,
@@ -10,15 +15,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from hyperagent.architecture import expert_blocks
 from hyperagent.errors import DataError
+from hyperagent_trainer.config import TrainRecipe
 
 _TOPK = (torch.topk, torch.Tensor.topk)
 _MAX_DISAGREEMENT = 0.02
@@ -54,6 +63,20 @@ class RoutingWatch:
 
 
 @contextmanager
+def recomputation(model: PreTrainedModel, recipe: TrainRecipe) -> Iterator[RoutingWatch]:
+    """Within the block, the student keeps for its backward pass what the recipe says."""
+    if not recipe.checkpoint_activations:
+        yield RoutingWatch()
+        return
+    with recomputed_layers(model) as watch:
+        if recipe.moe_tile_tokens is None:
+            yield watch
+            return
+        with tiled_experts(model, tile_tokens=recipe.moe_tile_tokens, watch=watch):
+            yield watch
+
+
+@contextmanager
 def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
     """Within the block, decoder layers are run again in the backward pass instead of keeping their activations."""
     watch = RoutingWatch()
@@ -74,6 +97,30 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
         model.gradient_checkpointing_disable()
         # Enabling also hooks the embeddings, so that inputs ask for gradients, and disabling leaves that behind.
         model.disable_input_require_grads()
+
+
+@contextmanager
+def tiled_experts(model: nn.Module, *, tile_tokens: int, watch: RoutingWatch) -> Iterator[None]:
+    """Within the block, every mixture-of-experts block runs tile by tile, and again tile by tile in the backward pass.
+
+    Args:
+        tile_tokens: of each sample; a sequence that is no longer runs as it does without tiles.
+    """
+    with ExitStack() as stack:
+        for block in expert_blocks(model).values():
+            block.forward = partial(_tiled, block.forward, tile_tokens, watch)
+            stack.callback(delattr, block, "forward")
+        yield
+
+
+def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, watch: RoutingWatch, x_BTD: Tensor) -> Tensor:
+    if x_BTD.shape[1] <= tile_tokens:
+        return forward(x_BTD)
+    tiles = [
+        checkpoint(forward, x.contiguous(), use_reentrant=False, context_fn=picks_kept(watch))
+        for x in x_BTD.split(tile_tokens, dim=1)
+    ]
+    return torch.cat(tiles, dim=1)
 
 
 def picks_kept(watch: RoutingWatch) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:

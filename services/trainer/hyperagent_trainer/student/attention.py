@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from hyperagent.architecture import head_dim, num_key_value_heads
 from hyperagent_trainer.config import AttentionName
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.report import Check, Measured
@@ -152,9 +153,7 @@ class _Heads:
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Heads:
         config = model.config.get_text_config()
-        num = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // num
-        return cls(num, getattr(config, "num_key_value_heads", None) or num, size)
+        return cls(config.num_attention_heads, num_key_value_heads(config), head_dim(config))
 
     def draw(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Queries, keys and values, and a gradient of the output; no global random state is used."""

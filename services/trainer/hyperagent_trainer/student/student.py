@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_linear_attention_available
 
+from hyperagent.architecture import LINEAR_ATTENTION, layer_types
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError
 from hyperagent.identity import weights_fingerprint
@@ -73,8 +74,7 @@ def _load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
 
 def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
     """transformers falls back to a loop in PyTorch with no more than a warning; at 131,072 tokens it takes hours."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if device.type != "cuda" or "linear_attention" not in layer_types:
+    if device.type != "cuda" or LINEAR_ATTENTION not in layer_types(model.config.get_text_config()):
         return
     why = "flash-linear-attention is not installed, or too old"
     if is_flash_linear_attention_available():

@@ -1,7 +1,7 @@
 """Where a run's metrics go besides `metrics.jsonl`, by the recipe's choice: TensorBoard, Weights & Biases.
 
 A line of the metrics becomes numbers by name, nested ones as `grad_norms/encoder`, at the line's step; what is no number
-is left out. The packages are extras of this distribution, imported when the first line is told.
+is left out. The packages are extras of this distribution, imported with the first line.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ log = structlog.get_logger()
 
 
 class MetricLogger(Protocol):
-    """One place that metrics are told to."""
+    """One place that metrics go to."""
 
     failures: tuple[type[Exception], ...]
     """What its package raises where it cannot write."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Tell one line; steps never fall. What was told before of the first line's step, and of later ones, is stale."""
+        """Log one line; steps never fall. Lines logged by an earlier process for this first step and later ones are stale."""
         ...
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class TensorBoardLogger:
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        # A killed process resumes from a checkpoint, and what its steps before that have told is not told again.
+        # A killed process resumes from a checkpoint, and does not log the steps before it again.
         self._writer.flush()
 
     def close(self) -> None:
@@ -68,8 +68,8 @@ class TensorBoardLogger:
 class WandbLogger:
     """A run of Weights & Biases in the run's `wandb/`, with its name as id; offline unless WANDB_MODE says otherwise.
 
-    A resumed run goes on under its id. Weights & Biases keeps what it has been told first of a step; the steps that are
-    done again give the same numbers.
+    A resumed run keeps its id. Weights & Biases keeps the first numbers logged for a step; the steps that are done again
+    give the same ones.
     """
 
     def __init__(self, folder: RunFolder, recipe: TrainRecipe) -> None:
@@ -150,15 +150,15 @@ class Loggers:
         return cls(made)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Tell them a line of the metrics, which has a "step"."""
+        """Pass a line of the metrics, which has a "step", to every logger."""
         scalars = {name: value for name, value in _scalars(line) if name != "step"}
-        self._tell(lambda logger: logger.log(line["step"], scalars))
+        self._each(lambda logger: logger.log(line["step"], scalars))
 
     def close(self) -> None:
         """Write what is left; nothing may be logged afterwards."""
-        self._tell(lambda logger: logger.close())
+        self._each(lambda logger: logger.close())
 
-    def _tell(self, act: Callable[[MetricLogger], None]) -> None:
+    def _each(self, act: Callable[[MetricLogger], None]) -> None:
         for name, logger in list(self._loggers.items()):
             try:
                 act(logger)

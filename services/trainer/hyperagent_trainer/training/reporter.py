@@ -34,7 +34,7 @@ class RunReporter:
         """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
 
         Args:
-            loggers: what else is told every line of the metrics, and closed in the end.
+            loggers: also get every line of the metrics, and are closed at the end.
             is_first: whether this is the rank that writes; on others nothing is, and `loggers` has to be empty.
         """
         self._folder = folder

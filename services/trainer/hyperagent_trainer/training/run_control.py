@@ -1,4 +1,4 @@
-"""What a training run is asked for from outside while it trains: to save a checkpoint, to pause, to stop.
+"""Commands to a running training: save a checkpoint, pause, stop.
 
 The supervisor writes the commands into the run's `control.json`, the training loop looks there between two steps. The first
 rank alone reads them, and all act on what it has read: at the same step, whatever each would have seen by itself.
@@ -24,7 +24,7 @@ _POLL_S = 0.2
 
 
 class _Order(IntEnum):
-    """What to do now; of several commands the larger is done."""
+    """What to do now; the most severe command wins."""
 
     GO_ON = 0
     SAVE = 1
@@ -36,7 +36,7 @@ class RunControl:
     """The training loop's side of `control.json`; one on every rank."""
 
     def __init__(self, path: Path, stop: threading.Event, ranks: Ranks) -> None:
-        """Obey what `path` says, and `stop`, which may be set on any rank."""
+        """Follow the commands in the file `path`, and `stop`, which may be set on any rank."""
         self._path = path
         self._stop = stop
         self._ranks = ranks
@@ -85,4 +85,4 @@ class RunControl:
             self._commands = read_commands(self._path)
         except CorruptRecord as error:
             # No reason to end a run of many hours.
-            log.warning("wishes not read", error=str(error))
+            log.warning("commands not read", error=str(error))

@@ -16,8 +16,8 @@ from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import HELD_OUT
 from hyperagent.errors import DataError
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe
@@ -26,15 +26,15 @@ from hyperagent_trainer.data.dataset import Batch
 from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed, peak_memory_bytes
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
-from hyperagent_trainer.evaluation.evaluate import ADAPTER, Evaluation
+from hyperagent_trainer.evaluation.arms import ADAPTER
+from hyperagent_trainer.evaluation.evaluate import Evaluation
 from hyperagent_trainer.export.export import export, make_probe
 from hyperagent_trainer.network.build import shard_network, whole_network
 from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import last_held_out_kl
-from hyperagent_trainer.student.activation_checkpoint import RoutingWatch
-from hyperagent_trainer.student.step_memory import recomputation
+from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputation
 from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
 from hyperagent_trainer.training.reporter import RunReporter

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hyperagent.cache.format.codecs import CODECS, COMPACT, Codec
 from hyperagent.errors import ConfigError, CorruptRecord, StorageError
-from hyperagent.files import write_once
 from hyperagent.identity import TeacherIdentity
+from hyperagent.storage.files import write_once
 
 FORMAT_VERSION = 2
 _NAME = "manifest.json"

@@ -10,7 +10,6 @@ changes again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import uuid
@@ -26,7 +25,8 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.format.record import ALIGNMENT, HEADER_BYTES, MAGIC, Header, check_record
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import fsync_directory, is_temporary, temporary_sibling
+from hyperagent.storage.file_lock import try_lock
+from hyperagent.storage.files import fsync_directory, is_temporary, temporary_sibling
 
 _MAGIC = b"HATKSHD2"
 _HEADER = struct.Struct("<8s32s16x")
@@ -86,7 +86,8 @@ class ShardWriter:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         writer = cls(path, descriptor, 0)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The name is new, so that nobody else can hold the lock.
+            try_lock(descriptor, exclusive=True)
             fields = _HEADER.pack(_MAGIC, bytes.fromhex(fingerprint))
             writer.append(fields + xxhash.xxh3_64_digest(fields))
             writer.sync()
@@ -112,17 +113,15 @@ class ShardWriter:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its writer may have sealed it, and so renamed it, between our opening it and our having the lock.
             if (
-                path.exists()
+                try_lock(descriptor, exclusive=True)
+                and path.exists()
                 and os.fstat(descriptor).st_ino == path.stat().st_ino
                 and os.fstat(descriptor).st_size >= end
             ):
                 os.ftruncate(descriptor, end)
                 return cls(path, descriptor, end)
-        except BlockingIOError:
-            pass
         except BaseException:
             os.close(descriptor)
             raise
@@ -189,7 +188,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Give the shard up; the next writer goes on with it."""
+        """Give the shard up; the next writer continues it."""
         os.close(self._descriptor)
 
 

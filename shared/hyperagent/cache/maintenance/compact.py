@@ -6,7 +6,7 @@ is deleted last. Others may read meanwhile; who finds a shard gone asks the inde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from hyperagent.cache.format.shard import OPEN, SEALED, SHARD_HEADER_BYTES, Shar
 from hyperagent.cache.index import Entry
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
+from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 _COPY_BYTES = 8 << 20
-Progress = Callable[[int, int], None]
 log = structlog.get_logger()
 
 
@@ -45,7 +45,7 @@ class CollectReport:
     compacted: CompactReport
 
 
-def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> CompactReport:
+def compact(cache: LocalCache, progress: Progress = no_progress) -> CompactReport:
     """Rewrite shards that hold dead bytes, or are small, and seal what comes of it.
 
     Raises:
@@ -69,13 +69,11 @@ def compact(cache: LocalCache, progress: Progress = lambda _done, _total: None) 
     return CompactReport(len(before), len(after), bytes_before, _size(after))
 
 
-def collect_garbage(
-    cache: LocalCache, keep: Iterable[str] | None, progress: Progress = lambda _done, _total: None
-) -> CollectReport:
+def collect_garbage(cache: LocalCache, keep: Iterable[str] | None, progress: Progress = no_progress) -> CollectReport:
     """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and what killed writers left.
 
     Args:
-        cache: opened alone, so that nobody reads what goes.
+        cache: opened with `exclusive`, so that nobody reads what is removed.
         keep: keys of trajectories that stay; without it all of them.
 
     Raises:

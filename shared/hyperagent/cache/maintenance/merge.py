@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hyperagent.cache.format.codecs import EXACT
@@ -12,6 +12,7 @@ from hyperagent.cache.format.record import BlockOfTrajectory
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import ConfigError
 from hyperagent.identity import require_same
+from hyperagent.progress import Progress, no_progress
 
 _BLOCKS_AT_ONCE = 64
 
@@ -26,9 +27,7 @@ class MergeReport:
     """Of them, those that the target had, whole."""
 
 
-def merge(
-    source: LocalCache, target: LocalCache, progress: Callable[[int, int], None] = lambda _done, _total: None
-) -> MergeReport:
+def merge(source: LocalCache, target: LocalCache, progress: Progress = no_progress) -> MergeReport:
     """Put every trajectory of `source` into `target`; what is there already stays. Interrupted, it can be run again.
 
     Raises:
@@ -51,7 +50,7 @@ def merge(
     keys = source.trajectory_keys()
     for done, key in enumerate(keys):
         progress(done, len(keys))
-        if target.contains(key):
+        if target.is_intact(key):
             already_there += 1
             continue
         blocks = source.trajectory(key).blocks

@@ -11,9 +11,10 @@ from hyperagent.cache.index_rebuild import rebuild_index
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.locks import held_exclusively
 from hyperagent.cache.maintenance.compact import copy_records, owned_shards
-from hyperagent.cache.maintenance.verify import Damage, Progress, verify
+from hyperagent.cache.maintenance.verify import Damage, verify
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
+from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 QUARANTINE = "quarantine"
 """The folder that damaged shards are moved to, for inspection; safe to delete."""
@@ -32,7 +33,7 @@ class RepairReport:
     """Those that are whole."""
 
 
-def repair(root: Path, progress: Progress = lambda _done, _total: None) -> RepairReport:
+def repair(root: Path, progress: Progress = no_progress) -> RepairReport:
     """Rebuild the index, copy the whole records out of damaged shards, and quarantine those shards.
 
     Raises:

@@ -1,14 +1,11 @@
-"""Every byte of a cache checked, and what it holds counted."""
+"""Check every byte of a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
-from hyperagent.cache.format.record import HEADER_BYTES, Header, Kind
 from hyperagent.cache.format.shard import (
     SEALED,
     SHARD_HEADER_BYTES,
@@ -20,10 +17,10 @@ from hyperagent.cache.format.shard import (
     shard_paths,
 )
 from hyperagent.cache.local import LocalCache
+from hyperagent.cache.maintenance.stats import cache_digest
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import is_temporary
-
-Progress = Callable[[int, int], None]
+from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import is_temporary
 
 
 @dataclass(frozen=True)
@@ -47,53 +44,14 @@ class VerifyReport:
     """Whole records that count."""
     damaged: tuple[Damage, ...]
     incomplete: tuple[str, ...]
-    """Trajectories (keys) that damage makes unreadable; populating again mends them."""
+    """Trajectories (keys) that damage makes unreadable; populating again restores them."""
     leftovers: tuple[Path, ...]
     """What killed writers left behind; harmless."""
     digest: str
     """`cache_digest` of the whole trajectories."""
 
 
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache holds."""
-
-    trajectories: int
-    blocks: int
-    supervised_tokens: int
-    """Rows on disk: tokens whose distribution is kept. One that several trajectories share counts once."""
-    context_tokens: int
-    """Tokens of all trajectories, supervised or not."""
-    shared_tokens: int
-    """Rows that are not on disk again because an earlier trajectory begins with them too."""
-    bytes: int
-    """Of all shards."""
-    dead_bytes: int
-    """Of records that do not count any more; compaction frees them."""
-    codec: str
-    top_k: int
-    mean_k: float
-    """Ids that a row keeps."""
-    kept_mass: float
-    """Probability of a row's kept ids, mean."""
-    kl_nats: float
-    """What storing has cost: KL(teacher's row || stored row), mean."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes per supervised token on disk."""
-        return self.bytes / self.supervised_tokens if self.supervised_tokens else 0.0
-
-
-def cache_digest(digests: Mapping[str, str]) -> str:
-    """One digest (hex) of many trajectories' digests (hex), by key: two caches with the same one hold the same rows."""
-    digest = blake3()
-    for key in sorted(digests):
-        digest.update(bytes.fromhex(key + digests[key]))
-    return digest.hexdigest()
-
-
-def verify(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> VerifyReport:
+def verify(cache: LocalCache, progress: Progress = no_progress) -> VerifyReport:
     """Check every byte on disk; `progress` is called with (bytes done, bytes to do)."""
     paths = shard_paths(cache.root / "shards")
     total, done = sum(path.stat().st_size for path in paths), 0
@@ -118,45 +76,6 @@ def verify(cache: LocalCache, progress: Progress = lambda _done, _total: None) -
         reason = f"the shard is gone, and with it {len(cache.index.entries(name))} records"
         damaged.append(Damage(cache.root / "shards" / name, 0, reason))
     return _report(cache, damaged, whole)
-
-
-def count(cache: LocalCache, progress: Progress = lambda _done, _total: None) -> CacheStats:
-    """Count what there is, from the records' headers; `progress` is called with (shards done, shards)."""
-    blocks = trajectories = rows = kept = context = live_bytes = 0
-    kl = mass = 0.0
-    paths = shard_paths(cache.root / "shards")
-    for done, path in enumerate(paths):
-        progress(done, len(paths))
-        with path.open("rb") as file:
-            for entry in cache.index.entries(path.stem):
-                file.seek(entry.at.offset)
-                header = Header.from_bytes(memoryview(file.read(HEADER_BYTES)))
-                live_bytes += entry.at.length
-                if header.kind is Kind.BLOCK:
-                    blocks += 1
-                    rows += header.num_rows
-                    kept += header.num_kept
-                    kl += header.kl_nats * header.num_rows
-                    mass += header.kept_mass * header.num_rows
-                else:
-                    trajectories += 1
-                    context += header.num_tokens
-    used = [block for key in cache.trajectory_keys() for block in cache.trajectory(key).blocks]
-    distinct = {block.key: block.num_rows for block in used}
-    return CacheStats(
-        trajectories=trajectories,
-        blocks=blocks,
-        supervised_tokens=rows,
-        context_tokens=context,
-        shared_tokens=sum(block.num_rows for block in used) - sum(distinct.values()),
-        bytes=sum(path.stat().st_size for path in paths),
-        dead_bytes=sum(end - SHARD_HEADER_BYTES for end in cache.index.ends().values()) - live_bytes,
-        codec=cache.settings.codec,
-        top_k=cache.identity.top_k,
-        mean_k=kept / rows if rows else 0.0,
-        kept_mass=mass / rows if rows else 0.0,
-        kl_nats=kl / rows if rows else 0.0,
-    )
 
 
 def _check_shard(path: Path, fingerprint: str, ends: Mapping[str, int], damaged: list[Damage]) -> list[Found]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from hyperagent.data.files.schema import DATASET, DATASET_BYTES, DATASET_FILE, DATASET_REVISION, schema_differences
 from hyperagent.errors import DataError, ServiceError, StorageError
+from hyperagent.progress import Progress, no_progress
 
 _TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 22
@@ -32,7 +32,7 @@ def download_dataset(
     folder: Path,
     *,
     expected_bytes: int = DATASET_BYTES,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> DownloadedDataset:
     """Fetch the data set's file into `folder`, resuming where an earlier call stopped.
 
@@ -94,7 +94,7 @@ def _require_stated(size: int | None, etag: str | None, expected_bytes: int) -> 
         raise DataError(f"the hub states no SHA-256 of {DATASET_FILE}, so it cannot be verified; try another mirror")
 
 
-def _require_same_bytes(path: Path, *, size: int, sha256: str, progress: Callable[[int, int], None]) -> None:
+def _require_same_bytes(path: Path, *, size: int, sha256: str, progress: Progress) -> None:
     digest = hashlib.sha256()
     done = 0
     with path.open("rb") as file:

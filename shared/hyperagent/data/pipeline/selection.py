@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hyperagent.config import StrictModel
 from hyperagent.data.chat.messages import dialogue_of, issue_text, name_of, refused_as
 from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
+from hyperagent.progress import Progress, no_progress
 
 NOT_SAMPLED = "not in the sample"
 """Reason under which rows that were not drawn into the sample are counted."""
@@ -68,7 +69,7 @@ def select_rows(
     *,
     license_of: Mapping[str, str] | None = None,
     strict: bool = False,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> Selected:
     """Read a data file once and select rows.
 

@@ -22,14 +22,14 @@ _ISSUE_NUMBER = re.compile(r"(\d+)$")
 
 
 class SplitSettings(StrictModel):
-    """How much is held out, and how it is selected."""
+    """Fractions to hold out, and how to select what is held out."""
 
     held_out_share: float = Field(0.2, gt=0, lt=1)
     """Fraction of the repositories that training never sees."""
     held_out_tasks_share: float = Field(0.0, ge=0, lt=1)
     """Fraction of each training repository's tasks that training never sees either."""
     by: Literal["hash", "time"] = "hash"
-    """How held-out tasks are selected: by a hash, or the newest by issue number (at the end of the instance id)."""
+    """Selection of held-out tasks: by a hash, or the newest by issue number (at the end of the instance id)."""
     seed: int = Field(0, ge=0)
 
 

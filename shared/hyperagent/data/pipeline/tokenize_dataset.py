@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from hyperagent.data.pipeline.split import SplitSettings, split_rows
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.errors import DataError, RowRefused, TooLong
 from hyperagent.identity import DataIdentity, file_fingerprint
+from hyperagent.progress import Progress, no_progress
 
-Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows to do)."""
 
 
@@ -82,7 +82,8 @@ def tokenize_file(
     joined: JoinedFiles = JoinedFiles(),
     strict: bool = False,
     num_workers: int | None = None,
-    progress: Progress = lambda _what, _done, _total: None,
+    reading: Progress = no_progress,
+    tokenizing: Progress = no_progress,
 ) -> TokenizeReport:
     """Tokenize `source` (trajectories) into `target` (a tokens file) atomically.
 
@@ -91,6 +92,8 @@ def tokenize_file(
     Args:
         strict: raise at the first row that cannot be used.
         num_workers: number of processes (see `parallel.map_rows`).
+        reading: called with (rows read, rows of the file).
+        tokenizing: called with (rows done, rows selected).
 
     Raises:
         DataError: a file is unusable, or no row of the train split or of the held-out split is left.
@@ -99,20 +102,14 @@ def tokenize_file(
         StorageError: a file system operation failed.
     """
     maker = ViewMaker(tokenizer)
-    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
-    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     if bool(joined.extra) != ("extra" in settings.views.condition):
         raise DataError(
             "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
         )
+    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
+    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     identity = _identity(source, tokenizer, settings, joined)
-    selected = select_rows(
-        source,
-        settings.selection,
-        license_of=license_of,
-        strict=strict,
-        progress=lambda done, total: progress("reading", done, total),
-    )
+    selected = select_rows(source, settings.selection, license_of=license_of, strict=strict, progress=reading)
     splits = split_rows(selected.rows, settings.split)
 
     counts: Counter[str] = Counter()
@@ -123,7 +120,7 @@ def tokenize_file(
     )
     with write_tokens(target, identity) as writer:
         for done, result in enumerate(results, start=1):
-            progress("tokenizing", done, len(selected.rows))
+            tokenizing(done, len(selected.rows))
             if isinstance(result, RowRefused):
                 if strict:
                     raise result
@@ -167,21 +164,22 @@ def measure_rows(
     selection: Selection,
     *,
     num_workers: int | None = None,
-    progress: Progress = lambda _what, _done, _total: None,
+    reading: Progress = no_progress,
+    tokenizing: Progress = no_progress,
 ) -> MeasuredRows:
-    """Tokenize the rows chosen by `selection` and return only their lengths.
+    """Tokenize the rows chosen by `selection` and return only their lengths; arguments as in `tokenize_file`.
 
     Raises:
         DataError: the file is unusable.
         ConfigError: the chat template cannot be used.
     """
     function = RowTokenizer(ViewMaker(tokenizer), views)
-    selected = select_rows(source, selection, progress=lambda done, total: progress("reading", done, total))
+    selected = select_rows(source, selection, progress=reading)
     tasks = _tasks(source, selected.rows, dict.fromkeys((row.number for row in selected.rows), TRAIN), {})
     lengths = np.zeros((len(selected.rows), 3), dtype=np.int64)
     results = map_rows(function, tasks, num_items=len(selected.rows), num_workers=num_workers)
     for number, result in enumerate(results):
-        progress("tokenizing", number + 1, len(selected.rows))
+        tokenizing(number + 1, len(selected.rows))
         if isinstance(result, TokenizedTrajectory):
             lengths[number] = len(result.token_ids), len(result.positions), len(result.student_ids)
     wanted = len(selected.rows) + selected.left_out.get(NOT_SAMPLED, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals,
 from hyperagent.data.pipeline.parallel import map_rows
 from hyperagent.data.pipeline.views import ViewMaker
 from hyperagent.errors import MaskDisagreement, RowRefused
+from hyperagent.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def inspect_file(
     *,
     strict: bool = False,
     num_workers: int | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> FileReport:
     """Render, tokenize, mask and check every row of a file, regardless of its length.
 

@@ -1,4 +1,4 @@
-"""Durable writes: the old file, the new file, and nothing between."""
+"""Tests of durable writes: a reader sees either the old content or the new one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hyperagent.errors import StorageError
-from hyperagent.files import is_temporary, new_directory, write_atomically, write_once
+from hyperagent.storage.files import is_temporary, new_directory, write_atomically, write_once
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_a_failing_block_leaves_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stands(tmp_path: Path) -> None:
-    """A file size limit stands in for the full disk: the write fails in its middle just the same."""
+def test_a_full_disk_is_one_sentence_and_the_old_file_remains(tmp_path: Path) -> None:
+    """A file size limit simulates a full disk: the write fails halfway in the same way."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from hyperagent.errors import StorageError; from hyperagent.files import write_atomically\n"
+        "from hyperagent.errors import StorageError; from hyperagent.storage.files import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: write_atomically(Path(sys.argv[1]), bytes(100_000))\n"
         "except StorageError as error: print(error)\n"

@@ -1,0 +1,82 @@
+"""The adapter service's client: a prompt in, a LoRA adapter in PEFT's format out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
+from hyperagent.errors import CorruptRecord
+from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, PromptBody
+from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
+from hyperagent.storage.files import new_directory
+
+_FILES = (MODEL_FILE, CONFIG_FILE)
+_PAGE = 100
+
+
+class AdapterClient(ApiClient):
+    """A connection to one adapter service; raises what `ApiClient` does."""
+
+    def create(self, prompt: PromptBody) -> AdapterBody:
+        """Return the adapter for a prompt; the service makes it if it has none.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or its parts are not those that the hypernetwork reads.
+            LimitExceeded: the prompt is longer than the hypernetwork reads.
+            Busy: the service has as many prompts as it accepts.
+        """
+        return self.send(_create(prompt))
+
+    def adapters(self, *, limit: int = _PAGE, after: str | None = None) -> AdaptersBody:
+        """Return up to `limit` adapters in the order of their ids, from the first id above `after` on."""
+        return self.send(_list(limit, after))
+
+    def download(self, adapter: AdapterBody, folder: Path) -> None:
+        """Write the adapter's two files to `folder`, which is replaced as a whole or left as it is.
+
+        Raises:
+            CorruptRecord: a file does not have the digest that the service names.
+            StorageError: the file system refused.
+        """
+        _save(adapter, {name: self.send(_file(adapter, name)) for name in _FILES}, folder)
+
+
+class AsyncAdapterClient(AsyncApiClient):
+    """`AdapterClient` for an event loop."""
+
+    async def create(self, prompt: PromptBody) -> AdapterBody:
+        """See `AdapterClient.create`."""
+        return await self.send(_create(prompt))
+
+    async def adapters(self, *, limit: int = _PAGE, after: str | None = None) -> AdaptersBody:
+        """See `AdapterClient.adapters`."""
+        return await self.send(_list(limit, after))
+
+    async def download(self, adapter: AdapterBody, folder: Path) -> None:
+        """See `AdapterClient.download`."""
+        _save(adapter, {name: await self.send(_file(adapter, name)) for name in _FILES}, folder)
+
+
+def _create(prompt: PromptBody) -> Call[AdapterBody]:
+    # A part that is null and one that is left out are two things to the service.
+    return Call("POST", "/v1/adapters", json_of(AdapterBody), body=prompt.model_dump(exclude_unset=True))
+
+
+def _list(limit: int, after: str | None) -> Call[AdaptersBody]:
+    query: dict[str, str | int] = {"limit": limit} if after is None else {"limit": limit, "after": after}
+    return Call("GET", "/v1/adapters", json_of(AdaptersBody), query=query)
+
+
+def _file(adapter: AdapterBody, name: str) -> Call[bytes]:
+    return Call("GET", f"/v1/adapters/{adapter.id}/{name}", bytes)
+
+
+def _save(adapter: AdapterBody, contents: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != adapter.sha256.get(name):
+            raise CorruptRecord(f"{name} of adapter {adapter.id} arrived damaged; download it again")
+    with new_directory(folder) as partial:
+        for name, content in contents.items():
+            (partial / name).write_bytes(content)
