@@ -40,14 +40,14 @@ class ScoringEngine(Protocol):
     def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
     ) -> AsyncGenerator[TopKRows, None]:
-        """Yield the rows of `positions`, in order, some at a time, without blocking the event loop.
+        """Yield the rows of `positions` in order and in parts, without blocking the event loop.
 
-        Closing the generator, or cancelling the task that waits for it, stops the computation.
+        Closing the generator, or canceling the task that awaits it, stops the computation.
 
         Args:
-            token_ids: [T], as `require_scorable` accepts.
-            positions: [N], likewise.
-            top_k: ids per row, likewise.
+            token_ids: uint32, shape [T]; must pass `require_scorable`.
+            positions: uint32, shape [N]; must pass `require_scorable`.
+            top_k: ids per row; must pass `require_scorable`.
 
         Raises:
             LimitExceeded: the sequence does not fit in the device's memory.
@@ -59,8 +59,8 @@ class ScoringEngine(Protocol):
         """Abandon the computations in progress and start the engine again; their callers get `NotServing`.
 
         Raises:
-            EngineHangs: it cannot be started again within this process.
-            ServiceError: it does not start.
+            EngineHangs: the engine cannot be restarted within this process.
+            ServiceError: the engine does not start.
         """
 
     def close(self) -> None:
@@ -87,17 +87,17 @@ async def score_from(
 def require_scorable(
     engine: ScoringEngine, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
 ) -> None:
-    """Check a request before any work is done for it.
+    """Check that a request can be scored, before any work is done for it.
 
     Raises:
-        LimitExceeded: more tokens than the teacher accepts.
-        InvalidRequest: no token, an id outside the vocabulary, a top_k out of range, or positions that do not increase
-            strictly within [1, T).
+        LimitExceeded: the sequence has more tokens than the teacher accepts.
+        InvalidRequest: there is no token, an id is outside the vocabulary, top_k is out of range, or the positions do
+            not increase strictly within [1, T).
     """
     num_tokens, vocab_size = len(token_ids), engine.identity.vocab_size
     if num_tokens > engine.max_tokens:
         raise LimitExceeded(
-            f"{num_tokens:,} tokens are too many: this teacher accepts {engine.max_tokens:,}; "
+            f"the sequence has {num_tokens:,} tokens, but this teacher accepts at most {engine.max_tokens:,}; "
             "leave the trajectory out, or raise the teacher's --max-tokens if its model allows more"
         )
     if not 1 <= top_k <= engine.identity.top_k:
@@ -118,14 +118,14 @@ def require_scorable(
 
 
 def require_vocabulary(folder: Path, *, model_vocab_size: int, vocab_size: int, top_k: int) -> None:
-    """Refuse a tokenizer that is not the model's, and rows wider than the vocabulary.
+    """Refuse a tokenizer with more entries than the model, and rows with more ids than the vocabulary.
 
     Raises:
-        ConfigError: naming both sizes.
+        ConfigError: one of the two sizes is too large; the message names both.
     """
     if vocab_size > model_vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocab_size} entries, the model in {folder} only {model_vocab_size}; "
+            f"the tokenizer has {vocab_size} entries, but the model in {folder} has only {model_vocab_size}; "
             "give the model's own tokenizer (--tokenizer)"
         )
     if not 1 <= top_k <= vocab_size:

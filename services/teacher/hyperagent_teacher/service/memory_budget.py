@@ -1,6 +1,6 @@
 """The budget of bytes that the rows of all requests in progress share.
 
-Used on the event loop's thread only.
+Use it only on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class MemoryBudget:
 
     @asynccontextmanager
     async def held(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold `num_bytes` of the budget, as soon as there is room.
+        """Hold `num_bytes` of the budget inside the block, after waiting until they are free.
 
         Raises:
             LimitExceeded: `num_bytes` is more than the whole budget.
         """
         if num_bytes > self.limit_bytes:
             raise LimitExceeded(
-                f"the request's rows take {num_bytes:,} bytes, this teacher holds at most {self.limit_bytes:,} "
+                f"the request's rows take {num_bytes:,} bytes, but this teacher holds at most {self.limit_bytes:,} "
                 "(--row-memory-mib); ask for fewer positions at once"
             )
         if self._waiting or self.held_bytes + num_bytes > self.limit_bytes:

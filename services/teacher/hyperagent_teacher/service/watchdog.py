@@ -1,8 +1,8 @@
-"""Whether the engine is alive, as opposed to whether its process is there.
+"""Check that the engine makes progress, which a running process does not prove.
 
-An engine that gets something done is alive. One that has got nothing done for a while is given a canary; if that,
-too, gets nowhere within the timeout, the engine hangs: the teacher takes no request until it moves again. One that
-stays so is started afresh.
+An engine that makes progress is alive. An engine without progress for a while gets a canary; if the canary does not
+finish within the timeout either, the engine hangs, and the teacher accepts no request until it makes progress again. An
+engine that keeps hanging is restarted.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _log = structlog.get_logger()
 
 
 class Watchdog:
-    """Watches one engine."""
+    """Watches the progress of one engine."""
 
     def __init__(self, engine: ScoringEngine, *, timeout_s: float, restart_after_s: float) -> None:
-        """Name the engine.
+        """Prepare to watch the engine.
 
         Args:
-            timeout_s: how long an engine with work may get nothing done before it counts as hanging.
-            restart_after_s: how long it may hang before it is started afresh.
+            timeout_s: seconds that an engine with work may make no progress before it counts as hanging.
+            restart_after_s: seconds that the engine may hang before it is restarted.
         """
         self._engine = engine
         self._timeout_s = timeout_s
@@ -39,7 +39,7 @@ class Watchdog:
         """Watch until cancelled; `on_change` is called with whether the engine is alive, on every change.
 
         Raises:
-            ServiceError: the engine hangs, or has stopped, and cannot be started again.
+            ServiceError: the engine hangs, or has stopped, and cannot be restarted.
         """
         clock = asyncio.get_running_loop().time
         is_alive, moved_at, progress = True, clock(), self._engine.progress
@@ -73,7 +73,7 @@ class Watchdog:
         return False
 
     async def _restart(self) -> None:
-        _log.warning("starting the engine again")
+        _log.warning("restarting the engine")
         await self._drop_canary()
         await self._engine.restart()
         await score_canary(self._engine)
