@@ -207,7 +207,7 @@ def _other_network(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "says"),
     [
-        (lambda f: (f.root.parent / "out").mkdir(), Conflict, "out is there already; name a folder that is not"),
+        (lambda f: (f.root.parent / "out").mkdir(), Conflict, "out already exists; name a folder that does not"),
         (lambda f: f.recipe.unlink(), NotFound, "holds no run"),
         (lambda f: shutil.rmtree(f.checkpoints), NotFound, "no checkpoint in .* the run has not saved one yet"),
         (
