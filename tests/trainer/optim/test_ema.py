@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, and that nothing else changes by it."""
+"""Test the moving average of the weights: its value, and that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_is_the_sum_of_the_weights_of_all_steps_each_with_its_share(recipe: T
     average = load_file(folder.checkpoint(6) / "average.safetensors")
     assert average
     decays = [min(DECAY, (1 + n) / (10 + n)) for n in steps]
-    # What the weights before the first step have left, which the first two checkpoints tell.
+    # The share of the initial weights, which follows from the first checkpoint.
     first = load_file(folder.checkpoint(1) / "average.safetensors")
     for name, found in average.items():
         start = (first[name].double().numpy() - (1 - decays[0]) * weights[0][name].double().numpy()) / decays[0]

@@ -1,4 +1,4 @@
-"""The choice among attention kernels. A CPU has one of the GPU's three, and another that is wrong is easily made."""
+"""Test the choice among attention kernels, with the one of the GPU's three that a CPU has, and with wrong ones."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_choice_holds_for_layers_that_are_run_again(model: Any) -> None:
 @pytest.mark.parametrize("name", ["flash", None])
 def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) -> None:
     made = Attention(name, Check("attention", True, {}, "", ""))
-    told: list[AttentionName | None] = []
+    required: list[AttentionName | None] = []
     said: list[int] = []
 
     class First:
@@ -148,12 +148,12 @@ def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) ->
             return said[0]
 
     def choose(name: AttentionName | None) -> Attention:
-        told.append(name)
+        required.append(name)
         return made
 
     assert agreed(choose, First()) is made  # type: ignore[arg-type]
     assert agreed(choose, Other()) is made  # type: ignore[arg-type]
-    assert told == [None, name]
+    assert required == [None, name]
 
 
 @pytest.mark.parametrize(
