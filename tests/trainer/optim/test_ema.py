@@ -28,7 +28,7 @@ def averaged(recipe: TrainRecipe) -> TrainRecipe:
 def test_it_is_the_sum_of_the_weights_of_all_steps_each_with_its_share(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(averaged(recipe), tmp_path / "run", StopAfter(6))
     plain = run(recipe.model_copy(update={"checkpoint_every": 1}), tmp_path / "plain", StopAfter(6))
-    assert losses(folder) == losses(plain), "training goes on with its own weights"
+    assert losses(folder) == losses(plain), "training continues with its own weights"
     steps = folder.saved_steps()
     assert steps == [1, 2, 3, 4, 5, 6]
     weights = [load_file(folder.checkpoint(step) / "network.safetensors") for step in steps]
@@ -48,7 +48,7 @@ def test_it_is_the_sum_of_the_weights_of_all_steps_each_with_its_share(recipe: T
     assert any(not torch.equal(average[name], weights[-1][name]) for name in average)
 
 
-def test_a_stopped_run_goes_on_with_the_same_average(recipe: TrainRecipe, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_with_the_same_average(recipe: TrainRecipe, tmp_path: Path) -> None:
     straight = run(averaged(recipe), tmp_path / "straight")
     run(averaged(recipe), tmp_path / "stopped", StopAfter(3))
     stopped = run(averaged(recipe), tmp_path / "stopped")

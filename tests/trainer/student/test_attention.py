@@ -79,7 +79,7 @@ def test_what_raises_or_is_wrong_is_refused_and_the_fastest_of_the_rest_is_taken
     assert "off by 1 of the largest value" in str(found["efficient"])
     assert (found["flash"], found["flash_attn"]) == (3.0, 2.0)
     assert pick(found, wanted="auto", earlier=None) == "flash_attn"
-    assert pick(found, wanted="auto", earlier="flash") == "flash", "a resumed run goes on with what it had"
+    assert pick(found, wanted="auto", earlier="flash") == "flash", "a resumed run keeps its kernel"
     assert pick(found, wanted="auto", earlier="cudnn") == "flash_attn"
     assert pick(found, wanted="flash", earlier="flash_attn") == "flash"
     assert pick(found, wanted="cudnn", earlier=None) is None

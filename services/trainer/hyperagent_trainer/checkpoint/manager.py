@@ -48,7 +48,7 @@ class CheckpointStore:
     ) -> None:
         """Remove partial checkpoints that a killed process has left."""
         self._folder, self._network, self._optimizer, self._average = folder, network, optimizer, average
-        self._recipe, self._belongs_to, self._ranks = recipe, network_manifest, ranks
+        self._recipe, self._network_manifest, self._ranks = recipe, network_manifest, ranks
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved: tuple[int, BestEvaluation] | None = None
@@ -84,7 +84,7 @@ class CheckpointStore:
             found,
             step=step,
             recipe=self._recipe,
-            network_manifest=self._belongs_to,
+            network_manifest=self._network_manifest,
             best=best,
         )
         self._writing = self._writer.submit(self._write, write, best)
@@ -131,7 +131,7 @@ class CheckpointStore:
             optimizer=self._optimizer,
             average=self._average,
             recipe=self._recipe,
-            network_manifest=self._belongs_to,
+            network_manifest=self._network_manifest,
         )
         self._saved = (manifest.step, manifest.best)
         return manifest

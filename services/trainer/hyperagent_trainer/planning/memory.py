@@ -153,13 +153,13 @@ def _activations(recipe: TrainRecipe, model: PreTrainedModel, machine: Machine, 
     config, element = model.config.get_text_config(), element_bytes(recipe)
     kinds = layer_types(config)
     kept = {kind: mixer_bytes(config, kind, element=element, kernels=not is_cpu(machine)) for kind in kinds}
-    beside = {kind: mixer_gradient_bytes(config, kind, element=element) for kind in kept}
-    block, block_beside = block_bytes(config, element=element), block_gradient_bytes(config, element=element)
+    extra = {kind: mixer_gradient_bytes(config, kind, element=element) for kind in kept}
+    block, block_extra = block_bytes(config, element=element), block_gradient_bytes(config, element=element)
     if not recipe.checkpoint_activations:
         inside = sum(kept[kind] + block for kind in kinds)
-        return round(tokens * (inside + max(beside.values()) + block_beside))
+        return round(tokens * (inside + max(extra.values()) + block_extra))
     has_tiles = num_experts(config) and recipe.moe_tile_tokens is not None
     at_once = min(tokens, recipe.moe_tile_tokens or tokens) if has_tiles else tokens
     # Tiles keep their inputs, and their outputs are concatenated.
     tiles = 2 * element * config.hidden_size * tokens if at_once < tokens else 0
-    return round(tokens * max(kept[kind] + beside[kind] for kind in kept) + at_once * (block + block_beside) + tiles)
+    return round(tokens * max(kept[kind] + extra[kind] for kind in kept) + at_once * (block + block_extra) + tiles)
