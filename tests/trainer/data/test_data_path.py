@@ -1,4 +1,4 @@
-"""What the cache does to training: nothing, however its rows are read and whatever befalls the hot tier."""
+"""Test that training gives the same results however rows are read from the cache and whatever happens to the hot tier."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def short(recipe: TrainRecipe) -> TrainRecipe:
 
 
 class DuringRun(threading.Event):
-    """Does something when training asks, before its 7th step, whether to stop."""
+    """Stop event that performs an action when training checks it before its 7th step."""
 
     def __init__(self, action: Callable[[], object]) -> None:
         super().__init__()
