@@ -128,7 +128,7 @@ def test_every_part_the_hypernetwork_reads_must_be_sent_and_counts(generator: Ad
     bundle = shallow_copy(generator.bundle)
     bundle.manifest = manifest
     reader = AdapterGenerator(bundle)
-    with pytest.raises(InvalidRequest, match="also reads system and tools; send what the conversation has, or null"):
+    with pytest.raises(InvalidRequest, match="also reads system and tools; send the conversation's value, or null"):
         reader.encode({"task": "fix it"})
     bare = reader.encode({"task": "fix it", "system": None, "tools": None})
     assert bare.tolist() == generator.encode({"task": "fix it"}).tolist()

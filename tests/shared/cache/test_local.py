@@ -281,7 +281,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes | None) -> 
     path.write_bytes(path.read_bytes()[:50] if damage is None else damage)
     with structlog.testing.capture_logs() as logged, LocalCache.open(tmp_path) as cache:
         assert verify(cache) == before
-    assert [line["event"] for line in logged] == ["damaged index is made again"]
+    assert [line["event"] for line in logged] == ["rebuilding damaged index"]
 
 
 def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
@@ -296,7 +296,7 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
 
     with LocalCache.open(tmp_path) as cache:
         with pytest.raises(
-            CorruptRecord, match=r"byte \d+ is damaged: its checksum does not fit; run `hyperagent cache"
+            CorruptRecord, match=r"byte \d+ is damaged: its checksum does not match; run `hyperagent cache"
         ):
             cache.get(keys[1])
         with structlog.testing.capture_logs() as logged:
@@ -484,7 +484,7 @@ def test_a_shard_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
         assert cache.contains(key)
         assert not cache.is_intact(key)
         (damage,) = verify(cache).damaged
-        assert "the shard is gone, and with it 2 records" in damage.reason
+        assert "the shard is missing, and with it 2 records" in damage.reason
     shard.mkdir()
     with LocalCache.open(tmp_path) as cache, pytest.raises(StorageError, match="could not read"):
         cache.get(key)
