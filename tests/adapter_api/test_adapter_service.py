@@ -94,7 +94,7 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
     store.close()
 
     # What a process killed while it wrote, and one killed while it deleted, leave.
-    shutil.copytree(store_folder / adapter_id, store_folder / f".aside-0-{adapter_id}")
+    shutil.copytree(store_folder / adapter_id, store_folder / f".partial-0-{adapter_id}")
     shutil.copytree(store_folder / adapter_id, store_folder / ".retired-0")
     (store_folder / "notes.txt").write_text("mine")
     store = AdapterStore(store_folder, max_adapters=3)

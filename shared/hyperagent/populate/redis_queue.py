@@ -1,11 +1,11 @@
 """The work queue in Redis: a stream with a consumer group, for workers on many nodes.
 
-    {prefix}todo    stream of item ids; a claim is an entry that its consumer has not acknowledged
-    {prefix}items   item id -> the item, JSON
-    {prefix}tries   item id -> claims so far
-    {prefix}done    item id -> its result, JSON
-    {prefix}aside   item id -> tries and reason of a quarantined item, JSON
-    {prefix}tokens  total, over
+    {prefix}todo         stream of item ids; a claim is an entry that its consumer has not acknowledged
+    {prefix}items        item id -> the item, JSON
+    {prefix}tries        item id -> claims so far
+    {prefix}done         item id -> its result, JSON
+    {prefix}quarantined  item id -> tries and reason of a quarantined item, JSON
+    {prefix}tokens       total, over
 
 Every step that changes two keys is one Lua script, so a killed client leaves no partial change. Leases are based on the
 idle times that Redis measures.
@@ -28,7 +28,7 @@ from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, Qu
 
 _GROUP = "teachers"
 _ITEMS_PER_CALL = 1000
-_KEYS = ("todo", "items", "tries", "done", "aside", "tokens")
+_KEYS = ("todo", "items", "tries", "done", "quarantined", "tokens")
 
 # Begins a new round if all items are finished or quarantined.
 _BEGIN = """

@@ -292,7 +292,7 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
     assert at is not None
     (shard,) = shard_paths(tmp_path / "shards")
     flip_byte(shard, at.offset + 200)
-    (tmp_path / ".aside-0-x").write_bytes(b"half")
+    (tmp_path / ".partial-0-x").write_bytes(b"half")
 
     with LocalCache.open(tmp_path) as cache:
         with pytest.raises(
@@ -307,12 +307,12 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
         assert seen[-1][0] <= seen[-1][1] == shard.stat().st_size
         assert (report.trajectories, report.incomplete) == (2, (keys[1],))
         assert [(found.path, found.offset) for found in report.damaged] == [(shard, at.offset)]
-        assert [left.name for left in report.leftovers] == [".aside-0-x"]
+        assert [left.name for left in report.leftovers] == [".partial-0-x"]
 
         cache.put(TOKENS + 1, random_rows(11, 8, seed=1))
-        mended = verify(cache)
-        assert (mended.trajectories, mended.digest) == (3, before.digest)
-        assert [(found.path, found.offset) for found in mended.damaged] == [(shard, at.offset)]
+        repaired = verify(cache)
+        assert (repaired.trajectories, repaired.digest) == (3, before.digest)
+        assert [(found.path, found.offset) for found in repaired.damaged] == [(shard, at.offset)]
         assert count(cache).dead_bytes == at.length
 
 

@@ -48,7 +48,7 @@ def test_repair_keeps_what_is_whole_and_quarantines_the_rest(
     shard = next(path for path in shard_paths(tmp_path / "shards") if path.stem == at.shard)
     flip_byte(shard, at.offset + 150)
     (tmp_path / "index.sqlite").write_bytes(b"not an index")
-    (tmp_path / "shards" / ".aside-left.open").write_bytes(b"x")
+    (tmp_path / "shards" / ".partial-left.open").write_bytes(b"x")
 
     report = repair(tmp_path)
 
@@ -158,7 +158,7 @@ def test_garbage_is_what_no_trajectory_needs(tmp_path: Path) -> None:
         partial.add(rows.part(slice(10)))
         partial.flush()
         blocks = count(cache).blocks
-    (tmp_path / ".aside-left").write_bytes(b"x")
+    (tmp_path / ".partial-left").write_bytes(b"x")
     with LocalCache.open(tmp_path, exclusive=True) as cache:
         report = collect_garbage(cache, None)
         assert (report.trajectories_removed, report.blocks_removed, report.leftovers_removed) == (0, 1, 1)

@@ -144,7 +144,7 @@ class TransformersEngine:
         before_N = torch.from_numpy(positions.astype(np.int64) - 1).to(self._device)
         # Tokens after the last requested output are not computed.
         ids_1T = torch.from_numpy(token_ids[None, : int(positions[-1])].astype(np.int64)).to(self._device)
-        hooks = [layer.register_forward_pre_hook(lambda *_: self._count_step(stop)) for layer in body.layers]
+        hooks = [layer.register_forward_pre_hook(lambda *_: self._count_step(stop)) for layer in decoder.layers]
         parts, cache = [], None
         try:
             for start in range(0, ids_1T.shape[1], PREFILL_TOKENS):

@@ -107,7 +107,7 @@ def choose_attention(
         candidates |= {name: _package(name) for name in _PACKAGES}
     found = try_candidates(candidates, layer, heads, device, dtype, num_tokens=num_tokens)
     name = pick(found, wanted=wanted, earlier=earlier)
-    results = {n: _describe_result(f) for n, f in found.items()}
+    results = {str(n): _describe_result(f) for n, f in found.items()}
     return _chosen(name, {"chosen": name or "none", **results}, passed=name is not None)
 
 
