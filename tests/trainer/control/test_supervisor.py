@@ -211,7 +211,7 @@ def test_a_run_that_waits_is_stopped_and_never_starts(supervisor: Supervisor) ->
     first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
     second, third = start(supervisor, "finishes"), start(supervisor, "finishes")
     stopped = supervisor.stop(second.run_id).status
-    assert (stopped.state, stopped.reason) == ("stopped", "stopped on request while it waited for its turn")
+    assert (stopped.state, stopped.reason) == ("stopped", "stopped on request while it was queued")
     with pytest.raises(Conflict, match="nothing to stop"):
         supervisor.stop(second.run_id)
     shutil.rmtree(third.folder.root)
@@ -226,7 +226,7 @@ def test_the_queue_has_an_end(supervisor: Supervisor, monkeypatch: pytest.Monkey
     monkeypatch.setattr("hyperagent_trainer.control.supervisor.MAX_WAITING", 2)
     first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
     waiting = [start(supervisor, "finishes") for _ in range(2)]
-    with pytest.raises(Conflict, match="2 runs wait already"):
+    with pytest.raises(Conflict, match="2 runs are queued already"):
         start(supervisor, "finishes")
     assert ids_of(supervisor) == [*(run.run_id for run in reversed(waiting)), first.run_id]
 

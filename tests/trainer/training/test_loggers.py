@@ -195,7 +195,7 @@ def test_the_death_of_wandbs_own_process_ends_wandb_and_not_the_run(recipe: Trai
         process.kill()
     assert folder.read_status().state == "done"
     assert list(losses(folder)) == list(range(1, 81))
-    warnings = [line for line in folder.log.read_text().splitlines() if "metrics go there no longer" in line]
+    warnings = [line for line in folder.log.read_text().splitlines() if "logger dropped after an error" in line]
     assert len(warnings) == 1
 
 
