@@ -112,7 +112,7 @@ class WorkQueue(Protocol):
         """Return the item to the queue without counting the try."""
 
     def counts(self) -> QueueCounts:
-        """Where the round stands."""
+        """Return the progress of the round."""
 
     def finished(self) -> Iterator[Finished]:
         """Iterate over the finished items in the order of their rows."""

@@ -1,4 +1,4 @@
-"""The supervisor over real child processes."""
+"""Tests of the supervisor with real child processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def settings(tmp_path: Path) -> ControlSettings:
 
 @pytest.fixture
 def open_supervisor(settings: ControlSettings) -> Iterator[Open]:
-    """Opens supervisors on the same folders; a new one closes the one before."""
+    """Return a function that opens supervisors on the same folders; each one closes the previous one."""
     opened: list[Supervisor] = []
 
     def open_one() -> Supervisor:
@@ -98,7 +98,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def start_in_a_control_process_that_is_killed(settings: ControlSettings, behavior: str) -> str:
-    """Start a run from a process of its own, which SIGKILL then ends; returns the run's id."""
+    """Start a run from a separate process, kill that process with SIGKILL, and return the run's id."""
     reader, writer = os.pipe()
     control = os.fork()
     if control == 0:
@@ -381,7 +381,7 @@ def test_a_process_record_that_cannot_be_written_starts_no_process(supervisor: S
     status = supervisor.resume(run.run_id).status
     assert status.state == "failed"
     assert str(run.folder.process) in status.reason
-    # What has just ended has no command line any more.
+    # A process that has just ended has no command line any more.
     started = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in started if str(run.folder.root) in line]
     run.folder.process.rmdir()
