@@ -22,8 +22,8 @@ TOKEN = "secret"
 def test_every_check_of_schemathesis_passes_on_every_operation(tmp_path: Path) -> None:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    # Recipes have the shortest possible names, so that runs are really started. Their runs are short, because a request for
-    # waits for its end.
+    # Recipes have the shortest possible names, so that runs are really started. Their runs are short, because a
+    # request for a run's events lasts until the run's end.
     for name, behavior in (("0", "trains"), ("1", "finishes"), ("a", "crashes"), ("A", "killed")):
         (recipes / f"{name}.yaml").write_text(f"student: ../{behavior}\ntokens: t\ncache: c\nnum_steps: 20\n")
     settings = ControlSettings(recipes=recipes, runs=tmp_path / "runs", stop_grace_s=1.0)
