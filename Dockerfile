@@ -1,8 +1,8 @@
 # One image per service, built from shared layers: `docker compose build`, or
 # `docker build --target teacher .`. These images run on the CPU; on a GPU machine start from a CUDA image.
 #
-# A plain `pip install torch` fetches several gigabytes of CUDA on Linux. Give the address of PyTorch's CPU wheel index
-# as a build argument to avoid that: `docker compose build --build-arg PIP_EXTRA_INDEX_URL=...`.
+# On Linux, a plain `pip install torch` downloads several gigabytes of CUDA. To avoid that, pass the URL of PyTorch's CPU
+# wheel index as a build argument: `docker compose build --build-arg PIP_EXTRA_INDEX_URL=...`.
 
 FROM python:3.11-slim-bookworm AS base
 ARG PIP_EXTRA_INDEX_URL
@@ -41,7 +41,7 @@ USER hyperagent
 EXPOSE 8703
 ENTRYPOINT ["hyperagent", "serve", "adapter-api"]
 
-# The demo starts all three services itself, so it holds them all.
+# The demo starts all three services itself, so its image contains all of them.
 FROM base AS demo
 COPY services services
 COPY demo demo

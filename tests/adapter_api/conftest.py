@@ -1,4 +1,4 @@
-"""A tiny student, and a bundle for it whose adapters change something."""
+"""Fixtures: a tiny student, and a bundle for it whose adapters have an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter service's clients: prompts are sent as they are meant, downloads are whole or not there."""
+"""Tests of the adapter service's clients: prompts are sent unchanged, and downloads are atomic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service as a person runs it: a process, a port, a token; and PEFT at the end of the download."""
+"""Tests of the service as a real process with a port and a token; PEFT loads the downloaded adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hyperagent_adapter_api.cli import serve
 from hyperagent_adapter_api.generator import AdapterGenerator
 
 PROMPT = "fix the failing test in the parser"
-# What `hyperagent serve adapter-api` does, without the package having to be installed.
+# Equivalent to `hyperagent serve adapter-api`, but does not need the package to be installed.
 COMMAND = """
 import sys, typer
 from hyperagent.errors import HyperagentError

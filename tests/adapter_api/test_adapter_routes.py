@@ -1,4 +1,4 @@
-"""The REST routes over a real bundle and a real store."""
+"""Tests of the REST routes with a real bundle and a real store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def create(client: TestClient, prompt: str = PROMPT) -> dict[str, Any]:
 
 
 def refused(answer: Any, status: int) -> str:
-    """The problem's detail, after checking that it is one line of problem details."""
+    """Return the problem's detail after checking that it is a single line of problem details."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     detail: str = answer.json()["detail"]
@@ -169,7 +169,7 @@ def test_control_tokens_in_a_prompt_are_text(client: TestClient, generator: Adap
     assert adapter["prompt_tokens"] == generator.encode({"task": "say <|im_end|>"}).size
     control = {0, 1, 2}
     plain = [int(i) for i in generator.encode({"task": "say <|im_end|>"}) if i in control]
-    assert plain == [1, 2]  # the template's own two and no more
+    assert plain == [1, 2]  # Only the template's own two.
 
 
 @contextmanager

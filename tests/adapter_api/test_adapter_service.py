@@ -1,4 +1,4 @@
-"""The queue and the store behind the routes, and what the service refuses to start with."""
+"""Tests of the queue and the store, and of inputs with which the service refuses to start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hyperagent_adapter_api.store import AdapterStore, id_of
 
 
 class SlowGenerator(AdapterGenerator):
-    """Generates when it is let to, and counts."""
+    """Generator that waits until it is released, and counts its calls."""
 
     def __init__(self, generator: AdapterGenerator) -> None:
         super().__init__(generator.bundle)
@@ -93,7 +93,7 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
     adapter = store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size)
     store.close()
 
-    # What a process killed while it wrote, and one killed while it deleted, leave.
+    # Leftovers of a process killed while writing and of one killed while deleting.
     shutil.copytree(store_folder / adapter_id, store_folder / f".partial-0-{adapter_id}")
     shutil.copytree(store_folder / adapter_id, store_folder / ".retired-0")
     (store_folder / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""Real processes over a small world: generated trajectories, a trained tokenizer, random tiny models."""
+"""Fixtures for real processes on small inputs: generated trajectories, a trained tokenizer, random tiny models."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A machine of its own: one token file, no Redis, one thread."""
+    """Return an isolated environment: its own token file, no Redis, one thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HYPERAGENT_")}
     return {**kept, "HYPERAGENT_TOKEN_FILE": str(tmp_path / "token"), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path) -> Run:
-    """Run one `hyperagent` command to its end."""
+    """Return a function that runs one `hyperagent` command to completion."""
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -75,7 +75,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Run:
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
-    """Start one `hyperagent` command; it is killed when the test ends."""
+    """Return a function that starts a `hyperagent` command, which is killed when the test ends."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str | Path) -> subprocess.Popen[bytes]:

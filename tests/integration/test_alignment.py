@@ -1,4 +1,4 @@
-"""Teacher's rows, student's outputs and supervised tokens stand where they should, by one place exactly."""
+"""Tests that teacher rows, student outputs and supervised tokens are aligned to the exact position."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def student(world: World) -> Student:
 
 @pytest.fixture(scope="module")
 def engine(world: World) -> TransformersEngine:
-    """The student itself as the teacher."""
+    """Return an engine with the student itself as the teacher."""
     return TransformersEngine(world.student, tokenizer_folder=world.student, top_k=64, max_tokens=4096)
 
 
 def populated(engine: TransformersEngine, student: Student, tokens: Path, root: Path) -> DistillationData:
-    """The held-out trajectories of a tokens file, with their rows in a cache of the engine's."""
+    """Return the held-out trajectories of a tokens file, with their rows in a cache of the engine."""
     cache = LocalCache.create_or_open(root, engine.identity, settings=CacheSettings(codec="exact"))
 
     async def populate() -> None:
@@ -52,7 +52,7 @@ def populated(engine: TransformersEngine, student: Student, tokens: Path, root: 
 
 
 def kl(student: Student, batch: Batch) -> float:
-    """Nats per supervised token."""
+    """Return the KL in nats per supervised token."""
     with torch.no_grad():
         hidden = student.hidden_states(batch.token_ids_BT)
         total = compute_distillation_loss(
@@ -72,7 +72,7 @@ def tokenized(world: World, path: Path, views: ViewSettings) -> Path:
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     world: World, engine: TransformersEngine, student: Student, tmp_path: Path
 ) -> None:
-    """And shifting rows, outputs or tokens by one, either way, is seen at once."""
+    """Shifting rows, outputs or tokens by one position in either direction increases the KL."""
     tokens = tokenized(world, tmp_path / "tokens.parquet", ViewSettings(max_tokens=4096))
     data = populated(engine, student, tokens, tmp_path / "cache")
     chosen = [0, 1, 2]
@@ -111,7 +111,7 @@ def test_without_the_caches_rounding_next_to_nothing_is_left(
 def test_an_internalized_view_is_aligned(
     world: World, engine: TransformersEngine, student: Student, tmp_path: Path
 ) -> None:
-    """The student no longer sees the task, so its KL is not zero; it is least where the rows belong."""
+    """The student no longer sees the task, so its KL is not zero, but it is lowest at the right positions."""
     views = ViewSettings(internalized=("task",), max_tokens=4096)
     data = populated(engine, student, tokenized(world, tmp_path / "t.parquet", views), tmp_path / "cache")
     batch = data[[0, 1, 2]]

@@ -1,4 +1,4 @@
-"""What a person gets wrong: one clear line on standard error, exit code 1, and nothing half-written."""
+"""Tests of user errors: one clear line on standard error, exit code 1, and no partial output."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_nobody_answers(world: World, run: Run, free_port: Callable[[], int], tm
 
 
 def test_a_full_disk(world: World, environment: dict[str, str], tmp_path: Path) -> None:
-    """A file size limit of 4 KiB stands in for the full disk: the write fails in its middle just the same."""
+    """A file size limit of 4 KiB simulates a full disk: the write fails halfway just the same."""
     (tmp_path / "token").write_text("t\n")
     command = [sys.executable, "-m", "hyperagent", "data", "tokenize", str(world.sample), "tokens.parquet"]
     command += ["--tokenizer", str(world.tokenizer)]

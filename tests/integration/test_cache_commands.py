@@ -1,4 +1,4 @@
-"""`hyperagent cache` as a person or a script uses it, on a cache that is there already."""
+"""Tests of `hyperagent cache` for people and scripts, on an existing cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCABULARY = 151_936
 
 
 def uniform_rows(positions: np.ndarray) -> TopKRows:
-    """Rows of ids 0 to 3, each of probability 0.2."""
+    """Return rows with ids 0 to 3, each with probability 0.2."""
     shape = (len(positions), TOP_K)
     return TopKRows(
         positions=positions,
@@ -35,7 +35,7 @@ def uniform_rows(positions: np.ndarray) -> TopKRows:
 
 @pytest.fixture
 def filled(world: World, tmp_path: Path) -> dict[str, int]:
-    """A cache `cache` with the trajectories of the world's tokens and one more; supervised tokens by key."""
+    """Fill `cache` with the trajectories of the world's tokens and one more; return supervised tokens by key."""
     identity = TeacherIdentity("t", "0" * 64, "float32", "x", "1" * 64, "2" * 64, VOCABULARY, TOP_K)
     rows: dict[str, int] = {}
     with LocalCache.create_or_open(tmp_path / "cache", identity, settings=CacheSettings(codec="exact")) as cache:
@@ -64,7 +64,7 @@ def test_listing_counting_and_planning(world: World, run: Run, filled: dict[str,
     stats = as_json(run, "stats", "cache")
     assert (stats["trajectories"], stats["codec"], stats["top_k"]) == (len(filled), "exact", TOP_K)
     assert stats["kept_mass"] == pytest.approx(0.8, abs=1e-6)
-    # All of a row's log-probabilities are rounded alike, the tail's is not: float16 is off by 2e-4 here.
+    # All log-probabilities of a row are rounded equally, but the tail is not: float16 is off by 2e-4 here.
     assert 0 < stats["kl_nats"] < 1e-7
 
     plan = as_json(run, "plan", world.tokens)
@@ -87,7 +87,7 @@ def test_what_no_file_names_is_collected_and_damage_repaired(
 
     (shard,) = (tmp_path / "cache" / "shards").glob("*.shard")
     content = bytearray(shard.read_bytes())
-    content[64 + 100] ^= 1  # in the payload of the first record
+    content[64 + 100] ^= 1  # In the payload of the first record.
     shard.write_bytes(content)
     damaged = run("cache", "verify", "cache")
     assert damaged.returncode == 1

@@ -1,4 +1,4 @@
-"""`hyperagent data` as a person or a script uses it."""
+"""Tests of `hyperagent data` for people and scripts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_plan_from_a_sample_covers_the_whole(world: World, run: Run) -> None:
     tokens = as_json(run, "tokenize", world.sample, "t.parquet", "--tokenizer", world.tokenizer)
     assert whole["tokens"] == {"total": tokens["tokens"], "standard_error": 0}
     assert whole["supervised_tokens"]["total"] == tokens["supervised_tokens"]
-    # A set of 128 of 151,936 ids takes 185.9 bytes if nothing is known of it, and its log-probabilities 128.
+    # A random set of 128 out of 151,936 ids takes 185.9 bytes, and its log-probabilities take 128.
     assert 185.9 + 128 < whole["cache_bytes"]["total"] / tokens["supervised_tokens"] < 340
     assert whole["teacher_gpu_hours"] > whole["teacher_hours"] > 0
     sampled = as_json(run, *arguments, "--sample", "12", "--machine", "1xh100")

@@ -1,4 +1,4 @@
-"""`hyperagent doctor` and the rest of the command line's promises."""
+"""Tests of `hyperagent doctor` and of general properties of the command line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What answers at once loads no deep learning library: the modules and each command in a fresh interpreter.
+"""Tests that fast commands and modules load no deep learning library, each in a fresh interpreter.
 
-import-linter reads the import statements; this looks at what has been imported when the module or command is done, through
-whatever way.
+import-linter reads import statements; these tests check the modules that were actually imported, by whatever means.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def loaded(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_the_light_modules_load_no_deep_learning_library(tmp_path: Path) -> None:
     imports = "".join(f"import {module}\nif {HEAVY[0]!r} in sys.modules: sys.exit({module!r})\n" for module in MODULES)
     done = run(f"{imports}report()", tmp_path)
-    assert done.returncode == 0, done.stderr  # the last line names the first module that loads torch
+    assert done.returncode == 0, done.stderr  # The last line contains the first module that loads torch.
     assert loaded(done) == []
 
 

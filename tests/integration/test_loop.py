@@ -1,4 +1,4 @@
-"""The loop through its real processes, with the teacher killed in the middle of it."""
+"""Test of the whole loop with real processes, in which the teacher is killed halfway."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _populate_with_a_killed_teacher(world: World, run: Run, start: Start, cache:
         assert 3 <= len(opened.trajectory_keys()) < total
 
     teacher = start(*serve)
-    assert populating.wait(120) == 0  # it has waited for the teacher
+    assert populating.wait(120) == 0  # It has waited for the teacher.
     with LocalCache.open(cache) as opened:
         assert len(opened.trajectory_keys()) == total
     planned = result(run("cache", "populate", world.tokens, "--teacher", address, "--dry-run", "--json"))

@@ -1,4 +1,4 @@
-"""Several teachers, and several populations, over one queue; a teacher that is another; a drift that is found."""
+"""Tests of several teachers and populations on one queue, of a different teacher, and of drift detection."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_two_teachers_and_two_populations_share_a_queue_in_redis(
 
 
 def at_temperature(rows: TopKRows, temperature: float) -> TopKRows:
-    """The rows of a teacher that is less sure."""
+    """Return the rows of a less confident teacher."""
     flat, tail = rows.logprobs / temperature, rows.tail_logmass / temperature
     total = np.logaddexp(np.logaddexp.reduce(flat, axis=1), tail)
     return replace(
         rows,
         logprobs=(flat - total[:, None]).astype(np.float32),
         tail_logmass=(tail - total).astype(np.float32),
-        # As if all of the tail were on one id.
+        # As if the whole tail were on one id.
         tail_logsumexps=((tail - total)[:, None] / 2).astype(np.float32),
     )
 

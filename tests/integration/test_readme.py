@@ -1,4 +1,7 @@
-"""The blocks of the README and of docs/data.md run as they stand, in order, in a copy of the checkout with the smallest demo's configuration."""
+"""Test that the code blocks of the README and docs/data.md run unchanged and in order.
+
+They run in a copy of the checkout with the smallest demo's configuration.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from doc_blocks import bash_blocks
 from world import World
 
 ROOT = Path(__file__).parents[2]
-# Running the tests from within the tests would not end.
+# Running the tests from within the tests would never end.
 _NOT_RUN = {"make test\n"}
 
 
@@ -26,16 +29,16 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     for entry in ROOT.iterdir():
         if entry.name not in {"runs", ".git", "configs"}:
             (tmp_path / entry.name).symlink_to(entry)
-    # A recipe's paths are relative to where it really lies.
+    # A recipe's paths are relative to its real location.
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    # The files that the README calls the reader's own.
+    # The files that the README expects the reader to have.
     shutil.copyfile(world.sample, tmp_path / "trajectories.parquet")
     if not (tmp_path / "tokenizer").exists():
         shutil.copytree(world.tokenizer, tmp_path / "tokenizer")
 
     blocks = [block for block in bash_blocks(ROOT / "README.md") if block not in _NOT_RUN]
     assert len(blocks) >= 4
-    # The last demo is another one, whose folder has no tokenizer of its own.
+    # The last demo is a different one, whose folder has no tokenizer.
     assert "make demo DATA=" in blocks[-1]
     blocks[-1:-1] = bash_blocks(ROOT / "docs" / "data.md")
     proof = "test -s runs/demo/my-adapter/adapter_model.safetensors\n"
@@ -53,7 +56,7 @@ def test_the_readme_leads_to_a_served_adapter(world: World, environment: dict[st
     try:
         code = process.wait(800)
     finally:
-        # The services that the blocks leave running in the background, if any has been reached.
+        # Stop the services that the blocks have left running in the background.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, log.read_text(encoding="utf-8")[-4000:]

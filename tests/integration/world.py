@@ -1,4 +1,4 @@
-"""What the fixtures of these tests hand out."""
+"""Types of the fixtures of these tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class World:
-    """Where everything is."""
+    """Paths of all inputs."""
 
     root: Path
     sample: Path
@@ -21,13 +21,13 @@ class World:
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-"""Runs one `hyperagent` command to its end."""
+"""Function that runs one `hyperagent` command to completion."""
 Start = Callable[..., "subprocess.Popen[bytes]"]
-"""Starts one `hyperagent` command."""
+"""Function that starts one `hyperagent` command."""
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The error line; progress bars may stand before it."""
+    """Return the error line, which progress bars may precede."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,7 +1,7 @@
 """One rank of a training process: `python -m hyperagent_trainer.worker RUN_FOLDER`.
 
-SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` names the cache's hot tier,
-for this process as for the teacher.
+SIGTERM and SIGINT save a checkpoint and end the run as "stopped". `HYPERAGENT_REDIS_URL` is the URL of the cache's hot
+tier, as for the teacher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> int:
 
 
 def _train(root: Path, stop: threading.Event) -> int:
-    # Imported only now: torch takes seconds to import, and a signal must find its handler before that.
+    # Imported late: importing torch takes seconds, and the signal handlers must be installed before that.
     from hyperagent.errors import HyperagentError
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.runs.folder import RunFolder

@@ -58,7 +58,7 @@ class RecordWriter:
                     shard.sync()
                     self._index.put(entries)
                     self._index.set_end(shard.name, shard.end)
-                    # From here on the index may list the records even if its commit reports an error, so they must be kept.
+                    # From here on the index may list the records even if its commit fails, so they must be kept.
                     cut_at = None
             except BaseException:
                 self._give_up(cut_at)
@@ -97,7 +97,7 @@ class RecordWriter:
             for path in shard_paths(self._folder):
                 if path.suffix != OPEN:
                     continue
-                # The writer of a shard that the index does not list was killed before its first record; only its header is valid.
+                # If the index does not list the shard, its writer was killed before the first record; only the header is valid.
                 end = ends.get(path.stem, SHARD_HEADER_BYTES)
                 with suppress(CorruptRecord):
                     if fingerprint_of(path) == self._fingerprint and (shard := ShardWriter.resume(path, end=end)):

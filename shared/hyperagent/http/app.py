@@ -125,7 +125,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Return all methods of the path (RFC 9110, section 15.5.6); Starlette reports those of the first matching route only."""
+    """Return all methods of the path (RFC 9110, section 15.5.6); Starlette reports only the first route's."""
     routes = request.app.router.routes
     return [
         method
@@ -145,7 +145,7 @@ async def _answer_defect(request: Request, _error: Exception) -> Response:
 
 
 def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the first invalid fields without their values, and truncate names, which callers can make arbitrarily long."""
+    """Describe the first invalid fields without their values; truncate names, which callers can make very long."""
     described = [
         f"{'.'.join(map(str, error['loc']))[:_MAX_FIELD_CHARACTERS]}: {error['msg'][:_MAX_REASON_CHARACTERS]}"
         for error in errors[:_MAX_NAMED_FIELDS]

@@ -41,7 +41,7 @@ class RunClient(ApiClient):
         return self.send(_get(run_id))
 
     def metrics(self, run_id: str, *, since: str = "0") -> MetricsBody:
-        """Return the run's metrics from `since` on, which is `next` of an earlier response or a number of lines to skip."""
+        """Return metrics from `since` on, which is `next` of an earlier response or a number of lines to skip."""
         return self.send(_metrics(run_id, since))
 
     def stop(self, run_id: str) -> RunBody:

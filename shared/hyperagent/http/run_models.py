@@ -33,8 +33,8 @@ class RunOverrides(StrictModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_a_number(cls, value: object) -> object:
-        # Pydantic would accept `true` and "1" as numbers, against the schema; its strict mode would refuse 1.0, which is an
-        # integer in JSON.
+        # Pydantic would accept `true` and "1" as numbers, against the schema; its strict mode would refuse 1.0,
+        # which is an integer in JSON.
         if isinstance(value, (bool, str)):
             raise ValueError("Input should be a number")
         return value

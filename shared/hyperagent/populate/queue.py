@@ -93,7 +93,7 @@ class WorkQueue(Protocol):
         """
 
     def claim(self, worker: str) -> Claim | None:
-        """Claim the next item, which is one with an expired lease or a pending one; return None if there is none now."""
+        """Claim the next item (one with an expired lease, or a pending one); return None if there is none."""
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; return False if the claim is no longer held."""
@@ -112,7 +112,7 @@ class WorkQueue(Protocol):
         """Return the item to the queue without counting the try."""
 
     def counts(self) -> QueueCounts:
-        """Where the round stands."""
+        """Return the progress of the round."""
 
     def finished(self) -> Iterator[Finished]:
         """Iterate over the finished items in the order of their rows."""

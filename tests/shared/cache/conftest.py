@@ -1,4 +1,4 @@
-"""Faults injected into the system calls of a process that uses the cache."""
+"""Fixtures that inject faults into the system calls of a process that uses the cache."""
 
 from __future__ import annotations
 

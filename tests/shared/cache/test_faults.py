@@ -1,4 +1,4 @@
-"""The cache under faults: every call that fails."""
+"""Tests of the cache with every system call failing once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache's bytes: against a reader written from docs/cache-format.md alone, and every bit of them damaged."""
+"""Tests of the cache's byte format with a second reader, written from docs/cache-format.md, and with damaged bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KEY = bytes(range(32))
 
 
 class SecondReader:
-    """Reads one trajectory of a cache, with no code of the project's."""
+    """Reader of one trajectory of a cache that uses no code of the project."""
 
     def __init__(self, root: Path, codec: str) -> None:
         self.manifest = json.loads((root / "manifest.json").read_text())
@@ -88,7 +88,7 @@ class SecondReader:
             assert [struct.unpack_from("<32sQII", footer, 48 * i) for i in range(len(entries))] == sorted(entries)
 
     def read(self, token_ids: list[int], positions: list[int]) -> list[tuple[int, dict[int, float], float, float]]:
-        """Position, log-probability by id, tail and target of each row."""
+        """Return position, log-probabilities by id, tail and target of each row."""
         size = self.manifest["settings"]["block_tokens"]
         chain = blake3(b"hyperagent-topk-chain-2" + self.fingerprint).digest()
         rows, named = [], b""
@@ -218,7 +218,7 @@ def test_a_reader_written_from_the_document_reads_the_same(
         assert count == len(kept) <= 8
         assert set(kept) == set(read.ids[n, :count].tolist())
         logprobs = np.array([kept[i] for i in read.ids[n, :count]], np.float32)
-        # The last digit of a binary64 logarithm is the library's own, and may decide how it is rounded to f32.
+        # The last digit of a binary64 logarithm depends on the library and may affect its rounding to f32.
         np.testing.assert_array_max_ulp(logprobs, read.logprobs[n, :count], maxulp=1 if codec == "archive" else 0)
         assert (tail, target, *hot) == (read.tail_logmass[n], read.target_logprob[n], *read.tail_logsumexps[n])
     assert (read.counts < 8).any() == (kept_mass < 1)
@@ -256,7 +256,7 @@ def test_rows_survive_within_what_their_codec_states(
         assert set(read.ids[row, :count]) == set(rows.ids[row, :count])
         by_id = [np.argsort(some.ids[row, :count]) for some in (read, rows)]
         left, right = (some.logprobs[row, :count][order] for some, order in zip((read, rows), by_id, strict=True))
-        # The shift that keeps the mass comes on top, and is smaller than a step.
+        # The shift that preserves the mass is added, and is smaller than a step.
         np.testing.assert_allclose(left, right, atol=2 * worst[codec][row])
         mass = [np.exp(some.logprobs[row].astype(np.float64)).sum() for some in (read, rows)]
         assert mass[0] == pytest.approx(mass[1], rel={"exact": 1e-2, "compact": 2e-5, "archive": 1e-4}[codec])
@@ -305,7 +305,7 @@ EVERY_PLACE_OR_SOME = pytest.mark.parametrize("step", [13, pytest.param(1, marks
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> tuple[Path, str, list[int]]:
-    """A cache with one small sealed shard, a key and its ids."""
+    """Return a cache with one small sealed shard, a key and its ids."""
     identity = replace(IDENTITY, top_k=2)
     how = CacheSettings(codec="exact", block_tokens=16)
     with LocalCache.create_or_open(tmp_path / "cache", identity, settings=how) as cache:
@@ -316,7 +316,7 @@ def sealed(tmp_path: Path) -> tuple[Path, str, list[int]]:
 
 
 def look(root: Path, key: str, ids: list[int]) -> bool:
-    """Whether verifying reports damage; reading gives what was put, or one of two errors."""
+    """Return whether verifying reports damage; check that reading returns the original or raises one of two errors."""
     with LocalCache.open(root) as cache:
         try:
             assert cache.get(key).rows.ids.ravel().tolist() == ids
@@ -382,7 +382,7 @@ def test_every_flipped_bit_and_every_cut_of_a_record_is_refused() -> None:
 
 
 def reseal(header: Header, payload: bytes) -> tuple[Header, memoryview]:
-    """A header whose checksums fit, of a payload that was not written by the encoder."""
+    """Return a record with valid checksums for a payload that the encoder did not write."""
     return replace(header, payload_bytes=len(payload), checksum=xxhash.xxh3_128_digest(payload)), memoryview(payload)
 
 
@@ -407,7 +407,7 @@ def test_a_payload_with_the_right_checksum_and_wrong_content_is_refused(codec: s
     for byte in range(len(payload)):
         damaged = bytearray(payload)
         damaged[byte] ^= 0xFF
-        # The only error that bytes may bring about; other bytes may be other rows.
+        # The only error that bytes may cause; other bytes may be other valid rows.
         with suppress(CorruptRecord):
             decode_block(*reseal(header, bytes(damaged)), vocab_size=VOCABULARY, num_temperatures=2)
 
@@ -459,7 +459,7 @@ def test_the_size_that_is_planned_is_the_size_that_comes(codec: str) -> None:
     )
     content = encode_block(KEY, rows, first_token=1, num_tokens=1024, codec=CODECS[codec], vocab_size=151_936)
     planned = bytes_per_row(codec, top_k=128, vocab_size=151_936, num_temperatures=1)
-    # The archive's estimate supposes values like a language model's; these are harder.
+    # The archive's estimate assumes values like those of a language model; these are harder to compress.
     assert len(content) / 1024 == pytest.approx(planned, rel=0.15 if codec == "archive" else 0.005)
 
 
@@ -484,7 +484,7 @@ def test_archive_keeps_gaps_and_steps_of_every_size() -> None:
 
 
 def test_a_row_keeps_all_its_ids_where_all_of_its_mass_is_asked_for(tmp_path: Path) -> None:
-    """Also one whose mass rounding has brought to 1 before its last id."""
+    """Includes a row whose mass reaches 1 before its last id because of rounding."""
     logprobs = np.log(np.array([[0.6, 0.402, 0.001]], np.float32))
     rows = TopKRows(
         positions=np.array([1], np.uint32),

@@ -1,4 +1,4 @@
-"""The hot tier may be down, slow, full, flushed, wrong or killed: reads go on from disk."""
+"""Tests that reads continue from disk if the hot tier is down, slow, full, flushed, wrong or killed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_it_was_good_for_is_told(tmp_path: Path, redis_server: Any) -> None
         assert cache.hot_tier_stats.since(earlier) == HotTierStats(0, 1, False)
         redis_server.kill()
     assert_read(cache, key)
-    # What is found to be damaged while Redis is left alone stays there, until it expires.
+    # Damaged values found while the circuit breaker is open remain in Redis until they expire.
     hot.drop("x")
     assert cache.hot_tier_stats.since(earlier) == HotTierStats(-1, 3, True)
     cache.close()
@@ -132,7 +132,7 @@ def test_a_redis_killed_in_the_middle_is_left_alone(tmp_path: Path, redis_server
     redis_server.kill()
     for _ in range(5):
         assert_read(cache, key)
-    # The breaker: one error, and Redis is not asked again for a while.
+    # The circuit breaker: after one error, Redis is not used for a while.
     assert (hot.errors, hot.is_degraded) == (1, True)
     cache.put(TOKENS + 1, ROWS)
     assert hot.not_kept > 0
@@ -161,7 +161,7 @@ def test_a_redis_without_memory_keeps_nothing_and_breaks_nothing(tmp_path: Path,
 
 @contextmanager
 def server(handle: Handler) -> Iterator[str]:
-    """Something that listens where a Redis should."""
+    """Start a server that listens in place of a Redis."""
     over = threading.Event()
 
     class Answerer(socketserver.BaseRequestHandler):
@@ -183,7 +183,7 @@ def silent(_connection: socket.socket, over: threading.Event) -> None:
 
 
 def dripping(connection: socket.socket, over: threading.Event) -> None:
-    """Never silent for long, and never done."""
+    """Send bytes slowly without ever finishing."""
     connection.sendall(b"$")
     while not over.wait(0.05):
         connection.sendall(b"1")

@@ -1,4 +1,4 @@
-"""The index's file: opened by many at once, and never taken for an index when it is something else."""
+"""Tests of the index file: concurrent opening, and rejection of other files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The cache under SIGKILL: at every call, and at any moment.
+"""Tests of the cache under SIGKILL at every call and at random moments.
 
-Apart from the other tests of the cache, because no coverage is measured here: what a killed process covered is lost with it.
+Separate from the other tests of the cache, because the coverage of a killed process is lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cache on disk: what is put is there once, whole, and of one teacher."""
+"""Tests of the local cache: rows are stored once, completely, and for one teacher."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_adaptive_k_keeps_what_the_mass_needs(tmp_path: Path) -> None:
 
 
 def test_trajectories_that_begin_alike_share_blocks(tmp_path: Path) -> None:
-    """The rows of a block are found by the tokens up to it, whatever comes behind it."""
+    """The rows of a block are found by the tokens up to its end, whatever follows."""
     rows = random_rows(20, 8)
     with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         cache.put(TOKENS, rows)
@@ -125,7 +125,7 @@ def test_a_key_covers_teacher_tokens_and_positions(tmp_path: Path) -> None:
         cache.key(TOKENS[:-1], positions),
         cache.key(TOKENS[::-1].copy(), positions),
         cache.key(TOKENS, positions[:1]),
-        # The same bytes, cut elsewhere.
+        # The same bytes, split elsewhere.
         cache.key(np.append(TOKENS, 3).astype(np.uint32), positions[1:]),
     ]
     assert len({key, *changed}) == 1 + len(changed)
@@ -284,7 +284,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes | None) -> 
     assert [line["event"] for line in logged] == ["rebuilding damaged index"]
 
 
-def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
+def test_damage_is_named_refused_and_repaired(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
     with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         keys = filled(cache)
         before = verify(cache)
@@ -326,7 +326,7 @@ def test_damage_after_a_first_read_is_found_by_asking_whether_a_trajectory_is_in
         at = cache.index.find(cache.trajectory(key).blocks[1].key)
         assert at is not None
         (shard,) = shard_paths(tmp_path / "shards")
-        # In place, as a failing disk would: the reader keeps its descriptor.
+        # Changed in place, like a failing disk: the reader keeps its descriptor.
         with shard.open("r+b") as file:
             file.seek(at.offset + 200)
             (byte,) = file.read(1)
@@ -371,7 +371,7 @@ def test_a_long_capture_is_made_durable_as_it_goes(tmp_path: Path, monkeypatch: 
     rows = random_rows(20, 8)
     with LocalCache.create_or_open(tmp_path, IDENTITY, settings=how) as cache:
         cache.capture(TOKENS, rows.positions).add(rows.part(slice(9)))
-        # Its object is gone, but the whole blocks it was given are not.
+        # The writer is gone, but its complete blocks are kept.
         assert cache.capture(TOKENS, rows.positions).first_row == 8
 
 
@@ -390,7 +390,7 @@ def test_many_threads_and_processes_that_put_the_same_leave_one_record(tmp_path:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A file size limit stands in for the full disk: the write fails in its middle just the same."""
+    """A file size limit simulates a full disk: the write fails halfway just the same."""
     with LocalCache.create_or_open(tmp_path, IDENTITY, settings=SMALL_BLOCKS) as cache:
         key = cache.put(TOKENS, random_rows(5, 8))
     program = (

@@ -1,4 +1,4 @@
-"""Looking after a cache: repair after damage, compaction, garbage, and who may do what while others read."""
+"""Tests of maintenance: repair, compaction, garbage collection, and what is permitted while others read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_repair_keeps_what_is_whole_and_quarantines_the_rest(
     with LocalCache.open(tmp_path) as cache:
         after = verify(cache)
         assert (after.damaged, after.incomplete, after.leftovers, after.trajectories) == ((), (), (), 11)
-        # Of the trajectory that lost a block, only that block is computed again.
+        # Only the lost block of a trajectory is computed again.
         assert cache.capture(TOKENS, random_rows(10, 8).positions).first_row == 8
         assert cache.put(TOKENS, random_rows(10, 8)) == keys[0]
         assert_rows(cache, keys)
@@ -110,13 +110,16 @@ def test_nothing_is_removed_while_somebody_reads(tmp_path: Path) -> None:
             LocalCache.open(tmp_path, exclusive=True)
         with pytest.raises(Conflict, match="is in use"):
             repair(tmp_path)
-        # What only moves records may run beside a reader, who finds them where they are now.
+        # Operations that only move records may run while a reader is open, which finds the new locations.
         first = reader.get(keys[0]).rows
         with LocalCache.open(tmp_path) as other:
             assert compact(other).shards_after == 1
         assert_rows(reader, keys)
         np.testing.assert_array_equal(first.ids, reader.get(keys[0]).rows.ids)
-    with LocalCache.open(tmp_path, exclusive=True), pytest.raises(Conflict, match="something is being removed"):
+    with (
+        LocalCache.open(tmp_path, exclusive=True),
+        pytest.raises(Conflict, match="another process is removing records"),
+    ):
         LocalCache.open(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A cache's sealed shards behind an address: what is read there is what the cache holds, or nothing."""
+"""Tests of published caches: reads return exactly what the cache holds, or fail."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_publishing_again_copies_what_is_new(cache: LocalCache, url: str) -> Non
     assert publish(cache, url) > 0
     with RemoteCache.open(url) as published:
         assert published.trajectory_keys() == sorted([*keys, more])
-    # An upload that broke off is done again.
+    # An interrupted upload is repeated.
     files, folder = fsspec.url_to_fs(url)
     (shard, *_) = sorted(files.glob(f"{folder}/shards/*.shard"))
     whole = files.cat_file(shard)
@@ -103,7 +103,7 @@ def test_damage_is_never_served(cache: LocalCache, url: str) -> None:
             np.testing.assert_array_equal(rows.ids, meant.ids)
         except (CorruptRecord, NotFound):
             detected += 1
-    # What is left is the shard's header, its digest, and padding between them and the footer.
+    # What remains is the shard's header, its digest, and padding between them and the footer.
     assert detected * 3 > 0.8 * len(whole)
 
 
@@ -156,12 +156,12 @@ def test_what_is_not_there_or_another_cache_is_refused(cache: LocalCache, url: s
 
 def test_a_cache_that_somebody_writes_is_not_published(cache: LocalCache, url: str) -> None:
     filled(cache, 1)
-    with LocalCache.open(cache.root) as reader, pytest.raises(Conflict, match="publish when they have ended"):
+    with LocalCache.open(cache.root) as reader, pytest.raises(Conflict, match="publish when it has finished"):
         publish(reader, url)
 
 
 def test_a_store_that_refuses(cache: LocalCache, tmp_path: Path) -> None:
     filled(cache, 1)
     (tmp_path / "in the way").write_bytes(b"")
-    with pytest.raises(StorageError, match="check the address and its rights"):
+    with pytest.raises(StorageError, match="check the address and your access rights"):
         publish(cache, f"file://{tmp_path}/in the way/cache")

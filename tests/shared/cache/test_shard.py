@@ -1,4 +1,4 @@
-"""One shard's writer when the system writes less than it is asked to, or refuses."""
+"""Tests of a shard's writer when the system writes fewer bytes than requested, or fails."""
 
 from __future__ import annotations
 

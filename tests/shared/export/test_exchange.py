@@ -1,4 +1,4 @@
-"""A cache's rows in other formats and back, and one cache's rows in another."""
+"""Tests of export and import of a cache's rows, and of merging caches."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_exported_can_be_imported(
         report = export(cache, tokens, tmp_path / "out", file_format=file_format)
         assert (report.trajectories, report.supervised_tokens) == (3, 45)
         assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob(f"*.{file_format}"))
-        # Done again, it does the same.
+        # A rerun gives the same result.
         assert export(cache, tokens, tmp_path / "out", file_format=file_format) == report
         meant = [cache.get(key).rows for key in keys]
 
@@ -86,7 +86,7 @@ def test_what_is_exported_can_be_imported(
         assert back.trajectory_keys() == sorted(keys)
         back.require_data(read_data_identity(tokens))
         for key, rows in zip(keys, meant, strict=True):
-            # The new cache and .npz round to float16, which is 4e-3 at -8 and finer above.
+            # The new cache and .npz round to float16, with a step of 4e-3 at -8 and smaller steps above.
             assert_same(back.get(key).rows, rows, atol=0 if settings is EXACT else 8e-3)
 
 
@@ -176,7 +176,7 @@ def test_a_table_whose_rows_have_tails_at_different_temperatures_is_refused(toke
     pq.write_table(table.set_column(column, "tail_logsumexps", [tails]), path)
     with (
         LocalCache.create_or_open(tmp_path / "back", IDENTITY) as back,
-        pytest.raises(DataError, match="rows have tails at from 1 to 2 temperatures"),
+        pytest.raises(DataError, match="rows have tails at 1 to 2 temperatures"),
     ):
         import_files(tmp_path / "out", back)
 
@@ -224,7 +224,7 @@ def test_exact_rows_become_compact_ones(tokens: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(np.exp(found.logprobs[:, 0]), np.exp(expected.logprobs[:, 0]), atol=5e-3)
             assert np.abs(found.counts - expected.counts).max() <= 1
             assert found.counts.min() < 8
-        # What has been rounded is not rounded again.
+        # Rounded rows are not rounded again.
         with pytest.raises(ConfigError, match="would be rounded again"):
             merge(target, source)
 
@@ -267,7 +267,7 @@ def test_what_cannot_become_one_is_refused(tokens: Path, tmp_path: Path) -> None
 
 
 def test_no_import_error_is_another_than_ours(tokens: Path, tmp_path: Path) -> None:
-    """Every byte of an .npz, Parquet and safetensors file flipped: taken as it was, refused, or other valid rows."""
+    """With any byte of a file flipped, import returns the original rows or other valid rows, or refuses the file."""
     populate(tmp_path / "cache", tokens, EXACT, [0])
     with LocalCache.open(tmp_path / "cache") as cache:
         rows = cache.get(cache.trajectory_keys()[0]).rows

@@ -1,4 +1,4 @@
-"""The application that every REST service starts from, without a network."""
+"""Tests of the common REST application without a network."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Body(BaseModel):
 
 
 class Raiser:
-    """What the route at /raise raises."""
+    """Holder of the error that the route /raise raises."""
 
     error: Exception
 
@@ -93,7 +93,7 @@ def client(raiser: Raiser) -> Iterator[TestClient]:
 
 
 def problem_in(answer: object) -> dict[str, object]:
-    """The answer's problem details, after checking what is true of all of them."""
+    """Return the response's problem details after checking the properties common to all of them."""
     assert answer.headers["Content-Type"] == "application/problem+json"  # type: ignore[attr-defined]
     problem: dict[str, object] = answer.json()  # type: ignore[attr-defined]
     assert set(problem) == {"type", "title", "status", "detail", "instance"}
@@ -108,11 +108,11 @@ def problem_in(answer: object) -> dict[str, object]:
 def test_each_error_has_its_status_and_comes_back_as_itself(
     client: TestClient, raiser: Raiser, kind: type[HyperagentError], status: int
 ) -> None:
-    raiser.error = kind("what happened, why,\nhow to mend it")
+    raiser.error = kind("what happened, why,\nhow to fix it")
     answer = client.get("/raise")
     assert answer.status_code == status
     problem = problem_in(answer)
-    assert problem["detail"] == "what happened, why, how to mend it"
+    assert problem["detail"] == "what happened, why, how to fix it"
     assert problem["instance"] == "/raise"
     back = error_of(Problem.model_validate(problem))
     assert type(back) is (ServiceError if kind is DataError else kind)
@@ -209,7 +209,7 @@ async def test_a_body_of_unsaid_length_is_cut_off(client: TestClient) -> None:
             sent += 100
             yield b"x" * 100
 
-    # Starlette's own test client would gather the whole body first.
+    # Starlette's test client would collect the whole body first.
     transport = httpx.ASGITransport(client.app)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as streaming:

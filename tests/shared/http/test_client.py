@@ -1,4 +1,4 @@
-"""The clients against servers that are not ours: silence, nonsense, other people's errors."""
+"""Tests of the clients against foreign servers: no response, invalid responses, foreign errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GET = Call("GET", "/v1/runs", json.loads)
 
 
 class DrivenAsyncClient:
-    """The asynchronous client, driven call by call, so that every test runs over both clients."""
+    """Synchronous wrapper of the asynchronous client, so that every test covers both clients."""
 
     def __init__(self, base_url: str, token: str) -> None:
         self._client = AsyncApiClient(base_url, token)
@@ -54,7 +54,7 @@ def connect(request: pytest.FixtureRequest) -> Client:
 
 @dataclass
 class Scripted:
-    """A server that answers from a list, and what it was asked."""
+    """Server with scripted responses that records its requests."""
 
     url: str
     answers: list[tuple[int, str, bytes]]

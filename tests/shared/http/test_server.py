@@ -1,4 +1,4 @@
-"""Serving on a real port, in a process of its own."""
+"""Tests of serving on a real port in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work queue's contract, held by both places it can be kept in."""
+"""Tests of the work queue's contract for both implementations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def opened(place: str) -> Iterator[Open]:
-    """Opens the queue, as often as wanted, each time as another process would."""
+    """Return a function that opens the queue like another process, any number of times."""
     queues: list[WorkQueue] = []
 
     def open_one(**options: Any) -> WorkQueue:
@@ -282,8 +282,8 @@ def test_a_redis_that_is_gone_is_one_sentence(redis_server: Any) -> None:
     queue = open_queue(redis_server.url)
     queue.fill(ITEMS)
     redis_server.kill()
-    with pytest.raises(ServiceError, match="and that Redis runs") as refusal:
+    with pytest.raises(ServiceError, match="and that Redis is running") as refusal:
         queue.claim("w")
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ServiceError, match="and that Redis runs"):
+    with pytest.raises(ServiceError, match="and that Redis is running"):
         open_queue(redis_server.url)

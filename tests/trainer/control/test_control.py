@@ -1,4 +1,4 @@
-"""The control endpoint over a real supervisor and real child processes."""
+"""Tests of the control endpoint with a real supervisor and real child processes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_run_is_started_watched_stopped_and_resumed(client: TestClient) -> Non
     assert first["reset"] is False
     for since in (first["next"], num_lines):
         assert client.get(run["links"]["metrics"], params={"since": since}).json() == {**first, "metrics": []}
-    # Beyond the end, or after lines that are not these.
+    # Places beyond the end or after different lines.
     for since in (num_lines + 1, f"{num_lines}-{'0' * 16}"):
         assert client.get(run["links"]["metrics"], params={"since": since}).json() == {**first, "reset": True}
 

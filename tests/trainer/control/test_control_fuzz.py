@@ -1,4 +1,4 @@
-"""Start requests nobody means well with: no defect, no process but the training command, no file outside the folders."""
+"""Tests of malicious start requests: no internal error, no other process, no file outside the folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FIELDS = (
 )
 
 _calls: list[tuple[str, tuple[Any, ...]]] | None = None
-"""What the interpreter reports, while somebody listens; a hook cannot be taken out again."""
+"""Audit events of the interpreter, or None while not recording; an audit hook cannot be removed."""
 
 
 def _listen(event: str, arguments: tuple[Any, ...]) -> None:
@@ -113,13 +113,13 @@ def settings(tmp_path: Path) -> ControlSettings:
 
 
 def is_foreign(path: object, settings: ControlSettings) -> bool:
-    """Whether a file that was opened is neither in the service's folders nor the interpreter's or the system's own."""
+    """Return whether a file belongs neither to the service's folders nor to the interpreter or the system."""
     if not isinstance(path, (str, bytes)):
-        return False  # a descriptor that was open already
+        return False  # A descriptor that was open already.
     place = Path(os.path.realpath(os.fsdecode(path)))
     own = (settings.runs, settings.recipes, Path("/proc"), Path("/dev"), Path(sys.prefix), Path(sys.base_prefix))
     code = (Path(entry) for entry in sys.path if entry)
-    # A source line of a module's is looked up by a traceback, and never anything else beside it.
+    # A traceback reads only the source files of modules.
     is_code = place.suffix in (".py", ".pyc", ".so") and any(place.is_relative_to(folder.resolve()) for folder in code)
     return not is_code and not any(place.is_relative_to(folder.resolve()) for folder in own)
 
@@ -153,6 +153,6 @@ def test_hostile_start_requests_reach_nothing_but_the_recipes(num_requests: int,
             assert Path(command[-1]).parent == settings.runs.resolve()
             assert Path(command[-1]).name in started
         else:
-            # Only what subprocess itself reports on the way.
+            # Only events of subprocess itself.
             assert event in ("os.posix_spawn", "os.fork"), (event, arguments)
     assert {str(a[0]) for event, a in seen if event == "open" and is_foreign(a[0], settings)} == set()

@@ -1,4 +1,4 @@
-"""The control endpoint against its own OpenAPI document, by Schemathesis (https://schemathesis.readthedocs.io)."""
+"""Test of the control endpoint against its OpenAPI document with Schemathesis (https://schemathesis.readthedocs.io)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOKEN = "secret"
 def test_every_check_of_schemathesis_passes_on_every_operation(tmp_path: Path) -> None:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    # The shortest names that may be drawn, so that runs are really started. They are short: whoever asks for a run's events
-    # waits for its end.
+    # Recipes have the shortest possible names, so that runs are really started. Their runs are short, because a
+    # request for a run's events lasts until the run's end.
     for name, behavior in (("0", "trains"), ("1", "finishes"), ("a", "crashes"), ("A", "killed")):
         (recipes / f"{name}.yaml").write_text(f"student: ../{behavior}\ntokens: t\ncache: c\nnum_steps: 20\n")
     settings = ControlSettings(recipes=recipes, runs=tmp_path / "runs", stop_grace_s=1.0)

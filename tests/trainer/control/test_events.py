@@ -1,4 +1,4 @@
-"""The events of a run: in order, once each, resumable, and nothing left behind."""
+"""Tests of a run's events: in order, once each, resumable, and without leaks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def number(place: str | None) -> int | None:
 
 
 def parse(text: str) -> list[Event]:
-    """Events as the standard has them read: blocks of `field: value` lines, each closed by an empty one."""
+    """Parse events as the standard specifies: blocks of `field: value` lines, each ended by an empty line."""
     assert text.endswith("\n\n")
     found: list[Event] = []
     for block in text.removesuffix("\n\n").split("\n\n"):
@@ -75,40 +75,40 @@ async def everything(stream: AsyncIterator[str]) -> list[Event]:
 def test_an_ended_run_is_told_whole_and_from_any_line(runs: Runs, run: Run) -> None:
     add_lines(run, 1, 25)
     say(run, "done", 25)
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
-    assert [(name, number(place), data["step"]) for name, place, data in told] == [
+    received = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert [(name, number(place), data["step"]) for name, place, data in received] == [
         *(("metrics", step, step) for step in range(1, 26)),
         ("status", None, 25),
     ]
     for count in (1, 10, 24, 25):
-        for since in (Place(count), Place.parse(told[count - 1][1] or "")):
-            assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == told[count:]
+        for since in (Place(count), Place.parse(received[count - 1][1] or "")):
+            assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == received[count:]
 
 
 def test_a_place_that_is_no_more_begins_anew_and_says_so(runs: Runs, run: Run) -> None:
     add_lines(run, 1, 25)
     say(run, "done", 25)
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
-    for since in (Place(26), Place.parse(f"20-{'0' * 16}"), Place.parse((told[19][1] or "").replace("20-", "19-"))):
-        assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == [("reset", None, {}), *told]
+    received = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    for since in (Place(26), Place.parse(f"20-{'0' * 16}"), Place.parse((received[19][1] or "").replace("20-", "19-"))):
+        assert asyncio.run(everything(run_events(runs, run.run_id, since=since))) == [("reset", None, {}), *received]
 
 
 def test_lines_that_are_cut_while_somebody_listens_are_taken_back(runs: Runs, run: Run) -> None:
     async def watch() -> list[Event]:
         stream = run_events(runs, run.run_id, since=START)
-        told = parse(await anext(stream))
-        # What the next process does: it cuts the lines after its checkpoint, and writes as many others.
+        received = parse(await anext(stream))
+        # The next process removes the lines after its checkpoint and writes the same number of new lines.
         kept = "".join(run.folder.metrics.read_text().splitlines(keepends=True)[:3])
         others = "".join(json.dumps({"step": step, "again": True}) + "\n" for step in range(4, 7))
         write_atomically(run.folder.metrics, (kept + others).encode())
         say(run, "stopped", 6)
-        return told + await everything(stream)
+        return received + await everything(stream)
 
     add_lines(run, 1, 6)
     say(run, "running", 6)
-    told = asyncio.run(watch())
-    assert [name for name, _, _ in told] == [*["metrics"] * 6, "status", "reset", *["metrics"] * 6, "status"]
-    assert [data for name, _, data in told if name == "metrics"][6:] == [
+    received = asyncio.run(watch())
+    assert [name for name, _, _ in received] == [*["metrics"] * 6, "status", "reset", *["metrics"] * 6, "status"]
+    assert [data for name, _, data in received if name == "metrics"][6:] == [
         *({"step": step} for step in range(1, 4)),
         *({"step": step, "again": True} for step in range(4, 7)),
     ]
@@ -117,19 +117,19 @@ def test_lines_that_are_cut_while_somebody_listens_are_taken_back(runs: Runs, ru
 def test_what_happens_is_told_as_it_happens_and_once(runs: Runs, run: Run) -> None:
     async def watch() -> list[Event]:
         stream = run_events(runs, run.run_id, since=START)
-        told = parse(await anext(stream))
+        received = parse(await anext(stream))
         say(run, "running")
-        told += parse(await anext(stream))
+        received += parse(await anext(stream))
         add_lines(run, 1, 3)
-        told += parse(await anext(stream))
+        received += parse(await anext(stream))
         add_lines(run, 4, 12)
         say(run, "stopped", 12)
-        return told + await everything(stream)
+        return received + await everything(stream)
 
-    told = asyncio.run(watch())
-    assert [data["state"] for name, _, data in told if name == "status"] == ["queued", "running", "stopped"]
-    assert [number(place) for name, place, _ in told if name == "metrics"] == list(range(1, 13))
-    assert told[-1][0] == "status", "the last word comes after every line"
+    received = asyncio.run(watch())
+    assert [data["state"] for name, _, data in received if name == "status"] == ["queued", "running", "stopped"]
+    assert [number(place) for name, place, _ in received if name == "metrics"] == list(range(1, 13))
+    assert received[-1][0] == "status", "the final status comes after every line"
 
 
 def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +147,15 @@ def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch
 def test_what_is_not_finite_is_sent_as_null(runs: Runs, run: Run) -> None:
     run.folder.metrics.write_text('{"step": 1, "loss": NaN, "norms": {"a": -Infinity, "b": 1e999, "c": 0.5}}\n')
     say(run, "done", 1)
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
-    assert told[0][2] == {"step": 1, "loss": None, "norms": {"a": None, "b": None, "c": 0.5}}
+    received = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert received[0][2] == {"step": 1, "loss": None, "norms": {"a": None, "b": None, "c": 0.5}}
 
 
 def test_what_cannot_be_read_ends_the_stream_with_a_problem(runs: Runs, run: Run) -> None:
     run.folder.metrics.write_text("not json\n")
-    told = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
-    assert [name for name, _, _ in told] == ["problem"]
-    assert "line 1 is not JSON" in told[0][2]["detail"]
+    received = asyncio.run(everything(run_events(runs, run.run_id, since=START)))
+    assert [name for name, _, _ in received] == ["problem"]
+    assert "line 1 is not JSON" in received[0][2]["detail"]
 
 
 def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_path: Path, runs: Runs) -> None:
@@ -171,9 +171,9 @@ def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_
         path = f"/v1/runs/{run.run_id}/events"
         answer = client.get(path, headers={"Last-Event-ID": "10"})
         assert answer.headers["Content-Type"].startswith("text/event-stream")
-        told = parse(answer.text)
-        assert [number(place) for _, place, _ in told] == [11, 12, None]
-        assert parse(client.get(path, headers={"Last-Event-ID": told[0][1] or ""}).text) == told[1:]
+        received = parse(answer.text)
+        assert [number(place) for _, place, _ in received] == [11, 12, None]
+        assert parse(client.get(path, headers={"Last-Event-ID": received[0][1] or ""}).text) == received[1:]
         for wrong in ("-1", "x", "1-", "1-xyz", "9" * 11, "1\u0660"):
             assert client.get(path, headers={"Last-Event-ID": wrong.encode()}).status_code == 422, wrong
         assert client.get(path, headers={"Authorization": ""}).status_code == 401
@@ -183,7 +183,7 @@ def test_over_http_the_header_resumes_and_a_caller_that_goes_leaves_nothing(tmp_
 
 
 async def _leave_after_first_part(app: Any, path: str) -> list[str]:
-    """Ask as a server would, hang up when the first part has come; returns the names of what still runs."""
+    """Send a request like a server, disconnect after the first part, and return the names of remaining tasks."""
     came = asyncio.Event()
 
     async def receive() -> dict[str, Any]:

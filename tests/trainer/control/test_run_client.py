@@ -1,4 +1,4 @@
-"""The trainer's clients over a real control endpoint, a real port and real child processes."""
+"""Tests of the trainer's clients with a real control endpoint, port and child processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status page: what everybody may read, what nobody may without the token, and what a browser makes of it."""
+"""Tests of the status page: public files, protected data, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
         named += [f"/static/{name}" for name in re.findall(r'from "\./([^"]+)"', text)]
         assert re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", text) == []
     assert set(named) <= set(PUBLIC_PATHS)
-    # The namespace of SVG is a name and is not fetched.
+    # The SVG namespace is only a name and is not fetched.
     addresses = [a for f in STATIC.iterdir() for a in re.findall(r"https?://[^\s\"']+", f.read_text())]
     assert set(addresses) == {"http://www.w3.org/2000/svg"}
 
@@ -100,7 +100,7 @@ NUM_STEPS = 4000
 
 
 def step_line(step: int) -> dict[str, Any]:
-    """What a step of an 80B student's run says, but for the hot tier's figures."""
+    """Return the metrics of a step of an 80B student's run, without the hot tier's figures."""
     wave = random.Random(step).uniform(-0.06, 0.06)
     norms = {part: (0.5 + wave) * 10.0**-index / (1 + step / 500) for index, part in enumerate(PARTS[:2])}
     for index, part in enumerate(PARTS[2:]):
@@ -194,7 +194,7 @@ def points(curve: str) -> list[tuple[float, float]]:
 
 @pytest.fixture
 def page(chromium: None, app: FastAPI, tmp_path: Path) -> Page:
-    """Opens a browser at the page, signed in."""
+    """Return a function that opens the page in a browser, signed in."""
     assert CHROMIUM is not None
 
     @contextmanager
@@ -219,7 +219,7 @@ def test_a_browser_shows_runs_and_follows_them(app: FastAPI, supervisor: Supervi
         sign_in(browser, "wrong")
         browser.wait_for("document.getElementById('notice').textContent.includes('refused')")
         assert browser.evaluate("sessionStorage.length") == 0
-        browser.complaints.clear()  # the browser logs the 401
+        browser.complaints.clear()  # The browser logs the 401.
 
         sign_in(browser, TOKEN)
         browser.wait_for("document.querySelectorAll('figure path').length >= 20")
@@ -232,7 +232,7 @@ def test_a_browser_shows_runs_and_follows_them(app: FastAPI, supervisor: Supervi
             *("Gradient norm", "Learning rate", "Gradient norm by group"),
             *("Speed", "Step efficiency", "Data wait", "Peak memory", "Rerouted picks"),
         ]
-        # The one spike among 3,000 values survives the thinning: nothing else is near the picture's top.
+        # The only spike among 3,000 values survives the reduction: nothing else is near the top of the picture.
         band, course = curves(browser, "Gradient norm ")
         assert 900 <= len(points(band)) <= 1000
         heights = [y for _, y in points(band)]
@@ -270,7 +270,7 @@ def test_gradient_norms_have_a_curve_and_a_legend_entry_per_group(supervisor: Su
         )
         assert len(set(looks)) == len(PARTS), "two curves look the same"
 
-        # Pressed, an entry fades all others.
+        # A pressed entry fades all others.
         browser.evaluate(f"{figure('Gradient norm by group')}.querySelector('button').click()")
         faded = browser.evaluate(f"{figure('Gradient norm by group')}.querySelectorAll('path.faded').length")
         assert faded == len(PARTS) - 1
@@ -304,7 +304,7 @@ def test_a_collapse_raises_an_alarm_for_a_hypernetwork_alone(supervisor: Supervi
     alarm = "document.getElementById('alarm')"
     with page() as browser:
         assert browser.evaluate(f"[{alarm}.getAttribute('role'), {alarm}.textContent]") == ["alert", ""]
-        # Without a verdict on the own prompt: a static adapter, the same for all prompts as it should be.
+        # A run without a conditioning verdict: a static adapter, which is the same for all prompts by design.
         run.folder.write_status(status.model_copy(update={"conditioning": {}, "step": 11}))
         browser.wait_for("document.getElementById('progress-text').textContent.startsWith('step 11 ')")
         assert browser.evaluate(f"{alarm}.textContent") == ""
@@ -340,7 +340,7 @@ def test_lines_that_a_resume_has_cut_leave_the_curves(supervisor: Supervisor, pa
     value = f"{figure('Loss')}.querySelector('.value').textContent"
     with page() as browser:
         browser.wait_for(f"!{figure('Loss')}.hidden")
-        # As many lines as before, and other ones from the 21st on.
+        # The same number of lines as before, but different from the 21st on.
         lines = [*map(step_line, range(1, 21)), *({**step_line(step), "loss": 7.0} for step in range(21, 31))]
         write_atomically(run.folder.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
         browser.wait_for(f"{value} === '7'")
@@ -372,7 +372,7 @@ def test_a_long_run_fits_a_phone_and_is_thinned(supervisor: Supervisor, page: Pa
 
 
 def luminance(color: str) -> float:
-    """Relative luminance of an `rgb(r, g, b)` (WCAG 2.2, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
+    """Return the relative luminance of an `rgb(r, g, b)` (WCAG 2.2, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

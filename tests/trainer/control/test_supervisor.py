@@ -1,4 +1,4 @@
-"""The supervisor over real child processes."""
+"""Tests of the supervisor with real child processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def settings(tmp_path: Path) -> ControlSettings:
 
 @pytest.fixture
 def open_supervisor(settings: ControlSettings) -> Iterator[Open]:
-    """Opens supervisors on the same folders; a new one closes the one before."""
+    """Return a function that opens supervisors on the same folders; each one closes the previous one."""
     opened: list[Supervisor] = []
 
     def open_one() -> Supervisor:
@@ -98,7 +98,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def start_in_a_control_process_that_is_killed(settings: ControlSettings, behavior: str) -> str:
-    """Start a run from a process of its own, which SIGKILL then ends; returns the run's id."""
+    """Start a run from a separate process, kill that process with SIGKILL, and return the run's id."""
     reader, writer = os.pipe()
     control = os.fork()
     if control == 0:
@@ -211,7 +211,7 @@ def test_a_run_that_waits_is_stopped_and_never_starts(supervisor: Supervisor) ->
     first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
     second, third = start(supervisor, "finishes"), start(supervisor, "finishes")
     stopped = supervisor.stop(second.run_id).status
-    assert (stopped.state, stopped.reason) == ("stopped", "stopped on request while it waited for its turn")
+    assert (stopped.state, stopped.reason) == ("stopped", "stopped on request while it was queued")
     with pytest.raises(Conflict, match="nothing to stop"):
         supervisor.stop(second.run_id)
     shutil.rmtree(third.folder.root)
@@ -226,7 +226,7 @@ def test_the_queue_has_an_end(supervisor: Supervisor, monkeypatch: pytest.Monkey
     monkeypatch.setattr("hyperagent_trainer.control.supervisor.MAX_WAITING", 2)
     first = wait_for_state(supervisor, start(supervisor, "trains"), "running")
     waiting = [start(supervisor, "finishes") for _ in range(2)]
-    with pytest.raises(Conflict, match="2 runs wait already"):
+    with pytest.raises(Conflict, match="2 runs are queued already"):
         start(supervisor, "finishes")
     assert ids_of(supervisor) == [*(run.run_id for run in reversed(waiting)), first.run_id]
 
@@ -381,7 +381,7 @@ def test_a_process_record_that_cannot_be_written_starts_no_process(supervisor: S
     status = supervisor.resume(run.run_id).status
     assert status.state == "failed"
     assert str(run.folder.process) in status.reason
-    # What has just ended has no command line any more.
+    # A process that has just ended has no command line any more.
     started = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in started if str(run.folder.root) in line]
     run.folder.process.rmdir()

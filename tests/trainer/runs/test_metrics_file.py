@@ -1,4 +1,4 @@
-"""Places in a run's metrics: from one on, each line once; after a cut, all of them anew; nothing torn, nothing infinite."""
+"""Tests of places in a run's metrics: each line once, all lines again after a cut, no torn or infinite values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_place_survives_its_text_and_has_no_other() -> None:
 
 
 def test_readers_have_what_the_file_has_whatever_is_cut_and_written_meanwhile(tmp_path: Path) -> None:
-    """Each reader asks at moments of its own; a reader that obeys `is_reset` holds a beginning of the file, always."""
+    """Readers read at different times; a reader that follows `is_reset` always has a prefix of the file."""
     draw = random.Random(0)
     path = tmp_path / "metrics.jsonl"
     written: list[int] = []
@@ -48,7 +48,7 @@ def test_readers_have_what_the_file_has_whatever_is_cut_and_written_meanwhile(tm
     num_resets = 0
     for number in range(2000):
         if draw.random() < 0.05:
-            # Few different values, so that what is written again is often what was there.
+            # Few different values, so that rewritten lines often equal the old ones.
             written = written[: draw.randrange(len(written) + 1)]
             write_atomically(path, "".join(f'{{"step": {x}}}\n' for x in written).encode())
         else:
@@ -80,7 +80,7 @@ def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     assert evaluation["held_out_kl"] == {"frozen": 0.5, "adapter": None}
     assert (evaluation["adapter_relative_norm"], evaluation["adapter_cosine"]) == ({"q_proj": None}, None)
     assert (step["loss"], step["grad_norms"]) == (None, {"encoder": None, "generator": 1.0})
-    # Both are read again: by the service, and for the bundle's card.
+    # Both are read later: by the service, and for the bundle's card.
     assert folder.read_status().held_out_kl == {"frozen": 0.5, "adapter": None}
     assert folder.read_status().loss is None
     assert math.isnan(last_held_out_kl(folder.metrics, 0).kl["adapter"])

@@ -1,4 +1,4 @@
-"""A training process that is killed at random moments, again and again, and one that never was: the same run."""
+"""Test that a training process killed repeatedly at random moments produces the same run as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _life(recipe: TrainRecipe, root: Path) -> None:
 
 
 def _wait_for_progress(folder: RunFolder, life: BaseProcess, draw: random.Random) -> None:
-    """Until the start has come to some point, or a few steps are done and a part of one."""
+    """Wait until a random point of startup, or until a few steps and a part of another are done."""
     num_steps = draw.randrange(4)
     if num_steps == 0:
         life.join(draw.uniform(0, 1))
@@ -43,9 +43,9 @@ def _wait_for_progress(folder: RunFolder, life: BaseProcess, draw: random.Random
 def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(
     num_kills: int, recipe: TrainRecipe, tmp_path: Path
 ) -> None:
-    # More than the killed processes can do: none of them may reach the end.
+    # More steps than the killed processes can finish, so that none of them reaches the end.
     num_steps = 4 * num_kills + 40
-    # A checkpoint after every step, so that many a kill falls into one.
+    # A checkpoint after every step, so that many kills occur while one is being written.
     recipe = recipe.model_copy(
         update={"num_steps": num_steps, "evaluate_every": num_steps, "checkpoint_every": 1, "learning_rate": 1e-3}
     )
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(
     root.mkdir()
     folder = RunFolder(root)
     draw = random.Random(0)
-    # Forked from a process that has imported everything, a life begins at once.
+    # A process forked from one that has imported everything starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hyperagent_trainer.training.trainer", "transformers"])
     for _ in range(num_kills):

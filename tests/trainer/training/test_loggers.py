@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside `metrics.jsonl`, with the packages themselves."""
+"""Tests of the TensorBoard and Weights & Biases loggers with the real packages."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from hyperagent_trainer.training.reporter import RunReporter
 from hyperagent_trainer.training.trainer import train
 
 
-def told_to_tensorboard(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard itself shows, by name."""
+def scalars_in_tensorboard(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Return the scalars that TensorBoard itself reads, by name."""
     reader = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0})
     reader.Reload()
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
 def numbers_in_metrics(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """The numbers of `metrics.jsonl` by path, in the float32 that TensorBoard keeps."""
+    """Return the numbers of `metrics.jsonl` by path, in float32 like TensorBoard's."""
     found = defaultdict(list)
     for line in metrics(folder):
         step = line.pop("step")
@@ -55,22 +55,22 @@ def numbers_in_metrics(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_shows_the_numbers_of_the_metrics(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(recipe.model_copy(update={"loggers": ("tensorboard",)}), tmp_path / "run")
-    shown = told_to_tensorboard(folder)
+    shown = scalars_in_tensorboard(folder)
     assert shown == numbers_in_metrics(folder)
     assert [step for step, _ in shown["loss"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in shown["held_out_kl/adapter"]] == [0, 3, 6]
     assert {"tokens_per_s", "grad_norms/encoder", "conditioning/held_out/gain/mean"} <= shown.keys()
-    # Who listens does not change what is said.
+    # Loggers do not change the metrics.
     plain = run(recipe, tmp_path / "plain")
     assert losses(folder) == losses(plain)
     assert not plain.tensorboard.exists()
 
 
 def _train_and_die_after(step: int, recipe: TrainRecipe, root: Path) -> None:
-    told = RunReporter.step
+    report_step = RunReporter.step
 
     def die(self: RunReporter, number: int, **values: Any) -> None:
-        told(self, number, **values)
+        report_step(self, number, **values)
         if number == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -78,7 +78,7 @@ def _train_and_die_after(step: int, recipe: TrainRecipe, root: Path) -> None:
     train(recipe, RunFolder(root), threading.Event())
 
 
-# Before the first checkpoint, so that the evaluation at step 0 is done again; and between the second and the third.
+# Before the first checkpoint, so that the evaluation at step 0 is repeated; and between the second and the third.
 @pytest.mark.parametrize("step", [1, 5])
 def test_after_a_kill_no_step_is_shown_twice_and_none_is_missing(
     recipe: TrainRecipe, tmp_path: Path, step: int
@@ -91,11 +91,11 @@ def test_after_a_kill_no_step_is_shown_twice_and_none_is_missing(
     life.start()
     life.join()
     assert life.exitcode == -signal.SIGKILL
-    # Event files are named by the second and read in that order; only a test starts again within one.
+    # Event files are named by the second and read in that order; only a test restarts within a second.
     time.sleep(1)
     folder = run(recipe, tmp_path / "run")
     assert len(list(folder.tensorboard.iterdir())) == 2
-    shown = told_to_tensorboard(folder)
+    shown = scalars_in_tensorboard(folder)
     assert shown == numbers_in_metrics(folder)
     assert [number for number, _ in shown["loss"]] == [1, 2, 3, 4, 5, 6]
     assert [number for number, _ in shown["held_out_kl/frozen"]] == [0, 3, 6]
@@ -106,13 +106,13 @@ def test_of_several_ranks_the_first_one_tells(recipe: TrainRecipe, tmp_path: Pat
     process, folder = start_worker(on_two, tmp_path / "run"), RunFolder(tmp_path / "run")
     assert process.wait(240) == 0, folder.log.read_text()
     assert len(list(folder.tensorboard.iterdir())) == 1
-    assert told_to_tensorboard(folder) == numbers_in_metrics(folder)
+    assert scalars_in_tensorboard(folder) == numbers_in_metrics(folder)
 
 
 def test_wandb_is_offline_and_reaches_for_no_network(recipe: TrainRecipe, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as anywhere:
         anywhere.setblocking(False)
-        # Its server, its own reports and everything else that speaks HTTP would come here.
+        # Requests to its server, its own reports and all other HTTP traffic would arrive here.
         address = f"http://127.0.0.1:{anywhere.getsockname()[1]}"
         variables = dict.fromkeys(("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), address)
         process = start_worker(
@@ -142,7 +142,7 @@ def test_a_logger_that_is_not_installed_stops_the_run_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=rf"loggers name {name}, .* `pip install 'hyperagent-trainer\[{name}\]'`"):
         run(changed, tmp_path / "run")
     monkeypatch.delitem(sys.modules, name)
-    # A folder of that name, as a run of wandb leaves it in the working directory, is no package.
+    # A folder of that name, which a wandb run leaves in the working directory, is not a package.
     (tmp_path / name).mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match="is not installed"):
@@ -154,7 +154,7 @@ def test_a_logger_is_named_once(recipe: TrainRecipe) -> None:
         TrainRecipe.model_validate({**recipe.model_dump(), "loggers": ["wandb", "wandb"]})
 
 
-# TensorBoard's writer thread dies of the error, too.
+# The error also ends TensorBoard's writer thread.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_fills_up_ends_tensorboard_and_not_the_run(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_ends_tensorboard_and_not_the_run(
     (warning,) = [entry for entry in logs if entry["log_level"] == "warning" and "logger" in entry]
     assert warning["logger"] == "tensorboard"
     assert "No space left" in warning["error"]
-    assert [step for step, _ in told_to_tensorboard(folder)["loss"]] == [1, 2]
+    assert [step for step, _ in scalars_in_tensorboard(folder)["loss"]] == [1, 2]
 
 
 def test_the_death_of_wandbs_own_process_ends_wandb_and_not_the_run(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -195,20 +195,20 @@ def test_the_death_of_wandbs_own_process_ends_wandb_and_not_the_run(recipe: Trai
         process.kill()
     assert folder.read_status().state == "done"
     assert list(losses(folder)) == list(range(1, 81))
-    warnings = [line for line in folder.log.read_text().splitlines() if "metrics go there no longer" in line]
+    warnings = [line for line in folder.log.read_text().splitlines() if "logger dropped after an error" in line]
     assert len(warnings) == 1
 
 
 class _Heard:
-    """A logger that keeps what it is told."""
+    """Logger that keeps its lines."""
 
     failures = (OSError,)
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, Mapping[str, float]]] = []
+        self.lines: list[tuple[int, Mapping[str, float]]] = []
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.told.append((step, scalars))
+        self.lines.append((step, scalars))
 
     def close(self) -> None:
         pass
@@ -227,5 +227,5 @@ def test_one_logger_that_fails_is_left_out_and_another_hears_on() -> None:
         loggers.log(line)
         loggers.log({"step": 4, "i": 2})
         loggers.close()
-    assert heard.told == [(3, {"a/b/c": 1, "a/d": 0.5}), (4, {"i": 2})]
+    assert heard.lines == [(3, {"a/b/c": 1, "a/d": 0.5}), (4, {"i": 2})]
     assert [(entry["logger"], entry["error"]) for entry in logs] == [("deaf", "not now")]

@@ -1,4 +1,4 @@
-"""A long trajectory's memory: what benchmarks/long_trajectory.py measures at full length, from two lengths that take seconds."""
+"""Test of a long trajectory's memory by extrapolation; benchmarks/long_trajectory.py measures the full length."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_a_trajectory_of_131072_tokens_fits_into_8_gib() -> None:
         text=True,
     )
     short, long = json.loads(done.stdout)["results"]
-    # Memory is linear in the tokens, so both lengths lie on the line that leads to the longest.
+    # Memory is linear in the number of tokens, so the two lengths determine the memory at the longest.
     per_token = (long["peak_rss_bytes"] - short["peak_rss_bytes"]) / (long["tokens"] - short["tokens"])
     assert short["peak_rss_bytes"] + per_token * (131_072 - short["tokens"]) < 8 * 2**30

@@ -1,4 +1,4 @@
-"""What a recipe says about the loss is what a training run computes."""
+"""Tests that a training run computes the loss that its recipe specifies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def first_batch(recipe: TrainRecipe, student: Student) -> Batch:
 
 
 def defined_loss(recipe: TrainRecipe, student: Student) -> float:
-    """The loss of the first step by its definition: B starts at zero, so the student is still the bare one."""
+    """Return the loss of the first step by its definition: B starts at zero, so the student has no adapter yet."""
     batch = first_batch(recipe, student)
     assert batch.rows.target_ids_N is not None
     hidden = student.hidden_states(batch.token_ids_BT)[batch.sample_N, batch.index_N]

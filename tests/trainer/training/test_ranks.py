@@ -1,4 +1,4 @@
-"""One rank, two and four, the network whole or sharded, activations kept or recomputed: the same training."""
+"""Tests that training is the same on one, two and four ranks, sharded or not, with or without recomputation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def torchrun(num_ranks: int) -> list[str]:
 
 
 def run_on(num_ranks: int, recipe: TrainRecipe, folder: Path) -> Found:
-    """What `ranks_child` finds on so many ranks, by way."""
+    """Return the results of `ranks_child` on `num_ranks` ranks, by variant."""
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     subprocess.run(
@@ -45,9 +45,9 @@ def run_on(num_ranks: int, recipe: TrainRecipe, folder: Path) -> Found:
 
 @pytest.fixture(scope="module")
 def recipe_of_three(student_folder: Path, tokens_file: Path, cache_folder: Path) -> TrainRecipe:
-    """Steps of three trajectories, which neither two ranks nor four can share evenly.
+    """Return a recipe with steps of three trajectories, which two or four ranks cannot share evenly.
 
-    The rate is small, since AdamW's first steps are of one size whatever the gradient's, also where it is rounding alone.
+    The learning rate is small because AdamW's first steps have the same size for any gradient, even for rounding noise.
     """
     shape = {"width": 32, "num_latents": 4, "encoder_blocks": 1, "generator_blocks": 1, "num_heads": 2, "rank": 2}
     return TrainRecipe(
@@ -62,7 +62,7 @@ def alone(recipe_of_three: TrainRecipe, tmp_path_factory: pytest.TempPathFactory
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of any gradient, relative to the largest of all."""
+    """Return the largest difference of any gradient, relative to the largest gradient."""
     scale = max(float(g.abs().max()) for g in one.values())
     return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
 
@@ -88,7 +88,7 @@ def test_any_number_of_ranks_trains_the_same(
 
 
 def train_on(num_ranks: int, folder: RunFolder) -> subprocess.Popen[bytes]:
-    """The training process of a run's folder under torchrun."""
+    """Run the training process of a run's folder under torchrun."""
     return subprocess.Popen(
         [*torchrun(num_ranks), "-m", "hyperagent_trainer.worker", str(folder.root)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -117,7 +117,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     process = train_on(2, folder)
     while process.poll() is None and not folder.saved_steps():
         time.sleep(0.05)
-    # torchrun gives every rank a session of its own, and ends the others when one dies.
+    # torchrun gives every rank its own session and ends the others when one dies.
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()

@@ -1,4 +1,4 @@
-"""Every field of a recipe reaches the step that it names: real runs against a step written out by hand."""
+"""Tests that every field of a recipe affects the step: real runs against a step written by hand."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.loss.options import LossOptions
 
 NOISE = 5e-6
-"""Of a loss in float32, relative to float64; measured: up to 5e-7."""
+"""Tolerance of a loss in float32 relative to float64; measured: up to 5e-7."""
 GRADIENT_NOISE = 1e-4
-"""Of a gradient; measured: up to 2.4e-5. A field that is ignored changes 1 % of it or more."""
+"""Tolerance of a gradient; measured: up to 2.4e-5. Ignoring a field changes the gradient by 1 % or more."""
 
 
 @pytest.fixture(scope="module")
 def whole_split(recipe: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> TrainRecipe:
-    """Steps over all eight trajectories, so that their order does not matter, with prompts of unequal length."""
+    """Return a recipe with steps over all eight trajectories, so that order is irrelevant, and unequal prompts."""
     tokens = uneven_prompts(recipe.tokens, tmp_path_factory.mktemp("uneven") / "tokens.parquet")
     return recipe.model_copy(update={"tokens": tokens, "batch_size": 8, "num_steps": 1, "evaluate_every": 100})
 
@@ -37,7 +37,7 @@ def trajectories(whole_split: TrainRecipe) -> list[TokenizedTrajectory]:
 
 @pytest.fixture(scope="module")
 def unusual(whole_split: TrainRecipe) -> TrainRecipe:
-    """No field of the step is what it is by default."""
+    """Return a recipe in which every field of the step differs from its default."""
     changes = {
         "temperature": 2.0,
         "loss": LossOptions(divergence="jsd", jsd_beta=0.3, ce_weight=0.25),
@@ -46,7 +46,7 @@ def unusual(whole_split: TrainRecipe) -> TrainRecipe:
         "learning_rate": 1.5e-3,
         "b_head_learning_rate_factor": 4.0,
         "weight_decay": 0.3,
-        # So small that AdamW's epsilon is felt, without which the size of a gradient does not matter in the first step.
+        # Small enough for AdamW's epsilon to matter; otherwise the first step would not depend on the gradient's size.
         "max_grad_norm": 1e-6,
         "micro_batch_size": 3,
     }
@@ -70,7 +70,7 @@ def two_steps(whole_split: TrainRecipe) -> TrainRecipe:
 
 @pytest.fixture(scope="module")
 def plain(two_steps: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
-    """Forward KL, nothing clipped, one trajectory at a time."""
+    """Return a recipe with forward KL, without clipping, and one trajectory at a time."""
     return saved_run(two_steps, tmp_path_factory.mktemp("plain") / "run")
 
 
@@ -108,7 +108,7 @@ def test_a_gradient_below_max_grad_norm_is_left_alone(plain: SavedRun, plain_gra
 
 
 SHARES = [0.5, 1.0, *(0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(1, 6))]
-"""Of the peak learning rate in seven steps: two up, then half a cosine down to a tenth."""
+"""Fractions of the peak learning rate in seven steps: two of warmup, then half a cosine down to a tenth."""
 
 
 def test_the_logged_learning_rate_is_a_warm_up_and_half_a_cosine_to_a_tenth(
@@ -174,12 +174,12 @@ def test_full_views_alone_train_on_what_the_teacher_sees(
 def test_half_of_full_views_are_other_ones_in_every_epoch(
     whole_split: TrainRecipe, trajectories: list[TokenizedTrajectory], tmp_path: Path
 ) -> None:
-    """The network hardly moves, so that a step's loss says which trajectories it has seen whole."""
+    """The network hardly changes, so a step's loss shows which trajectories had full views."""
     half = whole_split.model_copy(update={"full_view_share": 0.5, "num_steps": 4, "learning_rate": 1e-12})
     found = losses(run(half, tmp_path / "run"))
     student = PlainStudent(half)
     own, full = ([student.row_losses(t, None, full_view=view).sum() for t in trajectories] for view in (False, True))
-    # In every second trajectory nothing is hidden, and both views are the same.
+    # Every second trajectory hides nothing, so both of its views are the same.
     hidden = [i for i, t in enumerate(trajectories) if len(t.student_ids) < len(t.token_ids)]
     num_rows = sum(len(t.positions) for t in trajectories)
     loss_of = {
@@ -198,14 +198,14 @@ def test_half_of_full_views_are_other_ones_in_every_epoch(
 def test_the_size_of_micro_batches_does_not_matter(
     size: int, two_steps: TrainRecipe, plain: SavedRun, plain_gradient: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Prompts and trajectories are of unequal length, so that a larger micro-batch is padded."""
+    """Prompts and trajectories have unequal lengths, so a larger micro-batch is padded."""
     together = saved_run(two_steps.model_copy(update={"micro_batch_size": size}), tmp_path / "run")
     assert relative_error(together.first_gradient(), plain_gradient) < GRADIENT_NOISE
     assert losses(together.folder) == pytest.approx(losses(plain.folder), rel=NOISE)
 
 
 def test_batches_are_shuffled_anew_in_every_epoch(recipe: TrainRecipe, tmp_path: Path) -> None:
-    """The network hardly moves, so that a step's loss says which batch it was."""
+    """The network hardly changes, so a step's loss identifies its batch."""
     still = {"arm": "static", "learning_rate": 1e-12, "num_steps": 12, "evaluate_every": 100, "checkpoint_every": 100}
     found = list(losses(run(recipe.model_copy(update=still), tmp_path / "run")).values())
     epochs = [tuple(round(loss, 5) for loss in found[start : start + 3]) for start in range(0, 12, 3)]

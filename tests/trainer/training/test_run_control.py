@@ -1,4 +1,4 @@
-"""Pause, resume and checkpoint of a run that really trains, on one rank and on several."""
+"""Tests of pause, resume and checkpoint with real training, on one and on several ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEVER = 1_000_000
 
 @pytest.fixture
 def supervisor(recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    """Knows the recipes "one" and "two": the same endless run on so many ranks, without a checkpoint of its own."""
+    """Return a supervisor with recipes "one" and "two": the same endless run on one and two ranks, no checkpoints."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipes = tmp_path / "recipes"

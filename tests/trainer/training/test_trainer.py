@@ -1,4 +1,4 @@
-"""The training process as a whole, on a tiny student."""
+"""Tests of the whole training process with a tiny student."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_bundle_has_a_model_card(recipe: TrainRecipe, tmp_path: Path) -> Non
         assert f"| {kl[arm]:.4f} |" in card
     assert f"`{read_data_identity(recipe.tokens).fingerprint}`" in card
     assert "6 steps of 3 trajectories" in card
-    # People may add to it.
+    # People may add fields to it.
     (folder.bundle / "README.md").write_text("mine")
     load_bundle(folder.bundle)
 
@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(recipe: TrainRecipe
     assert stopped.read_status().step == 3
     assert not stopped.bundle.exists()
 
-    # A killed process may leave lines of steps after its checkpoint, the last one torn.
+    # A killed process may leave lines of steps after its checkpoint, the last one incomplete.
     with stopped.metrics.open("a") as file:
         file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
     run(recipe, tmp_path / "stopped")
@@ -168,7 +168,7 @@ def test_a_static_adapter_is_trained_by_the_same_code(recipe: TrainRecipe, tmp_p
     static = recipe.model_copy(update={"arm": "static", "num_steps": 60, "evaluate_every": 60})
     folder = run(static, tmp_path / "run")
     before, after = (line["held_out_kl"] for line in metrics(folder) if "held_out_kl" in line)
-    # It is the same whatever the prompt, so there is nothing to shuffle.
+    # It is the same for all prompts, so there is nothing to shuffle.
     assert list(before) == list(after) == ["frozen", "adapter"]
     assert before["adapter"] == pytest.approx(before["frozen"], abs=1e-6)
     assert after["adapter"] < 0.95 * after["frozen"]
@@ -205,7 +205,7 @@ def test_a_warm_start_begins_where_the_static_adapter_ended(recipe: TrainRecipe,
     assert ended["adapter"] < 0.99 * ended["frozen"]
     assert first["adapter"] == first["adapter_shuffled_prompt"] == pytest.approx(ended["adapter"], rel=1e-6)
     assert folder.read_status().held_out_kl["adapter"] != first["adapter"]
-    # A resumed run has the same start.
+    # A resumed run has the same initialization.
     run(warm, tmp_path / "stopped", StopAfter(3))
     run(warm, tmp_path / "stopped")
     assert losses(RunFolder(tmp_path / "stopped"))[6] == losses(folder)[6]
@@ -268,7 +268,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(recipe: TrainRecipe, tm
 def test_a_diverging_run_stops_and_names_its_trajectories(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The pre-flight refuses such a rate; what diverges later gets past it.
+    # The pre-flight check refuses such a learning rate, but it cannot detect later divergence.
     monkeypatch.setattr("hyperagent_trainer.training.trainer.require_preflight", lambda *_: None)
     wild = recipe.model_copy(update={"learning_rate": 1e30, "max_grad_norm": math.inf, "evaluate_every": 100})
     with pytest.raises(DataError, match=r"step \d+ is the 4\. in a row without a finite loss"):
@@ -296,7 +296,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_changes_nothing(
     assert [line["step"] for line in metrics(folder) if "skipped" in line] == [2]
     assert list(losses(folder)) == [1, 3, 4, 5, 6]
     assert folder.read_status().skipped_steps == 1
-    # Five times a step follows another, four times on a network that has changed.
+    # A step follows another five times, four of them with a changed network.
     assert sum(not all(map(torch.equal, before, after)) for before, after in pairwise(weights)) == 4
 
 

@@ -1,4 +1,4 @@
-"""What a training process answers to signals while it still loads."""
+"""Tests of a training process that receives signals while it is loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def endless(recipe: TrainRecipe, *, processes: int = 1) -> TrainRecipe:
 
 
 def wait_for_handler(process: subprocess.Popen[bytes]) -> None:
-    """Wait until the interpreter has started and answers SIGTERM, which takes longer on a busy machine."""
+    """Wait until the interpreter has started and handles SIGTERM, which takes longer on a busy machine."""
     status = Path(f"/proc/{process.pid}/status")
     while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
         assert process.poll() is None

@@ -1,1 +1,1 @@
-"""The control endpoint: starts, watches and stops training runs over REST; imports no torch."""
+"""Control endpoint: start, monitor and stop training runs over REST; imports no torch."""

@@ -1,7 +1,7 @@
-"""The trainer's control endpoint: routes that translate between HTTP and the supervisor, and a page to watch runs on.
+"""Control endpoint of the trainer: routes that translate between HTTP and the supervisor, and a status page.
 
-A caller chooses among the recipes the service has and may change a few bounded numbers of them; it can
-name no path, no command and no module.
+A caller chooses one of the service's recipes and may override a few numbers within bounds; it cannot specify paths,
+commands or modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1")
 
 
 def create_control_app(supervisor: Supervisor, *, token: str) -> FastAPI:
-    """The control endpoint over `supervisor`, which it closes when it shuts down."""
+    """Create the application for `supervisor`, which is closed when the application shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -53,7 +53,7 @@ Supervised = Annotated[Supervisor, Depends(_supervisor)]
 
 @router.get("/recipes")
 def list_recipes(supervisor: Supervised) -> RecipesBody:
-    """The recipes that can be run."""
+    """List the available recipes."""
     return RecipesBody(recipes=supervisor.recipes())
 
 
@@ -64,7 +64,7 @@ def start_run(
     supervisor: Supervised,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> RunBody:
-    """Start a run, or let it wait for the one that trains; with an Idempotency-Key, the same request again returns the same run."""
+    """Start a run or queue it after the active one; a repeated request with the same Idempotency-Key returns its run."""
     run = supervisor.start(body, idempotency_key=idempotency_key)
     response.headers["Location"] = _path(run.run_id)
     return _body(run)
@@ -72,44 +72,44 @@ def start_run(
 
 @router.get("/runs")
 def list_runs(supervisor: Supervised) -> RunsBody:
-    """Every run, the newest first."""
+    """List all runs, newest first."""
     return RunsBody(runs=[_body(run) for run in supervisor.runs.all()])
 
 
 @router.get("/runs/{run_id}")
 def get_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """One run."""
+    """Get one run."""
     return _body(supervisor.runs.get(run_id))
 
 
 @router.post("/runs/{run_id}/stop", status_code=status.HTTP_202_ACCEPTED)
 def stop_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Save a checkpoint and end, or leave the queue; the run is stopped once its state says so."""
+    """Save a checkpoint and stop, or leave the queue; the run has stopped once its state is "stopped"."""
     return _body(supervisor.stop(run_id))
 
 
 @router.post("/runs/{run_id}/pause", status_code=status.HTTP_202_ACCEPTED)
 def pause_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Save a checkpoint before the next step and wait; the run pauses once its state says so."""
+    """Save a checkpoint before the next step and pause; the run is paused once its state is "paused"."""
     return _body(supervisor.pause(run_id))
 
 
 @router.post("/runs/{run_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
 def save_checkpoint(run_id: str, supervisor: Supervised) -> RunBody:
-    """Save a checkpoint before the next step, and go on."""
+    """Save a checkpoint before the next step and continue."""
     return _body(supervisor.checkpoint(run_id))
 
 
 @router.post("/runs/{run_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 def resume_run(run_id: str, supervisor: Supervised) -> RunBody:
-    """Go on with a paused run, or with a stopped or failed one from its last checkpoint."""
+    """Continue a paused run, or a stopped or failed run from its last checkpoint."""
     return _body(supervisor.resume(run_id))
 
 
 @router.get(
     "/runs/{run_id}/metrics",
-    description=f"The run's metrics from `since` on, at most {MAX_METRIC_LINES} lines at once: the `next` of an earlier "
-    "answer, or a number of lines to leave out. What is not a finite number is null.",
+    description=f"At most {MAX_METRIC_LINES} lines of the run's metrics from `since` on, which is the `next` of an earlier "
+    "response or a number of lines to skip. Values that are not finite are null.",
 )
 def get_metrics(
     run_id: str, supervisor: Supervised, since: Annotated[str, Query(pattern=PLACE_PATTERN)] = str(START)
@@ -128,8 +128,8 @@ def get_events(
     supervisor: Supervised,
     last_event_id: Annotated[str, Header(pattern=PLACE_PATTERN)] = str(START),
 ) -> StreamingResponse:
-    """`status` and `metrics` as they come, until the run has ended; `reset` where the metrics begin anew after a resume."""
-    supervisor.runs.get(run_id)  # what is not there is 404, and no stream
+    """Stream `status` and `metrics` until the run has ended; `reset` means that the metrics restart after a resume."""
+    supervisor.runs.get(run_id)  # An unknown run is answered with 404 instead of a stream.
     stream = events.run_events(supervisor.runs, run_id, since=Place.parse(last_event_id))
     return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers={"Cache-Control": "no-cache"})
 

@@ -1,4 +1,4 @@
-"""`hyperagent serve trainer`: the trainer's control process, from the command line."""
+"""`hyperagent serve trainer`: run the control process of the trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hyperagent_trainer.control.settings import ControlSettings
 
 @service_command(Service.TRAINER, ControlSettings)
 def serve(settings: ControlSettings) -> None:
-    """Serve the trainer's control endpoint: start, watch, stop and resume training runs."""
+    """Serve the trainer's control endpoint: start, monitor, stop and resume training runs."""
     from hyperagent.http.server import listening, run
 
     configure_logging(service="trainer-control")
-    # The port is taken before the runs folder is touched: on a busy one, nothing has happened.
+    # The port is bound before the runs folder is touched, so that a busy port has no side effects.
     with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
         from hyperagent_trainer.control.app import create_control_app
         from hyperagent_trainer.control.supervisor import Supervisor

@@ -1,12 +1,12 @@
-"""A run as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+"""Server-sent events of a run (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
 `status`   the whole status, whenever it has changed
-`metrics`  one line of the metrics; its id is the place after it, to go on from with Last-Event-ID
-`reset`    the lines sent until now no longer hold, because a resumed run does their steps again; all are sent anew
-`problem`  why nothing more can be read
+`metrics`  one line of the metrics; its id is the place after it, from which Last-Event-ID continues
+`reset`    the lines sent before are invalid, because a resumed run repeats their steps; all lines are sent again
+`problem`  the reason why nothing more can be read
 
-Only a line that was sent moves the id. The stream ends after a final state; while nothing happens, a comment keeps
-proxies from closing it.
+Only `metrics` events change the id. The stream ends after a final state; while nothing happens, comments keep proxies
+from closing it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _LINES_AT_ONCE = 500
 async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[str]:
     """Yield the run's status and its metrics from `since` on, until it has ended.
 
-    Holds no more than a batch of lines and no file between two reads, so a caller that goes away leaves nothing behind.
+    The generator holds at most a batch of lines and no open file between reads, so a disconnected client leaks nothing.
     """
     sent_status: RunStatus | None = None
     sent_at = time.monotonic()
     while True:
         try:
-            # The status first: when it is final, the lines read after it are all there are.
+            # The status is read first: if it is final, the lines read afterwards are complete.
             status = (await run_in_threadpool(runs.get, run_id)).status
             found = await run_in_threadpool(runs.metrics, run_id, since=since, limit=_LINES_AT_ONCE)
         except HyperagentError as error:
@@ -66,7 +66,7 @@ async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[
         await asyncio.sleep(_POLL_S)
 
 
-# By hand, because `fastapi.sse` writes the id after the data and its own heartbeat: other bytes than clients know.
+# Not `fastapi.sse`, because it writes the id after the data and its own heartbeat, which would change the format.
 def _event(name: str, data: dict[str, Any], place: Place | None = None) -> str:
     identifier = "" if place is None else f"id: {place}\n"
     return f"{identifier}event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"

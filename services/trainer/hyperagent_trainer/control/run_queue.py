@@ -1,6 +1,6 @@
-"""The queue of runs, in SQLite: which runs wait, in order, and which run each idempotency key has started.
+"""Queue of runs in SQLite: waiting runs in order, and the run that each idempotency key has started.
 
-Everything else is in the runs' folders, from which a lost queue is built again.
+Everything else is in the runs' folders, from which a lost queue is rebuilt.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ CREATE TABLE runs (
 
 
 class RunQueue:
-    """The queue of one runs folder; safe to call from many threads. Every method raises StorageError if it cannot be used."""
+    """Queue of one runs folder; thread-safe; every method raises StorageError if the queue cannot be used."""
 
     def __init__(self, runs: Path) -> None:
         """Open the queue of the folder `runs`, or create it.
 
         Raises:
-            ConfigError: it is of another release.
-            StorageError: it is no SQLite file, or the file system refuses.
+            ConfigError: the queue was created by another release.
+            StorageError: it is not an SQLite file, or a file operation failed.
         """
         self._database = Database.open_or_create(
             runs / QUEUE_NAME,
             schema=_SCHEMA,
             version=_VERSION,
             what="the queue of the runs",
-            remedy="remove the file: it is built again from the runs' folders",
+            remedy="remove the file; it is rebuilt from the runs' folders",
             synchronous=True,
         )
 
@@ -46,13 +46,13 @@ class RunQueue:
         self._database.close()
 
     def add(self, run_id: str, idempotency_key: str | None, *, make_folder: Callable[[], object]) -> None:
-        """Add a new run at the end of the queue and make its folder, or do neither."""
+        """Append a new run to the queue and create its folder, or do neither."""
         with self._database.transaction() as database:
             database.execute("INSERT INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, _end_of_queue(database)))
             make_folder()
 
     def restore(self, run_id: str, idempotency_key: str | None, *, waits: bool) -> None:
-        """Add a run that only its folder knows; a run that is known already is left as it is."""
+        """Add a run that exists only as a folder; a known run stays unchanged."""
         with self._database.transaction() as database:
             place = _end_of_queue(database) if waits else None
             database.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", (run_id, idempotency_key, place))
@@ -68,24 +68,24 @@ class RunQueue:
             return {run_id for (run_id,) in database.execute("SELECT run_id FROM runs")}
 
     def started_with(self, idempotency_key: str) -> str | None:
-        """Return the run that this key has started, if any."""
+        """Return the id of the run that this key has started, if any."""
         with self._database.transaction() as database:
             row = database.execute("SELECT run_id FROM runs WHERE idempotency_key = ?", (idempotency_key,)).fetchone()
         return None if row is None else row[0]
 
     def waiting(self) -> list[str]:
-        """Return the runs that wait, the next one first."""
+        """Return the ids of the waiting runs, the next one first."""
         with self._database.transaction() as database:
             rows = database.execute("SELECT run_id FROM runs WHERE place IS NOT NULL ORDER BY place").fetchall()
         return [run_id for (run_id,) in rows]
 
     def enqueue(self, run_id: str) -> None:
-        """Put a run that has run before at the end of the queue."""
+        """Append an existing run to the queue."""
         with self._database.transaction() as database:
             database.execute("UPDATE runs SET place = ? WHERE run_id = ?", (_end_of_queue(database), run_id))
 
     def dequeue(self, run_id: str) -> None:
-        """Take a run out of the queue; one that does not wait is left as it is."""
+        """Remove a run from the queue; a run that is not waiting stays unchanged."""
         with self._database.transaction() as database:
             database.execute("UPDATE runs SET place = NULL WHERE run_id = ?", (run_id,))
 

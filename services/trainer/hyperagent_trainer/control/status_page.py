@@ -1,7 +1,7 @@
-"""The status page: a few files that everybody may read, and that ask for the token before they show a run.
+"""Status page: public static files that require the token before they show any run.
 
-Nothing is loaded from elsewhere and nothing runs but the page's own scripts, which the content security policy holds
-the browser to.
+Nothing is loaded from other sites and only the page's own scripts run; the content security policy makes the browser
+enforce this.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PUBLIC_PATHS = tuple(map(_path, _MEDIA_TYPES))
 
 
 def page_router() -> APIRouter:
-    """Routes of the page's files, which are read once, here; no path of a caller's ever becomes a file's."""
+    """Return the routes of the page's files, which are read once, here; request paths are never used as file paths."""
     router = APIRouter(include_in_schema=False)
     for name, media_type in _MEDIA_TYPES.items():
         content = (files("hyperagent_trainer.control") / "static" / name).read_bytes()

@@ -1,12 +1,12 @@
-"""The one training process that may run in a runs folder: queued, started, stopped, resumed, adopted.
+"""Supervisor of the only training process that may run in a runs folder: queue, start, stop, resume, adopt.
 
 Everything about a run is in its folder, and the queue is in `runs.sqlite`, so the supervisor itself can be killed at any
-moment: the next one on the same folder adopts a training process that is alive, marks the run of a dead one as failed
-and continues with the queue. A run's status has one writer at a time: its process while that is alive, the
-supervisor otherwise.
+moment: the next one on the same folder adopts a running training process, marks the run of a dead one as failed and
+continues with the queue. A run's status has one writer at a time: its process while that is running, otherwise the
+supervisor.
 
-A supervisor that is closed leaves no training process behind; one that is killed by SIGKILL does, and that
-process continues to train until it is done or another supervisor adopts it.
+Closing a supervisor stops its training process. If it is killed by SIGKILL, the training process continues until it is
+done or another supervisor adopts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.store import Run, Runs, new_run_id
 
 MAX_WAITING = 100
-"""Most runs that may wait for their turn."""
+"""Maximum number of queued runs."""
 
 _LOG_TAIL_BYTES = 4096
 _LOG_LINE_CHARACTERS = 300
@@ -48,7 +48,7 @@ _log = structlog.get_logger()
 
 @dataclass
 class _Training:
-    """A training process that the supervisor watches."""
+    """Training process that the supervisor monitors."""
 
     run_id: str
     folder: RunFolder
@@ -60,25 +60,25 @@ class _Training:
 
 
 class Supervisor:
-    """Starts, stops and resumes runs; safe to call from many threads.
+    """Start, stop and resume runs; thread-safe.
 
     Attributes:
-        runs: the runs, to list and read.
+        runs: store of the runs, for listing and reading them.
     """
 
     def __init__(self, settings: ControlSettings, *, command: Sequence[str] | None = None) -> None:
-        """Lock the runs folder, and take over the runs that an earlier supervisor left in it.
+        """Lock the runs folder and take over the runs that an earlier supervisor left in it.
 
         Args:
             command: replaces every recipe's training command; the run's folder is its last argument.
 
         Raises:
-            ConfigError: there is no recipes folder, or the runs folder cannot be made.
-            ServiceError: another control process holds the runs folder.
+            ConfigError: there is no recipes folder, or the runs folder cannot be created.
+            ServiceError: another control process uses the runs folder.
             CorruptRecord: the files of an earlier run cannot be read.
         """
         if not settings.recipes.is_dir():
-            raise ConfigError(f"there is no recipes folder {settings.recipes}; name one that holds NAME.yaml files")
+            raise ConfigError(f"there is no recipes folder {settings.recipes}; give one with NAME.yaml files")
         self.runs = Runs(settings.runs.resolve())
         self._recipes = settings.recipes.resolve()
         self._stop_grace_s = settings.stop_grace_s
@@ -109,22 +109,22 @@ class Supervisor:
             os.close(self._lock)
 
     def recipes(self) -> list[str]:
-        """Return the names of the recipes that can be run."""
+        """Return the names of the available recipes."""
         return sorted(path.stem for path in self._recipes.glob("*.yaml") if re.fullmatch(NAME_PATTERN, path.stem))
 
     def start(self, request: RunRequest, *, idempotency_key: str | None = None) -> Run:
-        """Start a run, or queue it until the one that trains has ended.
+        """Start a run, or queue it until the active one has ended.
 
-        The same key with the same request again returns the run it started.
+        Repeating a request with the same key returns the run that it started.
 
         Returns:
-            The run in its present state: one that cannot be started has failed already.
+            The run in its current state, which is "failed" if it could not be started.
 
         Raises:
             NotFound: there is no such recipe.
-            ConfigError: the recipe is wrong.
-            Conflict: too many runs wait, or the key came with another request before.
-            StorageError: the file system refused.
+            ConfigError: the recipe is invalid.
+            Conflict: the queue is full, or the key was used with a different request.
+            StorageError: a file operation failed.
         """
         with self._changing:
             if idempotency_key is not None and (known := self._started_with(idempotency_key)) is not None:
@@ -141,14 +141,14 @@ class Supervisor:
             return self.runs.get(run_id)
 
     def resume(self, run_id: str) -> Run:
-        """End a run's pause, even one it has not reached yet, or continue a stopped or failed run from its last checkpoint.
+        """Unpause a run, even before it has paused, or continue a stopped or failed run from its last checkpoint.
 
-        The latter is queued until the run that trains has ended.
+        A stopped or failed run is queued until the active run has ended.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: there is nothing to continue, or too many runs wait.
-            StorageError: the file system refused.
+            Conflict: there is nothing to continue, or the queue is full.
+            StorageError: a file operation failed.
         """
         with self._changing:
             run = self.runs.get(run_id)
@@ -172,12 +172,12 @@ class Supervisor:
             return self.runs.get(run_id)
 
     def pause(self, run_id: str) -> Run:
-        """Ask a run's process to save and wait before its next step; asking again changes nothing.
+        """Request that a run's process save and pause before its next step; idempotent.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: it is not training.
-            StorageError: the file system refused.
+            Conflict: the run is not training.
+            StorageError: a file operation failed.
         """
         with self._changing:
             run, _ = self._in_training(run_id)
@@ -186,12 +186,12 @@ class Supervisor:
             return run
 
     def checkpoint(self, run_id: str) -> Run:
-        """Ask a run's process to save before its next step; a run that pauses has done so already.
+        """Request that a run's process save before its next step; a paused run has already done so.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: it is not training.
-            StorageError: the file system refused.
+            Conflict: the run is not training.
+            StorageError: a file operation failed.
         """
         with self._changing:
             run, _ = self._in_training(run_id)
@@ -200,19 +200,19 @@ class Supervisor:
             return run
 
     def stop(self, run_id: str) -> Run:
-        """Take a run out of the queue, or ask its process to save and end; it is killed when it has not after the grace period.
+        """Remove a run from the queue, or request that its process save and exit; kill it after the grace period.
 
-        Returns at once; the run's state tells when it has ended. Asking again changes nothing.
+        Return at once; the run's state changes when it has stopped. Repeated calls have no effect.
 
         Raises:
             NotFound: there is no such run.
-            Conflict: it neither trains nor waits.
-            StorageError: the file system refused.
+            Conflict: the run is neither training nor queued.
+            StorageError: a file operation failed.
         """
         with self._changing:
             if run_id in self._queue.waiting():
                 run = self.runs.get(run_id)
-                _write_state(run.folder, "stopped", "stopped on request while it waited for its turn")
+                _write_state(run.folder, "stopped", "stopped on request while it was queued")
                 self._queue.dequeue(run_id)
                 return self.runs.get(run_id)
             run, training = self._in_training(run_id)
@@ -220,7 +220,7 @@ class Supervisor:
             return run
 
     def _in_training(self, run_id: str) -> tuple[Run, _Training]:
-        """Return the run and the process that trains it."""
+        """Return a run and its training process."""
         run, training = self.runs.get(run_id), self._training
         if training is None or not self._trains(run):
             raise Conflict(f"run {run_id} is {run.status.state}; there is nothing to stop, pause or save")
@@ -241,15 +241,15 @@ class Supervisor:
             return None
 
     def _forget(self, run_id: str) -> None:
-        _log.warning("run forgotten, its folder is gone", run=run_id)
+        _log.warning("run removed because its folder is gone", run=run_id)
         self._queue.forget(run_id)
 
     def _require_room(self) -> None:
         if len(self._queue.waiting()) >= MAX_WAITING:
-            raise Conflict(f"{MAX_WAITING} runs wait already; stop some of them, or wait")
+            raise Conflict(f"{MAX_WAITING} runs are queued already; stop some of them, or wait")
 
     def _start_next(self) -> None:
-        """Start the first run of the queue that can be started, unless one trains; mark those that cannot as failed."""
+        """Start the next run of the queue unless one is active; mark runs that cannot be started as failed."""
         if self._is_closed or (self._training is not None and not self._training.settled.is_set()):
             return
         for run_id in self._queue.waiting():
@@ -259,7 +259,7 @@ class Supervisor:
                 self._forget(run_id)
                 continue
             try:
-                # The commands were for an earlier process.
+                # The commands were meant for an earlier process.
                 write_commands(folder.control, RunCommands())
                 processes = folder.read_recipe().processes
                 command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
@@ -284,14 +284,14 @@ class Supervisor:
             _log.info("run ended", run=training.run_id, exit_code=exit_code)
             self._settle_ended(training, exit_code)
         except HyperagentError as error:
-            _log.error("the end of a run not recorded", run=training.run_id, error=str(error))
+            _log.error("could not record the end of a run", run=training.run_id, error=str(error))
         finally:
             training.settled.set()
         try:
             with self._changing:
                 self._start_next()
         except HyperagentError as error:
-            _log.error("the queue is not advanced until the next request", error=str(error))
+            _log.error("could not advance the queue before the next request", error=str(error))
 
     def _settle_ended(self, training: _Training, exit_code: int | None) -> None:
         if training.killed:
@@ -312,7 +312,7 @@ class Supervisor:
             training.settled.wait()
 
     def _take_over(self) -> None:
-        """Adopt the training process that an earlier supervisor left, and mark the runs whose process died as failed."""
+        """Adopt a training process left by an earlier supervisor, and mark runs whose process died as failed."""
         for path in filter(is_temporary, self.runs.root.iterdir()):
             shutil.rmtree(path)
         runs = self.runs.all()
@@ -335,13 +335,13 @@ class Supervisor:
 
 
 def _is_final(folder: RunFolder) -> bool:
-    with suppress(HyperagentError):  # a status that cannot be read is not final
+    with suppress(HyperagentError):  # An unreadable status is not final.
         return folder.read_status().state in FINAL_STATES
     return False
 
 
 def _has_started(folder: RunFolder) -> bool:
-    """Return whether the training process has reached the point where it answers SIGTERM; torchrun's exit code does not say."""
+    """Return whether the training process has begun to handle SIGTERM; torchrun's exit code does not reveal it."""
     return folder.read_status().state not in ("queued", "loading")
 
 
@@ -367,7 +367,7 @@ def _write_state(folder: RunFolder, state: RunState, reason: str) -> None:
 
 
 def _last_line(path: Path) -> str:
-    """Return the last line of a log that is not empty, cut to a readable length."""
+    """Return the last non-empty line of a log, truncated to a readable length."""
     if not path.exists():
         return "(no log)"
     with path.open("rb") as file:
@@ -377,11 +377,11 @@ def _last_line(path: Path) -> str:
 
 
 def _lock_folder(runs: Path) -> int:
-    """Lock the runs folder for as long as the returned descriptor is open; children do not inherit it."""
+    """Lock the runs folder until the returned descriptor is closed; child processes do not inherit it."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
         return open_locked(runs, exclusive=True)
     except BlockingIOError:
-        raise ServiceError(f"another control process holds {runs}; stop it, or choose another runs folder") from None
+        raise ServiceError(f"another control process uses {runs}; stop it, or choose another runs folder") from None
     except OSError as error:
         raise ConfigError(f"cannot use {runs} as the runs folder: {error}; choose another") from error

@@ -1,1 +1,1 @@
-"""The files of a run, which the control process and the training process share; imports no torch."""
+"""Files of a run, shared by the control process and the training process; imports no torch."""

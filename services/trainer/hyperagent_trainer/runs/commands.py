@@ -1,4 +1,4 @@
-"""What the supervisor asks of the training process that lives, in the run's `control.json`."""
+"""Commands of the supervisor to a running training process, in the run's `control.json`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hyperagent.storage.files import write_atomically
 
 
 class RunCommands(StrictModel):
-    """What `control.json` holds; without the file, nothing is asked for."""
+    """Contents of `control.json`; a missing file means no commands."""
 
     pause: bool = False
-    """Save and wait for as long as this is set."""
+    """Whether the run shall save a checkpoint and pause for as long as this is set."""
     checkpoints: int = Field(0, ge=0)
-    """How many checkpoints have been asked for since the training process was started."""
+    """Number of checkpoints requested since the training process was started."""
 
 
 def read_commands(path: Path) -> RunCommands:
-    """What is asked for now.
+    """Read the current commands.
 
     Raises:
         CorruptRecord: the file cannot be read.
@@ -31,13 +31,13 @@ def read_commands(path: Path) -> RunCommands:
     except FileNotFoundError:
         return RunCommands()
     except ValueError as error:
-        raise CorruptRecord(f"{path} is damaged; delete it to go on, what it asked for is then void") from error
+        raise CorruptRecord(f"{path} is damaged; delete it to continue without its commands") from error
 
 
 def write_commands(path: Path, commands: RunCommands) -> None:
-    """Replace what is asked for.
+    """Replace the current commands.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file operation failed.
     """
     write_atomically(path, commands.model_dump_json().encode() + b"\n")

@@ -1,19 +1,19 @@
-"""What a run leaves on disk, and so what the training process and its supervisor tell each other.
+"""Folder of a run: the interface between the training process and its supervisor.
 
-request.json      what the caller asked for; the supervisor's own
+request.json      the caller's request; used by the supervisor only
 recipe.json       the resolved recipe; the supervisor writes it, the training process reads it
-process.json      which process trains, or last did; the supervisor's own
-control.json      what the supervisor asks of the training process that lives: see `hyperagent_trainer.runs.commands`
-status.json       written by the training process while one lives, else by the supervisor; replaced as a whole
-preflight.json    what the pre-flight measured before training started
-metrics.jsonl     one line per step, one per evaluation; a resumed run first cuts those of steps it does again
-tensorboard/      with the logger of that name: event files
-wandb/            with the logger of that name: a folder per start, for `wandb sync` where it was offline
+process.json      the current or last training process; used by the supervisor only
+control.json      commands to a running training process: see `hyperagent_trainer.runs.commands`
+status.json       written by the training process while one is running, else by the supervisor; replaced atomically
+preflight.json    measurements of the pre-flight check before training
+metrics.jsonl     one line per step and per evaluation; a resumed run first removes those of steps it repeats
+tensorboard/      event files, if the recipe names this logger
+wandb/            a folder per start for `wandb sync` of offline runs, if the recipe names this logger
 log.txt           the training process's stdout and stderr
-checkpoints/      step-00000200/ and so on: network, optimizer and step; the last few, with `patience` also the best
-bundle/           at the end of a hypernetwork's run: all that the adapter service needs
+checkpoints/      step-00000200/ etc.: network, optimizer and step; the most recent ones and, with `patience`, the best
+bundle/           at the end of a hypernetwork's run: everything the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
-probe.safetensors at the end: a prompt, tokens and logits, to prove the bundle by in another process
+probe.safetensors at the end: a prompt, tokens and logits, for verifying the bundle in another process
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 class RunFolder:
-    """The files of one run by name."""
+    """Paths of one run's files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -49,21 +49,21 @@ class RunFolder:
         self.probe = root / "probe.safetensors"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after `step` optimizer steps lies, if there is one."""
+        """Return the path of the checkpoint after `step` optimizer steps, whether or not it exists."""
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_steps(self) -> list[int]:
-        """The steps there are checkpoints of, the last at the end."""
+        """Return the steps of all checkpoints in ascending order."""
         if not self.checkpoints.is_dir():
             return []
         found = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(name[1]) for name in found if name)
 
     def read_recipe(self) -> TrainRecipe:
-        """The resolved recipe.
+        """Read the resolved recipe.
 
         Raises:
-            CorruptRecord: it is missing or cannot be read.
+            CorruptRecord: the recipe is missing or cannot be read.
         """
         try:
             return TrainRecipe.model_validate_json(self.recipe.read_bytes())
@@ -71,18 +71,18 @@ class RunFolder:
             raise CorruptRecord(f"{self.recipe} is damaged; start a new run of the recipe") from error
 
     def write_status(self, status: RunStatus) -> None:
-        """Replace the status, durably.
+        """Replace the status durably.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         write_atomically(self.status, status.model_dump_json(indent=2).encode() + b"\n")
 
     def read_status(self) -> RunStatus:
-        """The last status written.
+        """Read the last status written.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no status.
             CorruptRecord: it cannot be read.
         """
         try:
@@ -93,5 +93,5 @@ class RunFolder:
             return RunStatus.model_validate_json(content)
         except ValueError as error:
             raise CorruptRecord(
-                f"{self.status} is damaged; move {self.root} elsewhere to go on without this run"
+                f"{self.status} is damaged; move {self.root} elsewhere to continue without this run"
             ) from error

@@ -1,8 +1,8 @@
-"""Reading a run's metrics bit by bit, although a run that is resumed cuts the lines of the steps that it does again.
+"""Incremental reading of a run's metrics, although a resumed run removes the lines of steps that it repeats.
 
-The number of a line does not say which line it is, then. A place in the metrics is the number of lines before it
-together with a digest of them. A reader whose place is no longer there gets all lines from the start, marked by
-`is_reset`, whoever changed the file and when.
+A line number therefore does not identify a line. A place in the metrics consists of the number of lines before it and a
+digest of them. A reader whose place no longer exists gets all lines from the start, marked by `is_reset`, regardless of
+who changed the file and when.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from hyperagent.errors import CorruptRecord
 from hyperagent.storage.files import write_atomically
 
 PLACE_PATTERN = r"^[0-9]{1,10}(-[0-9a-f]{16})?$"
-"""A place as text: the number of lines, and the digest unless only the number is known."""
+"""Pattern of a place as text: the number of lines, and the digest unless only the number is known."""
 
 _DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where to go on reading."""
+    """Place from which reading continues."""
 
     num_lines: int = 0
     digest: str | None = None
-    """Of all bytes of those lines, hex; None for a caller that trusts the number."""
+    """Digest (hex) of all bytes of those lines; None for a caller that relies on the number."""
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """The place that `str` made the text of; `text` must match `PLACE_PATTERN`."""
+        """Parse the text of a place as produced by `str`; `text` must match `PLACE_PATTERN`."""
         num_lines, _, digest = text.partition("-")
         return cls(int(num_lines), digest or None)
 
@@ -49,29 +49,29 @@ START = Place()
 
 @dataclass(frozen=True)
 class MetricLines:
-    """What was found at a place."""
+    """Lines read from a place."""
 
     values: Sequence[dict[str, Any]]
     places: Sequence[Place]
-    """Where to go on after each of `values`."""
+    """Place after each of `values`."""
     next: Place
-    """Where to go on after all of them."""
+    """Place after all of `values`."""
     is_reset: bool
-    """Whether the lines before the place are no longer there, so that `values` begins with the first line of all."""
+    """Whether the lines before the place no longer exist, so that `values` starts at the first line of the file."""
 
 
 def read_lines(path: Path, since: Place, *, limit: int) -> MetricLines:
-    """At most `limit` lines from `since` on; a missing file has none.
+    """Read at most `limit` lines from `since` on; a missing file has no lines.
 
-    A last line that is still being written is left for the next call. A number that is not finite is None, as JSON has
-    no word for it.
+    An incomplete last line is left for the next call. Numbers that are not finite become None, because JSON cannot
+    represent them.
 
     Raises:
         CorruptRecord: a line is not JSON.
     """
     values: list[dict[str, Any]] = []
     places = []
-    # Opened once: a file that takes this one's place meanwhile is for the next call.
+    # Opened once: if the file is replaced meanwhile, the next call reads the new one.
     with path.open("rb") if path.exists() else io.BytesIO() as file:
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         num_before = 0
@@ -98,21 +98,21 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except ValueError as error:
-        raise CorruptRecord(f"{path}: line {number} is not JSON; delete it to read on") from error
+        raise CorruptRecord(f"{path}: line {number} is not JSON; delete it to continue") from error
     return value
 
 
 def _finite(text: str) -> float | None:
-    """Of a number, or one of the words NaN, Infinity and -Infinity that other writers of JSON may leave."""
+    """Parse a number, or NaN, Infinity or -Infinity as some JSON writers emit; return None if it is not finite."""
     number = float(text)
     return number if math.isfinite(number) else None
 
 
 def truncate_after(metrics: Path, last_step: int) -> None:
-    """Remove the lines of steps after `last_step`, and a line that a killed process left unfinished; step 0 removes all.
+    """Remove the lines of steps after `last_step` and an incomplete last line; step 0 removes all lines.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file operation failed.
     """
     if not metrics.exists():
         return
@@ -122,19 +122,19 @@ def truncate_after(metrics: Path, last_step: int) -> None:
 
 @dataclass(frozen=True)
 class HeldOutKL:
-    """The held-out KL of one evaluation."""
+    """Held-out KL of one evaluation."""
 
     step: int
-    """Optimizer steps done before it."""
+    """Number of optimizer steps before the evaluation."""
     kl: dict[str, float]
-    """Nats per supervised token, by arm."""
+    """KL in nats per supervised token, by arm."""
 
 
 def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
-    """Return the last evaluation at `step` or before it; the run may be writing meanwhile.
+    """Return the last evaluation at or before `step`; the run may be writing meanwhile.
 
     Raises:
-        CorruptRecord: the metrics cannot be read, or tell of none.
+        CorruptRecord: the metrics cannot be read or contain no such evaluation.
     """
     try:
         lines = [json.loads(line) for line in _whole_lines(metrics)]
@@ -144,7 +144,7 @@ def last_held_out_kl(metrics: Path, step: int) -> HeldOutKL:
         if line["step"] <= step and "held_out_kl" in line:
             found = {arm: math.nan if kl is None else kl for arm, kl in line["held_out_kl"].items()}
             return HeldOutKL(line["step"], found)
-    raise CorruptRecord(f"{metrics} tells of no evaluation at step {step} or before it; restore it")
+    raise CorruptRecord(f"{metrics} contains no evaluation at or before step {step}; restore it")
 
 
 def _whole_lines(metrics: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The runs folder: a folder per run, and what of them can be listed and read."""
+"""Runs folder: create, list and read runs, each in its own folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import START, MetricLines, Place, read_lines
 
 MAX_METRIC_LINES = 10_000
-"""Most lines a caller gets at once."""
+"""Maximum number of lines per request."""
 
 _RUN_ID = re.compile(r"\d{8}-\d{6}-\d{6}")
 
 
 class _RunRecord(StrictModel):
-    """What request.json holds."""
+    """Contents of request.json."""
 
     request: RunRequest
     idempotency_key: str | None
@@ -30,10 +30,10 @@ class _RunRecord(StrictModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run in its present state."""
+    """One run in its current state."""
 
     run_id: str
-    """When it was first started, UTC, to the microsecond; so ids sort by age."""
+    """Time of the first start in UTC with microseconds, so that ids sort by age."""
     request: RunRequest
     idempotency_key: str | None
     status: RunStatus
@@ -41,26 +41,26 @@ class Run:
 
     @property
     def is_resumable(self) -> bool:
-        """Whether there is something to go on from and no process that does."""
+        """Whether the run has a checkpoint to continue from and no process."""
         return self.status.state in ("stopped", "failed") and bool(self.folder.saved_steps())
 
 
 def new_run_id() -> str:
-    """The id of a run that begins now."""
+    """Return the id of a run that starts now."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
 class Runs:
-    """The runs under one folder."""
+    """Runs in one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def create(self, run_id: str, request: RunRequest, recipe: TrainRecipe, *, idempotency_key: str | None) -> Run:
-        """Make the folder of a new run, whole or not at all.
+        """Create the folder of a new run atomically.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         record = _RunRecord(request=request, idempotency_key=idempotency_key)
         with new_directory(self.root / run_id) as root:
@@ -71,16 +71,16 @@ class Runs:
         return self.get(run_id)
 
     def all(self) -> list[Run]:
-        """Every run, the newest first.
+        """Return all runs, newest first.
 
         Raises:
-            CorruptRecord: the files of one cannot be read.
+            CorruptRecord: the files of a run cannot be read.
         """
         ids = sorted((path.name for path in self.root.iterdir() if _RUN_ID.fullmatch(path.name)), reverse=True)
         return [self.get(run_id) for run_id in ids]
 
     def get(self, run_id: str) -> Run:
-        """One run.
+        """Return one run.
 
         Raises:
             NotFound: there is no such run.
@@ -91,12 +91,12 @@ class Runs:
             record = _RunRecord.model_validate_json(folder.request.read_bytes())
         except (OSError, ValueError) as error:
             raise CorruptRecord(
-                f"{folder.request} is damaged; move {folder.root} elsewhere to go on without this run"
+                f"{folder.request} is damaged; move {folder.root} elsewhere to continue without this run"
             ) from error
         return Run(run_id, record.request, record.idempotency_key, folder.read_status(), folder)
 
     def metrics(self, run_id: str, *, since: Place = START, limit: int = MAX_METRIC_LINES) -> MetricLines:
-        """The run's metrics from `since` on, at most `limit` lines.
+        """Return at most `limit` lines of a run's metrics from `since` on.
 
         Raises:
             NotFound: there is no such run.
@@ -105,13 +105,13 @@ class Runs:
         return read_lines(self.folder(run_id).metrics, since, limit=limit)
 
     def folder(self, run_id: str) -> RunFolder:
-        """One run's files.
+        """Return the folder of one run.
 
         Raises:
             NotFound: there is no such run.
         """
-        # The pattern keeps a caller's "../.." out of the path.
+        # The pattern rejects paths such as "../..".
         folder = RunFolder(self.root / run_id)
         if not _RUN_ID.fullmatch(run_id) or not folder.root.is_dir():
-            raise NotFound(f"there is no run {run_id!r}; GET /v1/runs lists those there are")
+            raise NotFound(f"there is no run {run_id!r}; GET /v1/runs lists all runs")
         return folder

@@ -1,1 +1,1 @@
-"""The training loop, one step of it, and what it reports."""
+"""Training loop, training step, reporting and run control."""

@@ -1,7 +1,7 @@
-"""Where a run's metrics go besides `metrics.jsonl`, by the recipe's choice: TensorBoard, Weights & Biases.
+"""Optional loggers of a run's metrics in addition to `metrics.jsonl`: TensorBoard, Weights & Biases.
 
-A line of the metrics becomes numbers by name, nested ones as `grad_norms/encoder`, at the line's step; what is no number
-is left out. The packages are extras of this distribution, imported with the first line.
+Each line of the metrics is logged as named numbers at the line's step, nested ones as `grad_norms/encoder`; other values
+are omitted. The packages are extras of this distribution and are imported with the first line.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ log = structlog.get_logger()
 
 
 class MetricLogger(Protocol):
-    """One place that metrics go to."""
+    """Interface of a metrics logger."""
 
     failures: tuple[type[Exception], ...]
-    """What its package raises where it cannot write."""
+    """Exceptions that its package raises if it cannot write."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log one line; steps never fall. Lines logged by an earlier process for this first step and later ones are stale."""
+        """Log one line; steps never decrease. Lines that an earlier process logged from the first step on are stale."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the logger."""
         ...
 
 
 class TensorBoardLogger:
-    """Event files in the run's `tensorboard/`, through the writer that torch brings."""
+    """Write event files to the run's `tensorboard/` with torch's writer."""
 
     def __init__(self, folder: RunFolder) -> None:
         from tensorboard.compat import tf
 
-        # Where TensorFlow is installed, its file system is what TensorBoard writes with.
+        # If TensorFlow is installed, TensorBoard writes through its file system.
         self.failures: tuple[type[Exception], ...] = (OSError, tf.errors.OpError)
         self._folder = folder.tensorboard
         self._writer: SummaryWriter | None = None
@@ -57,7 +57,7 @@ class TensorBoardLogger:
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        # A killed process resumes from a checkpoint, and does not log the steps before it again.
+        # A killed process resumes from a checkpoint and does not log the steps before it again.
         self._writer.flush()
 
     def close(self) -> None:
@@ -66,19 +66,19 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases in the run's `wandb/`, with its name as id; offline unless WANDB_MODE says otherwise.
+    """Log to Weights & Biases in the run's `wandb/`, with the run's name as id; offline unless WANDB_MODE is set.
 
-    A resumed run keeps its id. Weights & Biases keeps the first numbers logged for a step; the steps that are done again
-    give the same ones.
+    A resumed run keeps its id. Weights & Biases keeps the first numbers logged for a step; repeated steps produce the
+    same ones.
     """
 
     def __init__(self, folder: RunFolder, recipe: TrainRecipe) -> None:
-        # By default it sends reports about itself even when offline; it looks when it is imported.
+        # By default it sends error reports even when offline; the variable is read at import.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-        # The last two when its process has died; ValueError for a variable that it cannot read.
+        # The last two occur if its process has died, and ValueError for an invalid variable.
         self.failures: tuple[type[Exception], ...] = (
             OSError,
             ValueError,
@@ -101,7 +101,7 @@ class WandbLogger:
                 resume="allow",
                 mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # it checks this itself
                 config=self._recipe.model_dump(mode="json"),
-                # The metrics and the recipe, and nothing of the machine, its code or what it prints.
+                # Log only the metrics and the recipe, nothing about the machine, its code or its output.
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
@@ -120,14 +120,14 @@ class WandbLogger:
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Refuse loggers whose packages are not here.
+    """Require that the packages of all `loggers` are installed.
 
     Raises:
-        ConfigError: naming the extra to install.
+        ConfigError: a package is missing; the message names the extra to install.
     """
     for name in names:
         spec = find_spec(name)
-        # A folder of that name in the working directory, such as wandb's own, passes for a package without code.
+        # A folder of that name in the working directory, such as wandb's own, looks like a namespace package.
         if spec is None or spec.origin is None:
             raise ConfigError(
                 f"the recipe's loggers name {name}, which is not installed; "
@@ -136,26 +136,26 @@ def require_installed(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """All loggers of a run. One that fails is left out from then on: no reason to end a run of many hours."""
+    """All loggers of a run. A logger that fails is dropped, because it must not end a run of many hours."""
 
     def __init__(self, loggers: Mapping[str, MetricLogger]) -> None:
         self._loggers = dict(loggers)
 
     @classmethod
     def of(cls, recipe: TrainRecipe, folder: RunFolder) -> Loggers:
-        """Those that the recipe names, for the rank that writes."""
+        """Create the loggers that the recipe names, on the rank that writes."""
         made: dict[str, MetricLogger] = {}
         for name in recipe.loggers:
             made[name] = TensorBoardLogger(folder) if name == "tensorboard" else WandbLogger(folder, recipe)
         return cls(made)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Pass a line of the metrics, which has a "step", to every logger."""
+        """Pass a line of the metrics, which contains "step", to every logger."""
         scalars = {name: value for name, value in _scalars(line) if name != "step"}
         self._each(lambda logger: logger.log(line["step"], scalars))
 
     def close(self) -> None:
-        """Write what is left; nothing may be logged afterwards."""
+        """Flush and close all loggers; nothing may be logged afterwards."""
         self._each(lambda logger: logger.close())
 
     def _each(self, act: Callable[[MetricLogger], None]) -> None:
@@ -164,7 +164,7 @@ class Loggers:
                 act(logger)
             except logger.failures as error:
                 del self._loggers[name]
-                log.warning("metrics go there no longer", logger=name, error=str(error))
+                log.warning("logger dropped after an error", logger=name, error=str(error))
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""What a training run says about itself while it runs: `metrics.jsonl` and `status.json`."""
+"""Reporting of a training run to `metrics.jsonl` and `status.json`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import truncate_after
 from hyperagent_trainer.training.loggers import Loggers
 
-# Speed and ETA are taken over this many steps: long enough to be steady, short enough to follow a change.
+# Window in steps for speed and ETA: long enough to be stable, short enough to follow changes.
 _WINDOW_STEPS = 20
-# A status is an fsync; a fast tiny run would otherwise spend its time on them.
+# Writing a status needs an fsync, which would dominate the time of a fast tiny run.
 _STATUS_INTERVAL_S = 0.5
 
 
 class RunReporter:
-    """Writes a run's metrics and status; a context manager."""
+    """Write a run's metrics and status; a context manager."""
 
     def __init__(
         self, folder: RunFolder, *, num_steps: int, first_step: int, loggers: Loggers, is_first: bool = True
     ) -> None:
-        """Open the run's files; what the metrics tell of steps after `first_step` is about to be done again.
+        """Open the run's files and remove the metrics of steps after `first_step`, which will be repeated.
 
         Args:
-            loggers: also get every line of the metrics, and are closed at the end.
-            is_first: whether this is the rank that writes; on others nothing is, and `loggers` has to be empty.
+            loggers: receive every line of the metrics and are closed at the end.
+            is_first: whether this is the rank that writes; other ranks write nothing and must pass empty `loggers`.
         """
         self._folder = folder
         self._is_first = is_first
@@ -57,12 +57,12 @@ class RunReporter:
         self._loggers.close()
 
     def state(self, state: RunState, reason: str = "") -> None:
-        """Change the run's state; the time it had another does not count as training."""
+        """Change the run's state; time spent in other states does not count as training."""
         self._restart_clock()
         self._update(state=state, reason=reason, eta_s=None, force=True)
 
     def step(self, step: int, *, loss: float, num_tokens: int, **values: Any) -> None:
-        """Report one optimizer step; `num_tokens` counts context too."""
+        """Report one optimizer step; `num_tokens` includes context."""
         self._recent.append((time.monotonic(), num_tokens))
         seconds = self._recent[-1][0] - self._recent[0][0]
         steps = len(self._recent) - 1
@@ -72,13 +72,13 @@ class RunReporter:
         self._update(step=step, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
 
     def skipped(self, step: int, trajectory_ids: Sequence[str]) -> None:
-        """Report a step that has left the network as it was."""
+        """Report a step that left the network unchanged."""
         self._skipped += 1
         self._line(step=step, skipped=list(trajectory_ids))
         self._update(step=step, skipped_steps=self._skipped)
 
     def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics) -> None:
-        """Report an evaluation; the time it took does not count as training."""
+        """Report an evaluation; its time does not count as training."""
         conditioning = {
             split: {"gain": asdict(report.conditioning_gain), "verdict": report.verdict}
             for split, report in held_out.conditioning.items()
@@ -113,7 +113,7 @@ class RunReporter:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with None for every number in it that is not finite; JSON has no word for those."""
+    """Replace every number in `value` that is not finite with None, because JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Commands to a running training: save a checkpoint, pause, stop.
+"""Run control in the training loop: save a checkpoint, pause or stop on command.
 
-The supervisor writes the commands into the run's `control.json`, the training loop looks there between two steps. The first
-rank alone reads them, and all act on what it has read: at the same step, whatever each would have seen by itself.
+The supervisor writes the commands to the run's `control.json`, which the training loop reads between steps. Only the
+first rank reads it and broadcasts the commands, so that all ranks act at the same step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POLL_S = 0.2
 
 
 class _Order(IntEnum):
-    """What to do now; the most severe command wins."""
+    """Action to take now; the most severe command wins."""
 
     GO_ON = 0
     SAVE = 1
@@ -33,20 +33,20 @@ class _Order(IntEnum):
 
 
 class RunControl:
-    """The training loop's side of `control.json`; one on every rank."""
+    """Apply the commands in `control.json` on every rank."""
 
     def __init__(self, path: Path, stop: threading.Event, ranks: Ranks) -> None:
-        """Follow the commands in the file `path`, and `stop`, which may be set on any rank."""
+        """Follow the commands in the file `path` and the event `stop`, which may be set on any rank."""
         self._path = path
         self._stop = stop
         self._ranks = ranks
         self._commands = RunCommands()
         self._read: tuple[int, int] | None = None
-        """Which file the commands were read from; a new one replaces it as a whole."""
+        """Identity of the file that the commands were read from; the file is always replaced as a whole."""
         self._num_saved = 0
 
     def apply(self, save: Callable[[], None], report: RunReporter) -> bool:
-        """Between two steps, on every rank: save if asked, wait out a pause; returns whether to go on training."""
+        """Save if requested, wait while paused, and return whether to continue; a collective call between two steps."""
         order = self._order()
         if order in (_Order.SAVE, _Order.PAUSE):
             report.state("saving")
@@ -84,5 +84,5 @@ class RunControl:
         try:
             self._commands = read_commands(self._path)
         except CorruptRecord as error:
-            # No reason to end a run of many hours.
-            log.warning("commands not read", error=str(error))
+            # An unreadable command file must not end a run of many hours.
+            log.warning("could not read commands", error=str(error))

@@ -1,4 +1,4 @@
-"""Everything that is loaded, chosen and checked before the first step."""
+"""Setup of a run: load, choose and check everything before the first step."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
-    """What a run trains, on which data, as the recipe says."""
+    """Network, data and settings of a run according to its recipe."""
 
     recipe: TrainRecipe
-    """With epochs turned into steps."""
+    """Recipe with epochs converted to steps."""
     adapted: AdaptedStudent
-    """The student with the network at its start."""
+    """Student with the initial network."""
     network_manifest: NetworkManifest
     warm_start: ImportedAdapter | None
     training: DistillationData
     held_out: Mapping[str, DistillationData]
-    """By split."""
+    """Held-out data by split."""
     teacher: str
     """Fingerprint of the teacher."""
     attention: Attention
@@ -51,10 +51,10 @@ class TrainingSetup:
 def load_setup(
     recipe: TrainRecipe, folder: RunFolder, cache: CacheReader, student: Student, ranks: Ranks
 ) -> TrainingSetup:
-    """Load the data and make the network; under torchrun a collective call.
+    """Load the data and build the network; a collective call under torchrun.
 
     Raises:
-        HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
+        HyperagentError: the recipe's inputs are missing, damaged, or do not match.
     """
     held_out = _load_splits(recipe, cache, student)
     training = held_out.pop(TRAIN)
@@ -62,7 +62,7 @@ def load_setup(
     if recipe.full_view_share > 0:
         training = training.with_full_views()
     warm_start = read_warm_start(recipe)
-    # Not earlier: loading the student draws random numbers, and how many depends on the number of ranks.
+    # Seeded here because loading the student draws random numbers, whose count depends on the number of ranks.
     torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, warm_start)
     return TrainingSetup(
@@ -78,7 +78,7 @@ def load_setup(
 
 
 def require_preflight(setup: TrainingSetup, folder: RunFolder, ranks: Ranks) -> None:
-    """Check the parts before the first step, and write what was measured to the run's folder.
+    """Run the pre-flight checks and write the measurements to the run's folder.
 
     Raises:
         ConfigError: a check failed.
@@ -110,7 +110,7 @@ def _load_splits(recipe: TrainRecipe, cache: CacheReader, student: Student) -> d
 def _choose_attention(
     student: Student, recipe: TrainRecipe, folder: RunFolder, data: DistillationData, ranks: Ranks
 ) -> Attention:
-    """Choose the attention kernel: the same on all ranks, and after a resume the same as before."""
+    """Choose the attention kernel: the same on all ranks, and unchanged after a resume."""
     earlier = earlier_choice(folder.preflight)
 
     def choose(name: AttentionName | None) -> Attention:

@@ -1,8 +1,8 @@
-"""One optimizer step: which rank computes what of it, and the gradient of all of it together.
+"""Gradient of one optimizer step, accumulated over all micro-batches and ranks.
 
-The loss of a step is the mean over the supervised rows of all its trajectories, wherever they are computed. That number
-is known from the data, so every rank divides by it from the start, and gradients are summed and never averaged: the
-result is the same for any number of ranks and any size of micro-batch.
+The loss of a step is the mean over the supervised rows of all its trajectories on all ranks. The number of rows is known
+from the data, so every rank divides by it from the start, and gradients are summed and never averaged: the result is
+the same for any number of ranks and any size of micro-batch.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step's passes found, over all ranks."""
+    """Result of a step over all ranks."""
 
     loss: float
-    """Nats per supervised row."""
+    """Loss in nats per supervised row."""
     num_tokens: int
-    """Context included, padding not."""
+    """Number of tokens, context included, padding excluded."""
     data_wait_s: float
-    """Longest that a rank waited for its batches."""
+    """Longest time in seconds that a rank waited for its batches."""
     hot_hits: int
     hot_misses: int
     hot_degraded: bool
-    """Whether the cache's hot tier failed and the disk stood in."""
+    """Whether the cache's hot tier failed and rows were read from disk instead."""
 
 
 def accumulate_gradients(
@@ -45,11 +45,11 @@ def accumulate_gradients(
     recipe: TrainRecipe,
     ranks: Ranks,
 ) -> StepResult:
-    """Leave the gradient of the step's loss in the network's parameters, on every rank the same.
+    """Accumulate the gradient of the step's loss in the network's parameters, identical on every rank.
 
     Raises:
-        DataError: the teacher's rows of a trajectory hold NaN, or are not normalized.
-        CorruptRecord: the cache's record of one is damaged.
+        DataError: the teacher's rows of a trajectory contain NaN or are not normalized.
+        CorruptRecord: the cache's record of a trajectory is damaged.
     """
     num_rows = sum(len(data.trajectories[i].positions) for i in plan.indices)
     adapted.network.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""One training run, from recipe to bundle: `Trainer.fit` is the loop."""
+"""Training run from recipe to bundle; `Trainer.fit` is the training loop."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _STATISTICS_PROMPTS = 8
 def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redis_url: str | None = None) -> None:
     """Train until the recipe's last step, or save and return early once `stop` is set on any rank.
 
-    Resumes from the folder's checkpoint if there is one. Under torchrun, every process calls it.
+    Training resumes from the folder's last checkpoint if there is one. Under torchrun, every process makes this call.
 
     Args:
-        redis_url: address of the cache's hot tier, if there is one.
+        redis_url: URL of the cache's hot tier, if there is one.
 
     Raises:
-        HyperagentError: the recipe's inputs are missing, damaged, or do not belong together.
+        HyperagentError: the recipe's inputs are missing, damaged, or do not match.
     """
     with init_distributed() as ranks:
         if ranks.is_first:
@@ -82,33 +82,33 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
 
 
 def _stopped_while_loading(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, ranks: Ranks) -> bool:
-    """Return whether `stop` is set on any rank, and end the run as "stopped" if so; a collective call."""
+    """Return whether `stop` is set on any rank, and if so end the run as "stopped"; a collective call."""
     if not ranks.max(stop.is_set()):
         return False
     if ranks.is_first:
         step = max(folder.saved_steps(), default=0)
         remedy = (
-            f"resume goes on from step {step}" if folder.saved_steps() else "there is no checkpoint; start a new run"
+            f"resume continues from step {step}" if folder.saved_steps() else "there is no checkpoint; start a new run"
         )
-        reason = f"stopped on request while it loaded; {remedy}"
+        reason = f"stopped on request while loading; {remedy}"
         folder.write_status(RunStatus(state="stopped", reason=reason, step=step, num_steps=recipe.num_steps))
     return True
 
 
 class Trainer:
-    """The training of one run, one on every rank; every public method is a collective call.
+    """Trainer of one run, instantiated on every rank; every public method is a collective call.
 
     Attributes:
-        step: optimizer steps done.
-        best: the best evaluation so far.
-        checkpoints, reporter: context managers that the caller has to enter.
+        step: number of completed optimizer steps.
+        best: best evaluation so far.
+        checkpoints, reporter: context managers that the caller must enter.
     """
 
     def __init__(self, setup: TrainingSetup, folder: RunFolder, stop: threading.Event, ranks: Ranks) -> None:
-        """Go back to the folder's last checkpoint if there is one, and remove the metrics of later steps.
+        """Resume from the folder's last checkpoint if there is one, and remove the metrics of later steps.
 
         Raises:
-            ConfigError, IdentityMismatch, CorruptRecord: the checkpoint is of another run or damaged.
+            ConfigError, IdentityMismatch, CorruptRecord: the checkpoint belongs to another run or is damaged.
         """
         recipe, network = setup.recipe, setup.adapted.network
         self._setup, self._recipe, self._folder, self._ranks = setup, recipe, folder, ranks
@@ -118,7 +118,7 @@ class Trainer:
         self._optimizer = make_optimizer(network, recipe)
         self._average = WeightAverage(network, recipe.ema_decay)
         self._evaluation = Evaluation(setup.held_out, setup.training, seed=recipe.seed)
-        # The adapters of these are compared with each other at every evaluation.
+        # The adapters of these prompts are compared with each other at every evaluation.
         self._statistics_prompts = [t.prompt_ids for t in setup.held_out[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
         self._weight_norms = weight_norms(setup.adapted.student.model, network.layers)
         self._num_skipped = 0
@@ -142,7 +142,7 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Train until the last step, until the held-out KL has stopped falling, or until asked to stop.
+        """Train until the last step, until the held-out KL has stopped falling, or until a stop is requested.
 
         Raises:
             DataError: too many steps in a row had no finite loss and gradient.
@@ -166,7 +166,7 @@ class Trainer:
         """Run one optimizer step; without a finite loss and gradient, leave the network as it is.
 
         Raises:
-            DataError: it is one such step too many in a row, or the teacher's rows cannot be trained on.
+            DataError: too many consecutive steps had no finite loss and gradient, or the teacher's rows are invalid.
             CorruptRecord: the cache's record of a trajectory is damaged.
         """
         network = self._adapted.network
@@ -192,7 +192,7 @@ class Trainer:
         )
 
     def evaluate(self) -> None:
-        """Measure the held-out KL of every arm and the adapters' statistics, and keep the network if it is the best yet."""
+        """Measure every arm's held-out KL and the adapters' statistics; keep the network if it is the best so far."""
         with self._average.in_use():
             held_out = self._evaluation.run(self._adapted, self._ranks)
             with torch.no_grad():
@@ -207,11 +207,11 @@ class Trainer:
             self.checkpoints.save(self.step, self.best)
 
     def finish(self) -> None:
-        """Save; then export the network, unless the run was stopped before its end."""
+        """Save a checkpoint, and export the network unless the run was stopped early."""
         self.reporter.state("saving")
         self._save()
         if not self._is_over:
-            reason = f"stopped on request after step {self.step}; resume goes on from there"
+            reason = f"stopped on request after step {self.step}; resume continues from there"
             self.reporter.state("stopped", reason)
             return
         if self._recipe.patience is None:
@@ -231,7 +231,7 @@ class Trainer:
     def _resume(self) -> tuple[int, BestEvaluation]:
         """Load the last checkpoint; return its step and best evaluation."""
         last = self.checkpoints.load_last()
-        # A checkpoint of step 0 is of a run that was stopped after its first evaluation, which is repeated.
+        # A checkpoint at step 0 belongs to a run that was stopped after its first evaluation, which is repeated.
         if last is None or last.step == 0:
             return 0, BestEvaluation()
         log.info("resumed", step=last.step)
@@ -242,7 +242,7 @@ class Trainer:
         self.checkpoints.wait()
 
     def _data_after(self, first_step: int) -> tuple[Iterator[StepPlan], Iterator[Batch]]:
-        """Return this rank's plans of the steps after `first_step`, and their batches, which are loaded ahead."""
+        """Return this rank's plans of the steps after `first_step`, and their batches, which are prefetched."""
         recipe, training = self._recipe, self._setup.training
         lengths = [len(t.student_ids) for t in training.trajectories]
         order = batches_from(
@@ -273,11 +273,11 @@ class Trainer:
         if self._num_skipped > self._recipe.max_skipped_steps:
             raise DataError(
                 f"step {self.step} is the {self._num_skipped}. in a row without a finite loss and gradient; lower the "
-                "learning rate, or look at the trajectories that the log names"
+                "learning rate, or inspect the trajectories listed in the log"
             )
 
     def _export(self, step: int) -> None:
-        """Write the bundle or the static adapter of the network after `step`, and the probe to prove it by."""
+        """Write the bundle or the static adapter of the network after `step`, and a probe for verifying it."""
         setup, recipe, folder, student = self._setup, self._recipe, self._folder, self._adapted.student
         with self._average.in_use():
             probe = make_probe(self._adapted, setup.held_out[HELD_OUT])

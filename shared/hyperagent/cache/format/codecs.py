@@ -102,7 +102,7 @@ class Compact:
     name, code, by_rank, scalar = "compact", 2, False, np.float16
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """Encode as f32 [N] maximum, f16 [N] step, u8 [n] steps below the maximum, Elias-Fano of row * vocabulary + id."""
+        """Encode as f32 [N] maximum, f16 [N] step, u8 [n] steps below it, Elias-Fano of row * vocabulary + id."""
         starts = _starts(kept.counts_N)
         logprobs_n = kept.logprobs_n.astype(np.float32)
         highest = np.maximum.reduceat(logprobs_n, starts)
@@ -142,8 +142,8 @@ class Archive:
     """Entropy-coded codec; see the module docstring.
 
     The cost in KL of an error e in a log-probability is p e**2 / 2, so the cost is the same for all ids if the step is
-    proportional to 1 / sqrt(p): the square root of the probability is rounded to a grid. Below the probability where that step
-    would reach `_WIDEST` nats, log-probabilities are rounded to multiples of it, so that no error exceeds half of it.
+    proportional to 1 / sqrt(p): the square root of the probability is rounded to a grid. Below the probability where
+    that step would reach `_WIDEST` nats, log-probabilities are rounded to multiples of it, so that no error exceeds half of it.
     """
 
     name, code, by_rank, scalar = "archive", 3, False, np.float16
@@ -165,7 +165,7 @@ class Archive:
         self.logprob_of_step: NDArray[np.float32] = np.where(steps <= self._turn_step, upper, lower).astype(np.float32)
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """Encode as f16 [N] shift, sizes of five zstd frames, then the frames: gaps' low, middle, high byte, steps' low, high."""
+        """Encode as f16 [N] shift, sizes of five zstd frames, frames of gaps' low, middle, high byte, steps' low, high."""
         logprobs_n = kept.logprobs_n.astype(np.float64)
         upper_n = 2 * (1 - np.exp(logprobs_n / 2)) / self._FINEST
         lower_n = self._turn_step + (np.log(self._turn) - logprobs_n) / self._WIDEST

@@ -28,7 +28,7 @@ class CacheSettings(BaseModel):
     codec: Annotated[str, Field(pattern=f"^({'|'.join(CODECS)})$")] = COMPACT.name
     """Codec of the rows: exact, compact or archive; see `hyperagent.cache.format.codecs`."""
     kept_mass: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Probability mass to keep per row: the most likely ids that reach it are kept; 1 keeps all that the teacher gave."""
+    """Probability mass to keep per row, by keeping the most likely ids that reach it; 1 keeps all ids given."""
     min_k: Annotated[int, Field(ge=1)] = 8
     """Minimum number of ids to keep per row, if the teacher gave that many."""
     block_tokens: Annotated[int, Field(ge=16, le=8192)] = 1024
@@ -97,7 +97,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"the cache in {name} has format version {version}, but this release reads {FORMAT_VERSION}; populate a new one"
+                f"the cache in {name} has format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
             )
         identity = TeacherIdentity.from_fields(fields["identity"])
         settings = CacheSettings(**fields["settings"])

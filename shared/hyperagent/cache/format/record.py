@@ -3,7 +3,7 @@
 A *block* record holds the rows of up to `block_tokens` consecutive tokens; a *trajectory* record lists the blocks
 of one trajectory. Numbers are little-endian; arrays are row-major.
 
-Legend of shape suffixes: N rows of a block, n kept ids of all rows together, M temperatures besides 1.
+Legend of shape suffixes: N rows of a block, n kept ids of all rows together, M temperatures other than 1.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class ShardWriter:
         """Flush everything to disk.
 
         Raises:
-            OSError: data was lost and retrying cannot help (https://wiki.postgresql.org/wiki/Fsync_Errors): close this writer.
+            OSError: data was lost for good (https://wiki.postgresql.org/wiki/Fsync_Errors): close this writer.
         """
         os.fsync(self._descriptor)
 

@@ -45,7 +45,7 @@ class CacheStats:
 
 
 def cache_digest(digests: Mapping[str, str]) -> str:
-    """Combine trajectories' digests (hex) by key into one digest (hex); caches with equal digests hold the same rows."""
+    """Combine trajectories' digests (hex) by key into one (hex); caches with equal digests hold the same rows."""
     digest = blake3()
     for key in sorted(digests):
         digest.update(bytes.fromhex(key + digests[key]))

@@ -1,11 +1,11 @@
-// One figure: curves over steps, as SVG, with a caption that reads out the last or the pointed-at step.
+// Draws one figure: curves over steps as SVG, with a caption that shows the values at the last or selected step.
 
 import { decades, means, number, thinned, ticks } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const MAX_POINTS = 1000;
 const NUM_MEANS = 120;
-// More curves than these in one picture would hide each other behind their noise.
+// More curves than this in one figure would be hidden by each other's noise.
 const MAX_BANDS = 3;
 const NUM_COLORS = 8;
 const LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 22;
@@ -24,7 +24,7 @@ function html(name, className, text) {
   return node;
 }
 
-// The steps that all figures show, and the one that is pointed at in any of them.
+// The range of steps of all figures, and the step that is selected in any of them.
 export class Steps {
   constructor() {
     this.low = 0;
@@ -50,7 +50,7 @@ export class Steps {
 }
 
 export class Chart {
-  // `isLog`: drawn on a logarithmic scale where the values span more than two decades.
+  // `isLog`: use a logarithmic scale if the values span more than two decades.
   constructor(steps, { title, unit, isLog = false, isWide = false }) {
     this.steps = steps;
     this.title = title;
@@ -78,7 +78,7 @@ export class Chart {
     steps.charts.push(this);
   }
 
-  // `series` is [[name, points], ...]; a name of "" needs no legend. `marks` are steps at which something is missing.
+  // `series` is [[name, points], ...]; the name "" has no legend entry. `marks` are skipped steps.
   show(series, marks = []) {
     const [low, high] = extent(series.flatMap(([, points]) => points.map((point) => point[1])).filter((y) => y > 0));
     this.isLog = this.mayBeLog && high > 100 * low;
@@ -89,7 +89,7 @@ export class Chart {
         name,
         points,
         className: places.get(name),
-        // So many points are a band; a curve through their means shows where it goes.
+        // This many points form a band, so a curve through their means shows the trend.
         curves: [
           ...(isLong && series.length > MAX_BANDS ? [] : [{ band: isLong, points: thinned(points, MAX_POINTS) }]),
           ...(isLong ? [{ band: false, points: means(points, NUM_MEANS, this.isLog) }] : []),
@@ -114,7 +114,7 @@ export class Chart {
       nodes.push(svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, text));
     }
     for (const tick of ticks(this.steps.low, this.steps.high, Math.max(2, Math.floor(width / 70)), 1)) {
-      // The outermost numbers stay within the picture.
+      // Keep the outermost numbers within the picture.
       const anchor = x(tick) > width - 24 ? "end" : "middle";
       nodes.push(svg("text", { x: Math.min(x(tick), width - 2), y: this.height - 6, "text-anchor": anchor }, number(tick)));
     }
@@ -124,7 +124,7 @@ export class Chart {
       for (const { band, points: drawn } of curves) {
         nodes.push(svg("path", { class: `curve ${className}${band ? " band" : ""}${faded}`, d: path(drawn, x, y) }));
       }
-      // A few points are measurements to be seen each; a single one would have no line at all.
+      // Few points are drawn individually; a single point would have no line at all.
       if (points.length > 30) continue;
       for (const [px, py] of points) {
         if (y.has(py)) nodes.push(svg("circle", { class: `point ${className}${faded}`, cx: x(px), cy: y(py), r: 2.5 }));
@@ -148,13 +148,13 @@ export class Chart {
       return y;
     }
     if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [0, 1];
-    // Amounts start at zero where that costs little of the picture.
+    // Start the axis at zero if that wastes little of the picture.
     const margin = (high - low) * 0.06;
     low = low > 0 && low < high / 2 ? 0 : low - (low !== 0) * margin;
     const y = linear(low, high + margin, bottom, TOP);
     y.has = (value) => value !== null;
     const found = ticks(low, high + margin, 4);
-    // As many digits as tell two ticks apart.
+    // Use enough digits to distinguish neighboring ticks.
     const digits = Math.max(4, Math.ceil(Math.log10(Math.max(Math.abs(low), Math.abs(high)) / (high - low))) + 3);
     y.ticks = found.map((tick) => [tick, number(tick, Math.min(digits, 15))]);
     return y;
@@ -166,7 +166,7 @@ export class Chart {
     return steps.reduce((best, step) => (Math.abs(step - wanted) < Math.abs(best - wanted) ? step : best));
   }
 
-  // The legend is kept while its names are, so that whoever walks it by keyboard stays where they are.
+  // The legend is kept while its names are unchanged, so that keyboard focus is not lost.
   writeCaption() {
     this.heading.lastChild.textContent = this.isLog ? `${this.unit}, log scale` : this.unit;
     const names = JSON.stringify(this.series.map(({ name }) => name));
@@ -181,7 +181,7 @@ export class Chart {
   entry({ name, className }) {
     const value = html("span", "value", "");
     if (!name) return value;
-    // Pressed, an entry shows its curve before the others.
+    // A pressed entry brings its curve to the front.
     const button = html("button", "key", "");
     button.type = "button";
     button.setAttribute("aria-pressed", "false");
@@ -202,7 +202,7 @@ export class Chart {
       const x = this.x(step);
       this.cursor.setAttribute("x1", x);
       this.cursor.setAttribute("x2", x);
-      // Over the axis, and within the picture.
+      // Place the label over the axis and within the picture.
       this.at.setAttribute("x", Math.min(Math.max(x, LEFT), this.width - 36));
     }
     const values = this.legend.querySelectorAll(".value");
@@ -214,7 +214,7 @@ export class Chart {
   }
 }
 
-// A color for each name. The two factors of one group of layers share theirs, and B's curve is dashed.
+// Assign a color to each name. The two factors of a group of layers share a color, and B's curve is dashed.
 function styles(names) {
   const found = new Map(), colors = new Map();
   for (const name of names) {
@@ -256,7 +256,7 @@ function extent(values) {
   return low <= high ? [low, high] : [0, 0];
 }
 
-// Points stand in the order of their steps.
+// Points are sorted by step.
 function nearest(points, step) {
   let low = 0, high = points.length - 1;
   while (low < high) {

@@ -1,4 +1,4 @@
-// Asks the service, with the token that was typed in.
+// Sends requests to the service with the token that the user has entered.
 
 const KEY = "hyperagent-token";
 

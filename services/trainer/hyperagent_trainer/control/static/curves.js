@@ -1,10 +1,10 @@
-// What a line of the metrics has to show, in the order of the page.
+// Figures of the metrics in the order of the page.
 
 import { Chart, Steps } from "./chart.js";
 
 const GIB = 2 ** 30;
 
-// Of a line, the values by series; a line or a run that lacks a field adds nothing, null is a gap.
+// Read the values of a line by series; a line or run that lacks a field adds nothing, and null is a gap.
 const value = (field, scale = 1) => (line) => ({ "": line[field] && line[field] * scale });
 const values = (field, rename = plain) => (line) =>
   Object.fromEntries(Object.entries(line[field] ?? {}).map(([name, y]) => [rename(name), y]));
@@ -38,7 +38,7 @@ function plain(name) {
   return name.replaceAll("_", " ");
 }
 
-// `a_heads.2048x512` makes A of the layers with 2,048 inputs and 512 outputs.
+// `a_heads.2048x512` produces A of the layers with 2,048 inputs and 512 outputs.
 function group(name) {
   const [, side, layers] = /^([ab])_heads\.(.*)$/.exec(name) ?? [];
   return side ? `${side.toUpperCase()} ${layers}` : plain(name);
@@ -48,7 +48,7 @@ function worth(line) {
   return Object.fromEntries(Object.entries(line.conditioning ?? {}).map(([split, { gain }]) => [plain(split), gain?.mean]));
 }
 
-// Without a hot tier nothing is read from it.
+// Without a hot tier there are no reads to count.
 function hits({ hot_hits: found, hot_misses: missed }) {
   return found + missed > 0 ? { "": found / (found + missed) } : {};
 }
@@ -102,13 +102,13 @@ export class Curves {
     }
   }
 
-  // Draws, if there is anything new.
+  // Draw if there are new lines.
   show() {
     if (!this.hasChanged) return;
     this.hasChanged = false;
     this.steps.cover(this.low <= this.high ? this.low : 0, this.high);
     for (const { section, charts } of this.sections) {
-      // Seen before it is drawn, or it has no width.
+      // Show the figure before drawing it, because a hidden one has no width.
       section.hidden = !charts.some(({ series }) => series.size);
       for (const { chart, series, hasMarks } of charts) {
         chart.show([...series].sort(([a], [b]) => order(a, b)), hasMarks ? this.skipped : []);
@@ -117,7 +117,7 @@ export class Curves {
   }
 }
 
-// A before B of the same group of layers, and what is of no group last.
+// Sort A before B of the same group of layers, and names without a group last.
 function order(a, b) {
   const key = (name) => name.replace(/^([AB]) (.*)$/, "0 $2 $1").replace(/^(?!0 )/, "1 ");
   return key(a) < key(b) ? -1 : 1;

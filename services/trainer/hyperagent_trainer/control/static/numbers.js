@@ -1,5 +1,5 @@
-// Numbers and times for people, and what of many points is worth drawing. A point is [step, value]; a value of null is
-// a gap: what was measured there is no finite number.
+// Formats numbers and durations, and reduces many points for drawing. A point is [step, value]; a value of null is a
+// gap, where the measured number was not finite.
 
 export function number(value, digits = 4) {
   if (value === 0) return "0";
@@ -26,19 +26,19 @@ export function duration(seconds) {
   return parts.join(" ");
 }
 
-// Round numbers from low to high, about `count` of them; whole ones if `smallest` is 1.
+// Return about `count` round numbers from low to high; integers if `smallest` is 1.
 export function ticks(low, high, count, smallest = 0) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const factors = smallest && power < 10 ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10];
   const step = Math.max(smallest, power * factors.find((factor) => factor * power >= rough));
   const found = [];
-  // Counted, not added up, so that 0.3 does not become 0.30000000000000004.
+  // Multiplied, not accumulated, so that 0.3 does not become 0.30000000000000004.
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
   return found;
 }
 
-// Powers of ten from low to high, at most about `count` of them.
+// Return at most about `count` powers of ten from low to high.
 export function decades(low, high, count) {
   const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
   const stride = Math.max(1, Math.ceil((last - first + 1) / count));
@@ -47,7 +47,7 @@ export function decades(low, high, count) {
   return found;
 }
 
-// At most `most` of the points; of each stretch the lowest and the highest stay, so that no spike is lost.
+// Return at most `most` of the points, keeping the lowest and the highest of each stretch so that no spike is lost.
 export function thinned(points, most) {
   if (points.length <= most) return points;
   const kept = [];
@@ -65,7 +65,7 @@ export function thinned(points, most) {
   return kept;
 }
 
-// The mean of each of so many stretches of the points, the geometric one of what is drawn on a logarithmic scale.
+// Return the mean of each stretch of the points; the geometric mean on a logarithmic scale.
 export function means(points, count, isLog) {
   const found = [];
   for (const [from, to] of stretches(points.length, count)) {

@@ -1,4 +1,4 @@
-// The page: a list of runs, and of the chosen one its state and its curves.
+// The status page: a list of runs, and the state and curves of the selected run.
 
 import { forgetToken, get, hasToken, keepToken, Refused } from "./client.js";
 import { Curves } from "./curves.js";
@@ -37,7 +37,7 @@ function listed(run, isChosen) {
   return item;
 }
 
-// An id is when the run was started, UTC: 20260131-235959-123456.
+// A run's id is its start time in UTC: 20260131-235959-123456.
 function started(id) {
   const [, y, mo, d, h, mi, s] = /^(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)/.exec(id);
   return new Date(Date.UTC(y, mo - 1, d, h, mi, s)).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
@@ -54,7 +54,7 @@ function showList(runs, current) {
   byId("no-runs").hidden = runs.length > 0;
   const focused = document.activeElement?.getAttribute("href");
   byId("list").replaceChildren(...runs.map((run) => listed(run, run === current)));
-  // The list is made anew each time; whoever walks it by keyboard stays where they are.
+  // The list is rebuilt each time, so keyboard focus has to be restored.
   if (focused) [...document.querySelectorAll("nav a")].find((link) => link.getAttribute("href") === focused)?.focus();
 }
 
@@ -70,25 +70,25 @@ function showStatus(run) {
   showAlarm(run);
 }
 
-// A static adapter is the same for every prompt and has no verdict on its own one; only a hypernetwork can collapse.
+// A static adapter is the same for every prompt and has no conditioning verdict; only a hypernetwork can collapse.
 function showAlarm(run) {
   const isDue = run.adapters_collapsed && Object.keys(run.conditioning).length > 0;
   const alarm = byId("alarm");
-  // Left alone while nothing changes, or it would be read aloud again and again.
+  // Left unchanged unless something changes, because screen readers would read it aloud again.
   if (isDue === alarm.childElementCount > 0) return;
   alarm.replaceChildren(
     ...(isDue
       ? [
           node("strong", "The adapters have collapsed."),
-          node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.999): the network ignores what it reads, and a static adapter would do as well."),
-          node("p", "Early in a run this may pass. If the next evaluations find the same, stop the run, see whether the prompts of its data differ in what the student needs, and start again with a lower learning rate, or with warm_start, so that the network learns only what a static adapter leaves."),
+          node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.999): the network ignores its prompts, and a static adapter would work equally well."),
+          node("p", "Early in a run this may be temporary. If it persists in the next evaluations, stop the run, check whether the prompts of its data differ in what the student needs, and start again with a lower learning rate, or with warm_start, so that the network only learns what remains after a static adapter."),
         ]
       : []),
   );
 }
 
 function showFacts(run) {
-  const facts = [["Run", run.id], ["Files", run.folder], ["Last word", new Date(run.updated_at * 1000).toLocaleString()]];
+  const facts = [["Run", run.id], ["Files", run.folder], ["Last update", new Date(run.updated_at * 1000).toLocaleString()]];
   const skipped = curves.skipped;
   if (skipped.length) facts.push(["Steps skipped", `${number(skipped.length)}, the last is ${number(skipped.at(-1))}`]);
   for (const [split, verdict] of Object.entries(run.conditioning)) facts.push([`Own prompt, ${split.replaceAll("_", " ")}`, verdict]);
@@ -105,7 +105,7 @@ async function showCurves(run) {
   for (;;) {
     const path = `/v1/runs/${encodeURIComponent(run.id)}/metrics?since=${encodeURIComponent(since)}`;
     const { metrics, next, reset } = await get(path);
-    // A resumed run does the steps after its checkpoint again: their lines are others.
+    // A resumed run repeats the steps after its checkpoint, so their lines are replaced.
     if (reset) curves.forget();
     curves.add(metrics);
     since = next;
@@ -125,12 +125,12 @@ async function refresh() {
     since = START;
     shownWord = null;
     curves.forget();
-    // Another run's curves must not stand here while this one's are on their way.
+    // Remove another run's curves while this run's are loading.
     curves.show();
   }
   shownRun = run.id;
   showStatus(run);
-  // After a final state there is nothing more to come.
+  // No more data follows a final state.
   const word = `${run.state} ${run.updated_at}`;
   if (!ENDED.includes(run.state) || word !== shownWord) await showCurves(run);
   showFacts(run);
@@ -164,8 +164,8 @@ async function poll() {
     if (!document.hidden) await refresh();
     notice("");
   } catch (error) {
-    if (error instanceof Refused) return askForToken("The service refused this token; look at the one it was started with.");
-    notice(error instanceof TypeError ? "The service does not answer; trying again." : error.message);
+    if (error instanceof Refused) return askForToken("The service refused this token; check the token that it was started with.");
+    notice(error instanceof TypeError ? "The service does not answer; retrying." : error.message);
   } finally {
     isRefreshing = false;
   }
