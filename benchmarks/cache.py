@@ -60,6 +60,8 @@ PUBLISHED = {
     # Its README states about 300 bytes at a vocabulary of 50,000; this is the same layout with ids of 18 bits.
     "distillkit_bytes_per_token": 344,
 }
+TRAJECTORIES, ROWS_PER_TRAJECTORY = 50, 4096
+"""Of `measure_run_start`."""
 DATA = Path("../shared/data")
 
 
@@ -194,6 +196,32 @@ def measure_redis(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict
     return found
 
 
+def measure_run_start(root: Path, identity: TeacherIdentity, rows: TopKRows) -> dict[str, float]:
+    """What a run's start takes, that looks every trajectory up, against one that would read and check them all.
+
+    Both include the key, a digest of all tokens. Reading is from the page cache, so from a disk it takes longer.
+    """
+    part = rows.part(slice(min(rows.num_rows, ROWS_PER_TRAJECTORY)))
+    sequences = [np.full(int(part.positions[-1]) + 1, number, np.uint32) for number in range(TRAJECTORIES)]
+    with LocalCache.create_or_open(root, identity) as cache:
+        for token_ids in sequences:
+            cache.put(token_ids, part)
+        size = count(cache).bytes
+    with LocalCache.open(root) as cache:
+        keys = [cache.key(token_ids, part.positions) for token_ids in sequences]
+        assert all(map(cache.is_intact, keys))
+        look_up_s = median_s(lambda: [cache.contains(cache.key(ids, part.positions)) for ids in sequences])
+        read_s = median_s(lambda: [cache.is_intact(cache.key(ids, part.positions)) for ids in sequences])
+    to_10_gb = 10e9 / size
+    return {
+        "bytes_per_trajectory": size / TRAJECTORIES,
+        "look_up_s_per_1000_trajectories": 1000 * look_up_s / TRAJECTORIES,
+        "read_s_per_1000_trajectories": 1000 * read_s / TRAJECTORIES,
+        "look_up_s_of_10_gb": look_up_s * to_10_gb,
+        "read_s_of_10_gb": read_s * to_10_gb,
+    }
+
+
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
     """Start an empty, memory-only Redis on a Unix socket and yield its URL."""
@@ -257,6 +285,7 @@ def measure(identity: TeacherIdentity, rows: TopKRows) -> dict[str, Any]:
             "npz": npz,
             "random_read_ms": codecs["exact"]["random_read_ms"],
             "npz_random_read_ms": npz["random_read_ms"],
+            "run_start": measure_run_start(root / "start", identity, rows),
             "redis": measure_redis(root / "redis", identity, rows),
             "by_entropy": by_entropy(root / "entropy", identity, rows),
         }
@@ -323,6 +352,12 @@ def _table(name: str, part: dict[str, Any]) -> str:
         cells = [f"{found[column]:{form}}" if column in found else "" for column, (_, form) in columns.items()]
         lines.append(f"{title:18}" + "".join(f"{cell:>17}" for cell in cells))
     lines.append("redis: " + ", ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{value}" for key, value in part["redis"].items()))  # fmt: skip
+    start = part["run_start"]
+    lines.append(
+        f"run start per 1,000 trajectories of {start['bytes_per_trajectory']:,.0f} bytes: look-up "
+        f"{start['look_up_s_per_1000_trajectories']:.3f} s, reading {start['read_s_per_1000_trajectories']:.2f} s; "
+        f"10 GB: {start['look_up_s_of_10_gb']:.2f} s, {start['read_s_of_10_gb']:.1f} s"
+    )
     lines.append("adaptive k by entropy, nats: share, mean k, kept mass, bytes per token compact and archive")
     for line in part["by_entropy"]:
         upper = f"{line['to_nats']:g}" if line["to_nats"] is not None else "above"

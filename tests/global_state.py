@@ -45,7 +45,9 @@ def snapshot() -> dict[str, Any]:
         "sys.excepthook": sys.excepthook,
         "garbage collection": gc.isenabled(),
         "socket timeout": socket.getdefaulttimeout(),
-        "start method of processes": multiprocessing.get_start_method(allow_none=True),
+        # Not set until it is first used; the first of all methods is the default.
+        "start method of processes": multiprocessing.get_start_method(allow_none=True)
+        or multiprocessing.get_all_start_methods()[0],
         "NumPy's handling of floating-point errors": tuple(np.geterr().items()),
     }
     return state | _logging_state() | _structlog_state() | _torch_state() | _matplotlib_state()

@@ -1,8 +1,8 @@
-"""The pre-flight on a tiny Qwen3-Next, and on parts that are broken in one way each.
+"""Test the pre-flight on a tiny Qwen3-Next and on components that are broken in one way each.
 
     python tests/test_gradient_flow.py
 
-prints what `hyperagent preflight` finds on a tiny student made on the spot, and exits 0 if every check passed, else 1.
+prints the findings of `hyperagent preflight` on a tiny student and exits with 0 if every check passed, else 1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def student(folder: Path) -> Student:
-    """Of the test's own, which may break it."""
+    """A student for one test, which may break it."""
     return Student(folder, device=torch.device("cpu"))
 
 
@@ -131,13 +131,13 @@ def test_a_sound_student_passes_and_nothing_is_changed(adapted: AdaptedStudent) 
     assert all(p.grad is None for p in (*hypernetwork.parameters(), *model.parameters()))
     assert {name: (type(m), len(m._forward_hooks), m.training) for name, m in model.named_modules()} == modules
     assert torch.equal(torch.get_rng_state(), state)
-    # A zero adapter changes no expert's tokens; that a small one does shows that the picks are really compared.
+    # A zero adapter changes no routing; a small one does, which shows that the routing is really compared.
     assert check_named(report, "routing").measured["picks"] == 2 * 24 * 2 * 4
     assert check_named(report, "routing").measured["changed by a small one"] != "0.00%"
 
 
 def test_a_student_of_another_architecture_passes(tmp_path: Path) -> None:
-    """Dense, with one kind of layer, tied embeddings and no router."""
+    """The student is dense, with one kind of layer, tied embeddings and no router."""
     write_tokenizer(tmp_path)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -167,7 +167,7 @@ def test_a_warm_start_has_to_equal_its_static_adapter(adapted: AdaptedStudent) -
 
 
 class Detached(AgenticHyperNetwork):
-    """Cuts the graph between itself and the student."""
+    """Detaches the factors from the graph."""
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:
         generated = super().forward(embeddings_BPE, mask_BP)
@@ -184,7 +184,7 @@ def test_adapters_without_a_graph_fail(adapted: AdaptedStudent) -> None:
 
 
 class BlindEncoder(nn.Module):
-    """Latents of its own that read nothing."""
+    """Produces latents that do not depend on the prompt."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class BlindEncoder(nn.Module):
 def test_an_encoder_that_does_not_read_the_prompt_fails(adapted: AdaptedStudent) -> None:
     adapted.network.encoder = BlindEncoder(adapted.network.encoder)
     report = report_of(adapted)
-    # At step 0 only the heads of B can have a gradient, and they have theirs.
+    # At step 0 only the heads of B can have a gradient, and they do.
     assert failed(report) == ["samples_apart", "gradients_step_1"]
     measured = check_named(report, "gradients_step_1").measured
     assert {name.split(":")[0]: value == 0 for name, value in measured.items() if "least norm" in name} == {
@@ -217,7 +217,7 @@ def test_heads_of_b_that_do_not_start_at_zero_fail(adapted: AdaptedStudent) -> N
 
 
 def test_one_head_of_a_at_zero_fails(adapted: AdaptedStudent) -> None:
-    """With A and B at zero neither ever gets a gradient."""
+    """If A and B are both zero, neither ever gets a gradient."""
     nn.init.zeros_(next(iter(adapted.network.generator.a_heads.parameters())))
     report = report_of(adapted)
     assert {"targets_reached", "a_spread", "gradient_balance", "gradients_step_0"} <= set(failed(report))
@@ -233,7 +233,7 @@ def test_a_spread_and_a_rate_out_of_range_fail(adapted: AdaptedStudent) -> None:
 
 @pytest.mark.parametrize("left_out", ["layers.1.", "self_attn", "layers.2.linear_attn.out_proj"])
 def test_targets_that_leave_something_out_fail(student: Student, left_out: str) -> None:
-    """A layer, a kind of layer, and one projection of one layer."""
+    """The targets leave out a layer, a kind of layer, or one projection of one layer."""
     layers = [layer for layer in discover_target_layers(student.model) if left_out not in layer.name]
     assert failed(report_of(with_layers(student, layers))) == ["coverage"]
 
@@ -242,7 +242,7 @@ def test_a_target_that_the_student_lacks_fails(student: Student) -> None:
     layers = [*discover_target_layers(student.model), LayerInfo("model.layers.0.self_attn.q_proj", 32, 32)]
     report = report_of(with_layers(student, layers))
     assert "targets_exist" in failed(report)
-    # Nothing is injected into a student that the adapters are not for.
+    # Nothing is injected into a student that the adapters do not match.
     assert "zero_init" not in [check.name for check in report.checks]
 
 
@@ -258,7 +258,7 @@ def test_a_student_that_can_learn_fails(adapted: AdaptedStudent) -> None:
 
 
 class NoisyRouter(nn.Module):
-    """A router with jitter, which transformers' own has not."""
+    """A router with jitter, which the router in transformers does not have."""
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ def test_a_student_whose_logits_are_not_numbers_fails(adapted: AdaptedStudent) -
 
 
 class Forgetful(HookBasedLoRAInjector):
-    """Leaves one module out."""
+    """Ignores one module."""
 
     @contextmanager
     def inject(self, weights: AdapterWeights) -> Iterator[None]:
@@ -312,7 +312,7 @@ class Mixing(HookBasedLoRAInjector):
 
 
 class OnlyOnce(HookBasedLoRAInjector):
-    """Forgets the adapters after a module's first run, as an injection does that ends before the backward pass."""
+    """Drops the adapters after a module's first run, like an injection that ends before the backward pass."""
 
     @contextmanager
     def inject(self, weights: AdapterWeights) -> Iterator[None]:
@@ -349,7 +349,7 @@ def test_an_injection_that_recomputation_does_not_see_fails(adapted: AdaptedStud
 
 
 class Skipping(nn.Module):
-    """A layer whose mixer is never asked."""
+    """A layer whose mixer never runs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -383,17 +383,17 @@ def test_weights_larger_than_the_machine_are_refused_before_they_are_read() -> N
 
 @pytest.mark.parametrize("num_tokens", [128, 512])
 def test_what_autograd_keeps_grows_as_the_estimate_says(adapted: AdaptedStudent, num_tokens: int) -> None:
-    """The estimate is a line through 128 and 256 tokens; what is kept at other lengths lies on it."""
+    """The estimate is a line through 128 and 256 tokens; the saved bytes at other lengths are on that line."""
     probe = Probe(adapted)
     short, long = saved_bytes(probe, 128), saved_bytes(probe, 256)
     line = short + (long - short) / 128 * (num_tokens - 128)
     assert saved_bytes(probe, num_tokens) == pytest.approx(line, rel=0.05)
-    # Every decoder layer keeps its input, at the least.
+    # Every decoder layer saves at least its input.
     assert short > 4 * 128 * 32 * 4
 
 
 def invoke(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own, since it sets up its process's logs."""
+    """Run the command as a separate process, since it configures its process's logs."""
     command = [sys.executable, "-m", "hyperagent", "preflight", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
 
@@ -425,7 +425,7 @@ def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Pat
 
 
 def main() -> int:
-    """The pre-flight of a tiny student, as a table."""
+    """Run the pre-flight on a tiny student and print a table."""
     with tempfile.TemporaryDirectory() as place:
         report = run(recipe_of(write_tiny_student(Path(place))), tokens_per_sample=64)
     show(report, as_json=False)

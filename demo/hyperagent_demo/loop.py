@@ -35,11 +35,11 @@ from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings
 from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.errors import ConfigError, DataError, ServiceError
-from hyperagent.files import new_directory, write_atomically
 from hyperagent.http.adapter_client import AdapterClient
 from hyperagent.http.adapter_models import PromptBody
 from hyperagent.http.run_client import RunClient
 from hyperagent.http.run_models import RunBody, RunRequest
+from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent.wire.client import TeacherClient
 from hyperagent.wire.outcome import Outcome
 from hyperagent_demo.config import DemoConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from hyperagent.files import write_atomically
 from hyperagent.identity import canonical_json
+from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig, PretrainConfig, Role
 from hyperagent_demo.pretrain_worker import PretrainJob, PretrainResult
 from hyperagent_demo.processes import run_worker

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajectory, read_tokens
-from hyperagent.files import new_directory
 from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent.storage.files import new_directory
 from hyperagent_demo.config import PretrainConfig, Role
 from hyperagent_demo.models import CompactVocabulary, build_model, expand_vocabulary
 

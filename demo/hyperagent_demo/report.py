@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hyperagent import __version__
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult
 

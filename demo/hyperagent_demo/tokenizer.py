@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.files.reader import read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
-from hyperagent.files import new_directory
+from hyperagent.storage.files import new_directory
 
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CONTROL = re.compile("|".join(re.escape(token) for token in (_END_OF_TEXT, _TURN_START, _TURN_END)))

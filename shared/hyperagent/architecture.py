@@ -1,6 +1,6 @@
-"""Facts about a language model's architecture that its config or modules do not state directly, each derived once.
+"""Derive facts about a language model's architecture that its config or modules do not state directly.
 
-A config is the text config of transformers (`config.get_text_config()`), a model may lie on the meta device or be sharded.
+A config is the text config of transformers (`config.get_text_config()`); a model may be on the meta device or sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FULL_ATTENTION = "full_attention"
 LINEAR_ATTENTION = "linear_attention"
 
 LINEAR_ATTENTION_CHUNK = 64
-"""Tokens that the kernels of the gated delta rule, and its reference implementation, take at once."""
+"""Tokens per chunk in the kernels of the gated delta rule and in its reference implementation."""
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
@@ -29,18 +29,18 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def num_key_value_heads(config: PreTrainedConfig) -> int:
-    """Return the number of key-value heads, which is that of the query heads unless they are grouped."""
+    """Return the number of key-value heads, which equals the number of query heads unless they are grouped."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the width of softmax attention's queries, and that of its keys or values, over all heads."""
+    """Return two widths of softmax attention over all heads: of its queries, and of its keys or values."""
     size = head_dim(config)
     return config.num_attention_heads * size, num_key_value_heads(config) * size
 
 
 def linear_attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the width of a Gated DeltaNet layer's keys (or queries), and that of its values, over all heads."""
+    """Return two widths of a Gated DeltaNet layer over all heads: of its keys (or queries), and of its values."""
     return (
         config.linear_num_key_heads * config.linear_key_head_dim,
         config.linear_num_value_heads * config.linear_value_head_dim,

@@ -1,33 +1,33 @@
-"""All errors of the project that a caller can meet, in one tree; in parentheses the built-in class each also is.
+"""Define all errors that callers of the project can get, in one tree. Each also has the built-in base in parentheses.
 
     HyperagentError
     ├── ConfigError            a setting, a recipe or a command line is wrong       (ValueError)
     ├── DataError              a data file, or something in it, cannot be used      (ValueError)
-    │   ├── TooLong            a trajectory has more tokens than asked for          (ValueError)
+    │   ├── TooLong            a trajectory has more tokens than the limit          (ValueError)
     │   ├── MaskDisagreement   the two masks of a trajectory differ                 (ValueError)
     │   └── RowRefused         one trajectory cannot be used; the error names it    (ValueError)
     ├── IdentityMismatch       two artifacts do not belong together                 (ValueError)
     ├── InvalidRequest         the arguments of a request are wrong                 (ValueError)
     │   ├── LimitExceeded      a request is larger than the service allows          (ValueError)
-    │   └── BeyondEnd          a stream is resumed behind its end                   (ValueError)
+    │   └── BeyondEnd          a stream is resumed after its end                    (ValueError)
     ├── NotFound               no such adapter, run or record                       (LookupError)
-    ├── Conflict               the thing is there, but its state forbids the request  (Exception)
+    ├── Conflict               the object exists, but its state forbids the request  (Exception)
     ├── CorruptRecord          stored bytes are not the bytes that were written     (ValueError)
-    ├── StorageError           the disk refused: full, read-only, failing           (OSError)
+    ├── StorageError           the file system refused: full, read-only, failing    (OSError)
     └── ServiceError           a service could not start or be reached              (RuntimeError)
-        ├── Busy               it holds as many requests as it accepts              (RuntimeError)
-        ├── NotServing         it is starting, shutting down or without its engine  (RuntimeError)
-        └── EngineHangs        only a new process of the teacher helps              (RuntimeError)
+        ├── Busy               the service holds as many requests as it accepts     (RuntimeError)
+        ├── NotServing         it is starting, shutting down or has no engine       (RuntimeError)
+        └── EngineHangs        the teacher needs a new process                      (RuntimeError)
 
-A message says in one line what happened, why, and how to fix it. The edges of the system (command line, gRPC, HTTP)
-translate the classes above and nothing else; any other exception is a defect and surfaces as one.
+A message says in one line what happened, why, and how to fix it. The command line, gRPC and HTTP translate only the
+classes above; any other exception is a defect and is reported as one.
 """
 
 from __future__ import annotations
 
 
 class HyperagentError(Exception):
-    """Base of every error that a person can fix, as opposed to a defect."""
+    """Base of every error that the user can fix, as opposed to a defect."""
 
 
 class ConfigError(HyperagentError, ValueError):
@@ -39,11 +39,11 @@ class DataError(HyperagentError, ValueError):
 
 
 class TooLong(DataError):
-    """A trajectory has more tokens than asked for."""
+    """A trajectory has more tokens than the limit."""
 
 
 class MaskDisagreement(DataError):
-    """The two ways to find what the assistant wrote differ."""
+    """The two masks of the assistant's tokens in a trajectory differ."""
 
 
 class RowRefused(DataError):
@@ -51,8 +51,8 @@ class RowRefused(DataError):
 
     Attributes:
         trajectory_id: the row's own id, or its number if it has none.
-        reason: why, without the id.
-        kind: class of the error behind it, to count by.
+        reason: why the trajectory cannot be used, without the id.
+        kind: class of the underlying error, used for counting.
     """
 
     def __init__(self, trajectory_id: str, reason: str, kind: type[DataError] = DataError) -> None:
@@ -78,11 +78,11 @@ class LimitExceeded(InvalidRequest):
 
 
 class BeyondEnd(InvalidRequest):
-    """A stream is resumed behind its end."""
+    """A stream is resumed after its end."""
 
 
 class NotFound(HyperagentError, LookupError):
-    """No such adapter, run or cache record."""
+    """There is no such adapter, run or cache record."""
 
 
 class Conflict(HyperagentError):
@@ -90,13 +90,13 @@ class Conflict(HyperagentError):
 
 
 class CorruptRecord(HyperagentError, ValueError):
-    """Stored bytes fail their checksum or their format."""
+    """Stored bytes do not match their checksum or their format."""
 
 
 class StorageError(HyperagentError, OSError):
     """The file system refused a write or a read."""
 
-    # OSError would render two arguments as "[Errno ..]"; a StorageError is always one sentence.
+    # OSError renders two arguments as "[Errno ..]"; a StorageError always has one sentence.
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
@@ -106,12 +106,12 @@ class ServiceError(HyperagentError, RuntimeError):
 
 
 class Busy(ServiceError):
-    """The service holds as many requests as it accepts at once; asking again later helps."""
+    """The service holds as many requests as it accepts at once; a later retry helps."""
 
 
 class NotServing(ServiceError):
-    """The service is starting or shutting down, or its engine has stopped; the request has not been carried out."""
+    """The service is starting or shutting down, or its engine has stopped; the request was not carried out."""
 
 
 class EngineHangs(ServiceError):
-    """The teacher's engine hangs inside the teacher's own process and cannot be started again there."""
+    """The teacher's engine hangs inside the teacher's own process and cannot be restarted there."""

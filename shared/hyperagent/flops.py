@@ -1,16 +1,16 @@
-"""What a language model's matrix products cost: one count, for plans and for the schedule of training steps.
+"""Count the floating-point operations of a language model, for plans and for the schedule of training steps.
 
-A multiplication and an addition count as two. With W parameters in the products that every token takes part in, A =
-query heads x head dimension, L layers of full attention and R operations of recurrent state a token, a forward pass over
-a trajectory of T tokens with N rows of the head takes
+A multiplication and an addition count as two operations. With W parameters in the products of every token, A = query
+heads x head dimension, L layers of full attention and R operations of recurrent state per token, a forward pass over a
+trajectory of T tokens with N rows of the head takes
 
     linear     2 W T
-    attention  2 A T^2 L      (scores and values, half of the square each, since a token sees no later one)
+    attention  2 A T^2 L      (scores and values, half of the square each, since a token does not see later ones)
     recurrent  R T
     head       2 H N          (H: hidden size x vocabulary)
 
-A frozen student's backward pass has no products for weights, and its head's gradient is taken in the forward pass. In
-forward passes, training takes
+A frozen student's backward pass has no products for weight gradients, and its head's gradient is computed in the forward
+pass. In units of forward passes, training takes
 
                                 linear   attention   recurrent   head
     `FROZEN`, work                 2         3           3         2     a product has two operands with gradients in attention
@@ -44,31 +44,31 @@ Lengths = NDArray[np.int64]
 Flops = NDArray[np.float64]
 
 FROZEN: Mapping[str, float] = MappingProxyType({"linear": 2.0, "attention": 3.0, "recurrent": 3.0, "head": 2.0})
-"""Forward passes that training is worth; what is computed a second time does not count."""
+"""Cost of training in forward passes, without recomputation."""
 EXECUTED: Mapping[str, float] = MappingProxyType({"linear": 3.0, "attention": 4.5, "recurrent": 4.5, "head": 2.0})
-"""Forward passes that training computes, with every decoder layer run again in the backward pass."""
+"""Cost of training in forward passes when every decoder layer is recomputed in the backward pass."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's products cost."""
+    """The sizes that decide the cost of a model's matrix products."""
 
     name: str
     num_parameters: float
     linear_parameters: float
-    """W: in the products of one token; of a mixture of experts, those of the experts it is routed to."""
+    """W: parameters in the products of one token; in a mixture of experts, only those of the experts it is routed to."""
     attention_width: int
     """A: query heads x head dimension."""
     num_attention_layers: int
-    """L."""
+    """L: layers of full attention."""
     head_parameters: int
-    """H."""
+    """H: hidden size x vocabulary."""
     recurrent_flops: float = 0.0
-    """R: forward, per token, of all layers with a recurrent state."""
+    """R: operations per token in the forward pass of all layers with a recurrent state."""
 
     @classmethod
     def of(cls, decoder: nn.Module, config: PreTrainedConfig) -> ModelShape:
-        """From a decoder, which may lie on the meta device or be sharded, and its text config."""
+        """Return the shape of a decoder, which may be on the meta device or sharded, given its text config."""
         share = num_experts_per_token(config) / (num_experts(config) or 1)
         linear = sum(
             p.numel() * (share if ".experts." in name else 1)
@@ -97,7 +97,12 @@ class ModelShape:
         )
 
     def forward_flops(self, num_tokens: Lengths, num_rows: Lengths) -> dict[str, Flops]:
-        """Operations of each kind for trajectories of [n] tokens with [n] rows of the head."""
+        """Return the operations of a forward pass by kind, each float64 of shape [n].
+
+        Args:
+            num_tokens: tokens of each trajectory, shape [n].
+            num_rows: rows of the head of each trajectory, shape [n].
+        """
         tokens, rows = num_tokens.astype(np.float64), num_rows.astype(np.float64)
         return {
             "linear": 2 * self.linear_parameters * tokens,
@@ -107,15 +112,15 @@ class ModelShape:
         }
 
     def training_flops(self, num_tokens: Lengths, num_rows: Lengths, passes: Mapping[str, float]) -> dict[str, Flops]:
-        """The same for forward and backward pass of a frozen student; `passes` is `FROZEN` or `EXECUTED`."""
+        """Return the operations of a frozen student's forward and backward pass; `passes` is `FROZEN` or `EXECUTED`."""
         forward = self.forward_flops(num_tokens, num_rows)
         return {kind: passes[kind] * flops for kind, flops in forward.items()}
 
 
 def delta_rule_flops(*, value_heads: int, key_size: int, value_size: int) -> float:
-    """Of the gated delta rule, forward, per token and layer, in chunks of 64 tokens.
+    """Return the operations of the gated delta rule per token and layer, forward, in chunks of 64 tokens.
 
-    Three products with the state [key_size, value_size], and five within a chunk: keys with keys, queries with keys, and
-    the chunk's triangular system with values, with keys, and its attention with values.
+    There are three products with the state [key_size, value_size] and five within a chunk: keys with keys, queries with
+    keys, the chunk's triangular system with values and with keys, and its attention with values.
     """
     return 2.0 * value_heads * (3 * key_size * value_size + LINEAR_ATTENTION_CHUNK * (3 * key_size + 2 * value_size))

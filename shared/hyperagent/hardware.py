@@ -1,4 +1,4 @@
-"""Machines with GPUs that runs are planned for: what their data sheets state, and the share of a link that arrives."""
+"""Describe GPU machines for planning: figures from data sheets and the usable share of a link's rate."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from types import MappingProxyType
 from hyperagent.errors import ConfigError
 
 LINK_SHARE = 0.78
-"""Of a link's nominal rate, that large collectives are taken to reach; an assumption."""
+"""Assumed share of a link's nominal rate that large collectives reach."""
 _MAX_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Identical devices, in nodes of identical size."""
+    """Identical GPUs in nodes of identical size."""
 
     name: str
     nodes: int
     gpus_per_node: int
     memory_bytes: int
-    """Of one GPU."""
+    """Memory of one GPU."""
     flops: float
-    """Dense bfloat16 operations per second of one GPU, at its peak."""
+    """Peak dense bfloat16 operations per second of one GPU."""
     float32_flops: float
-    """The same in float32, which PyTorch computes without TF32 unless it is told to."""
+    """Peak float32 operations per second of one GPU, without TF32, which is PyTorch's default."""
     link_bytes_per_s: float
-    """That a GPU receives from the others of its node."""
+    """Bytes per second that a GPU receives from the other GPUs of its node."""
     node_link_bytes_per_s: float
-    """That a node receives from other nodes, through one network adapter for each GPU."""
+    """Bytes per second that a node receives from other nodes, through one network adapter per GPU."""
 
     @property
     def gpus(self) -> int:
@@ -49,7 +49,7 @@ class _Gpu:
 
 
 # NVIDIA's data sheets of A100 SXM, H100 SXM, H200 SXM and HGX B200, without sparsity; adapters as in DGX A100 (200 Gb/s
-# for each GPU), DGX H100, H200 and B200 (400 Gb/s).
+# per GPU), DGX H100, H200 and B200 (400 Gb/s per GPU).
 _GPUS: Mapping[str, _Gpu] = MappingProxyType(
     {
         "a100": _Gpu(80 * 10**9, 312e12, 19.5e12, 300e9, 25e9),
@@ -61,10 +61,10 @@ _GPUS: Mapping[str, _Gpu] = MappingProxyType(
 
 
 def machine_named(name: str) -> Machine:
-    """The machine of a name such as "8xh200", or "4x8xh200" for four nodes of it.
+    """Return the machine with a name such as "8xh200", or "4x8xh200" for four such nodes.
 
     Raises:
-        ConfigError: no machine is called so.
+        ConfigError: there is no machine of that name.
     """
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d?)x([a-z]+\d+)", name)
     if match is None or match[3] not in _GPUS or int(match[2]) > _MAX_PER_NODE:

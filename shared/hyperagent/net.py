@@ -1,4 +1,4 @@
-"""Where a service may listen: the loopback interface, unless somebody says otherwise."""
+"""Choose the address that a service listens on: the loopback interface unless remote access is allowed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hyperagent.errors import ConfigError
 
 
 def listening_ip(host: str, *, allow_remote: bool) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The one IP address that `host` stands for; a name may have several, and the first is taken.
+    """Return the IP address of `host`; if a name has several, return the first.
 
     Args:
-        allow_remote: permit an address that other machines can reach.
+        allow_remote: allow an address that other machines can reach.
 
     Raises:
-        ConfigError: there is no such address, or other machines could reach it and that is not permitted.
+        ConfigError: there is no such address, or other machines could reach it and that is not allowed.
     """
     try:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0]

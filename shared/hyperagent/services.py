@@ -1,4 +1,4 @@
-"""The three services: their names on the command line and where a client on the same machine finds them."""
+"""Define the three services: their names on the command line and their default addresses on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Service(StrEnum):
-    """A service; its value is its name in `hyperagent serve NAME`."""
+    """A service. Its value is its name in `hyperagent serve NAME`."""
 
     TEACHER = "teacher"
     TRAINER = "trainer"
@@ -14,12 +14,12 @@ class Service(StrEnum):
 
     @property
     def default_port(self) -> int:
-        """The port that the service listens on unless it is given another."""
+        """Port that the service listens on by default."""
         return _DEFAULT_PORTS[self]
 
     @property
     def default_address(self) -> str:
-        """The address on this machine: `host:port` for the teacher, which speaks gRPC, and a URL for the others."""
+        """Default address on this machine: `host:port` for the teacher, which speaks gRPC, and a URL for the others."""
         address = f"127.0.0.1:{self.default_port}"
         return address if self is Service.TEACHER else f"http://{address}"
 

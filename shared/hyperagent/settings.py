@@ -1,8 +1,8 @@
-"""A service's settings: one pydantic model that its options, environment variables and README table are made from.
+"""Derive a service's command-line options, environment variables and README table from one pydantic model.
 
 Each field is a setting. The option is the field's name with dashes, the environment variable is the model's prefix
 followed by the name in capitals, and the help text is the docstring under the field. `Setting` in the field's
-annotation adds the group, and the option or the variable where they differ from the rule.
+annotation gives the group, and the option or the variable where they differ from this rule.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ class ServiceSettings(StrictModel):
     """Base of the settings of one service."""
 
     variable_prefix: ClassVar[str]
-    """What the names of the environment variables begin with."""
+    """Prefix of the names of the environment variables."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Annotation of a field: how `--help` and the README show it."""
+    """Annotation of a field that says how `--help` and the README show it."""
 
     group: str
     option: str | None = None
-    """The option where it is not the field's name, such as "--allowed-host"."""
+    """Name of the option if it is not derived from the field's name, such as "--allowed-host"."""
     variable: str | None = None
-    """The environment variable where it is shared with other programs, such as "HYPERAGENT_REDIS_URL"."""
+    """Name of the environment variable if it is shared with other programs, such as "HYPERAGENT_REDIS_URL"."""
 
 
 @dataclass(frozen=True)
 class SettingOption:
-    """A setting as the command line sees it."""
+    """A setting in the form that the command line uses."""
 
     name: str
-    """Of the field."""
+    """Name of the field."""
     option: str
     variable: str
     group: str
     help: str
     command_line_type: Any
-    """What the option's text is parsed as; the model validates the value."""
+    """Type that the option's text is parsed to; the model validates the value."""
     is_required: bool
     default: Any
-    """What the command line shows; None if there is nothing to show."""
+    """Default that the command line shows; None if there is nothing to show."""
     values: str
-    """The choices or the bounds, for people; empty if there are none."""
+    """Choices or bounds in readable form; empty if there are none."""
 
 
 def options_of(model: type[ServiceSettings]) -> list[SettingOption]:
-    """Return the options of a service, group by group.
+    """Return the options of a service, ordered by group.
 
     Raises:
         TypeError: a field has no docstring or no `Setting` in its annotation.

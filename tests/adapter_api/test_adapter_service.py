@@ -94,7 +94,7 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
     store.close()
 
     # What a process killed while it wrote, and one killed while it deleted, leave.
-    shutil.copytree(store_folder / adapter_id, store_folder / f".aside-0-{adapter_id}")
+    shutil.copytree(store_folder / adapter_id, store_folder / f".partial-0-{adapter_id}")
     shutil.copytree(store_folder / adapter_id, store_folder / ".retired-0")
     (store_folder / "notes.txt").write_text("mine")
     store = AdapterStore(store_folder, max_adapters=3)
@@ -128,7 +128,7 @@ def test_every_part_the_hypernetwork_reads_must_be_sent_and_counts(generator: Ad
     bundle = shallow_copy(generator.bundle)
     bundle.manifest = manifest
     reader = AdapterGenerator(bundle)
-    with pytest.raises(InvalidRequest, match="also reads system and tools; send what the conversation has, or null"):
+    with pytest.raises(InvalidRequest, match="also reads system and tools; send the conversation's value, or null"):
         reader.encode({"task": "fix it"})
     bare = reader.encode({"task": "fix it", "system": None, "tools": None})
     assert bare.tolist() == generator.encode({"task": "fix it"}).tolist()

@@ -19,7 +19,7 @@ from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.topk import TopKRows, concatenate
 from hyperagent_teacher.engines.transformers import TransformersEngine
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 from hyperagent_teacher.service.populate import Populator, Trajectory
 from hyperagent_trainer.data.dataset import Batch, DistillationData, load_split
 from hyperagent_trainer.loss.distillation import compute_distillation_loss
@@ -42,7 +42,7 @@ def populated(engine: TransformersEngine, student: Student, tokens: Path, root: 
     cache = LocalCache.create_or_open(root, engine.identity, settings=CacheSettings(codec="exact"))
 
     async def populate() -> None:
-        populator = Populator(engine, cache, RowMemory(1 << 30), data_dir=None)
+        populator = Populator(engine, cache, MemoryBudget(1 << 30), data_dir=None)
         await populator.begin(read_data_identity(tokens))
         for one in read_tokens(tokens):
             await populator.populate(Trajectory(one.trajectory_id, one.token_ids, one.positions))

@@ -1,4 +1,4 @@
-"""Descriptors to look at: those of the project's .proto files, and those of files a test writes."""
+"""Load descriptors of the project's .proto files and of files that a test writes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PROTO = Path(__file__).parents[2] / "proto"
 
 
 def project_descriptors() -> FileDescriptorSet:
-    """Of the .proto files under proto/."""
+    """Return the descriptors of the .proto files under proto/."""
     return compile_protos(PROTO)
 
 
 def descriptors_of(text: str, folder: Path, name: str) -> FileDescriptorSet:
-    """Of one .proto file, written to `folder`/`name`."""
+    """Return the descriptor of one .proto file, written to `folder`/`name`."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""The contract's evolution, in the sense of `buf breaking`: what is promised in contract.json stays."""
+"""Test that the contract evolves without breaking changes in the sense of `buf breaking`: contract.json stays valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contract import Contract, breaking_changes, contract_text, extract
 from descriptors import PROTO, descriptors_of, project_descriptors
 from record_contract import record
 
-# What a kind of change makes of a contract, once for each thing it can happen to, and how its sentence must begin.
+# The contracts that each kind of change produces, one per element that can change, and the start of the report.
 Changes = Iterator[tuple[Contract, str]]
 
 
@@ -56,7 +56,7 @@ def _renamed(kind: str) -> Callable[[Contract], Changes]:
 
 
 def _part(kind: str, parts: str, change: Callable[[Contract, str], None]) -> Callable[[Contract], Changes]:
-    """`change` done to each field of each message, each value of each enum or each method of each service."""
+    """Return a function that applies `change` to each field of a message, value of an enum or method of a service."""
 
     def changes(contract: Contract) -> Changes:
         for owner, held in contract[kind].items():
@@ -89,8 +89,8 @@ def _renumber_value(values: Contract, name: str) -> None:
     values[name] += 1000
 
 
-def _retell(fact: str) -> Callable[[Contract, str], None]:
-    """Another word for one fact of a field or a method."""
+def _replace_fact(fact: str) -> Callable[[Contract, str], None]:
+    """Return a change that replaces one fact of a field or a method."""
 
     def change(parts: Contract, key: str) -> None:
         parts[key][fact] = f"not {parts[key].get(fact)}"
@@ -115,27 +115,27 @@ BREAKING = {
     "field removed": _part("messages", "fields", _remove),
     "field renamed": _part("messages", "fields", _rename_field),
     "field renumbered": _part("messages", "fields", _renumber_field),
-    **{f"field's {fact}": _part("messages", "fields", _retell(fact)) for fact in ("type", "type_name", "label")},
-    "field's oneof": _part("messages", "fields", _retell("oneof")),
+    **{f"field's {fact}": _part("messages", "fields", _replace_fact(fact)) for fact in ("type", "type_name", "label")},
+    "field's oneof": _part("messages", "fields", _replace_fact("oneof")),
     "value removed": _part("enums", "values", _remove),
     "value renamed": _part("enums", "values", _rename),
     "value renumbered": _part("enums", "values", _renumber_value),
     "method removed": _part("services", "methods", _remove),
     "method renamed": _part("services", "methods", _rename),
-    **{f"method's {fact}": _part("services", "methods", _retell(fact)) for fact in ("request", "response")},
+    **{f"method's {fact}": _part("services", "methods", _replace_fact(fact)) for fact in ("request", "response")},
     "client streaming": _part("services", "methods", _flip("client_streaming")),
     "server streaming": _part("services", "methods", _flip("server_streaming")),
 }
 
 
 @pytest.mark.parametrize("kind", BREAKING)
-def test_a_breaking_change_is_told_in_one_sentence_that_names_it(kind: str, current: Contract) -> None:
+def test_a_breaking_change_is_reported_in_one_sentence_that_names_it(kind: str, current: Contract) -> None:
     changes = list(BREAKING[kind](current))
     assert changes
     for changed, beginning in changes:
-        told = breaking_changes(current, changed)
-        assert len(told) == 1
-        assert told[0].startswith(beginning)
+        found = breaking_changes(current, changed)
+        assert len(found) == 1
+        assert found[0].startswith(beginning)
 
 
 SAMPLE = """
@@ -158,7 +158,7 @@ message Row {}
 enum Outcome { OUTCOME_UNSPECIFIED = 0; OUTCOME_WRITTEN = 1; }
 """
 REQUEST = "message a.v1.GetRequest: "
-# What is written in the .proto file, what instead, and what is told.
+# The text in the .proto file, its replacement, and the start of the report.
 BREAKING_EDITS = [
     ("uint32 first = 1", "uint32 begin = 1", f"{REQUEST}field first = 1 was renamed to begin"),
     ("uint32 first = 1", "uint32 first = 6", f"{REQUEST}field first changed its number from 1 to 6"),
@@ -199,11 +199,11 @@ COMPATIBLE_EDITS = [
 ]
 
 
-@pytest.mark.parametrize(("written", "instead", "told"), BREAKING_EDITS)
-def test_a_breaking_edit_is_told(written: str, instead: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("written", "instead", "beginning"), BREAKING_EDITS)
+def test_a_breaking_edit_is_reported(written: str, instead: str, beginning: str, tmp_path: Path) -> None:
     found = breaking_changes(_sample(tmp_path), _sample(tmp_path, written, instead))
     assert len(found) == 1
-    assert found[0].startswith(told)
+    assert found[0].startswith(beginning)
 
 
 @pytest.mark.parametrize(("written", "instead"), COMPATIBLE_EDITS)
@@ -235,6 +235,6 @@ def test_an_addition_is_recorded_and_a_breaking_change_is_not(tmp_path: Path) ->
 
 
 def _sample(folder: Path, written: str = "", instead: str = "") -> Contract:
-    """The sample's contract, with `instead` in the place of what is `written`."""
+    """Return the sample's contract after replacing the text `written` with `instead`."""
     assert not written or SAMPLE.count(written) == 1
     return extract(descriptors_of(SAMPLE.replace(written, instead, 1), folder, "a/v1/sample.proto"))

@@ -1,6 +1,6 @@
-"""The rules of `buf lint` (category STANDARD) that matter here, under buf's names, and one of ours.
+"""Check proto/ against the relevant rules of `buf lint` (category STANDARD), under buf's names, and one additional rule.
 
-Each rule must find nothing in proto/, and must alone find something in its bad file.
+Each rule must find nothing in proto/ and must be the only one that finds something in its bad file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def file_lower_snake_case(descriptors: FileDescriptorSet) -> list[str]:
 
 
 def syntax_specified(descriptors: FileDescriptorSet) -> list[str]:
-    # A descriptor says proto2 by leaving `syntax` empty; whether it was written stands in the source's places.
+    # In a descriptor an empty `syntax` means proto2; only the source locations tell whether it was written.
     return [
         file.name
         for file in descriptors.file
@@ -73,7 +73,7 @@ def field_lower_snake_case(descriptors: FileDescriptorSet) -> list[str]:
 
 
 def no_repeated_scalar(descriptors: FileDescriptorSet) -> list[str]:
-    """Ours: an array travels as packed bytes, because a repeated scalar costs one Python object per element."""
+    """Check a rule of this project: arrays are packed bytes, since a repeated scalar costs one Python object per element."""
     return [
         field.name
         for field in _fields(descriptors)
@@ -82,7 +82,7 @@ def no_repeated_scalar(descriptors: FileDescriptorSet) -> list[str]:
 
 
 def oneof_lower_snake_case(descriptors: FileDescriptorSet) -> list[str]:
-    # `optional` fields have a made-up oneof, whose name begins with an underscore.
+    # `optional` fields have a synthetic oneof, whose name begins with an underscore.
     found = []
     for file in descriptors.file:
         for _, message in messages(file):
@@ -178,7 +178,7 @@ RULES: dict[str, Rule] = {
 
 HEAD = 'syntax = "proto3";\npackage a.v1;\n'
 GET = "message GetRequest {}\nmessage GetResponse {}\n"
-# By rule: where the file lies, and its text.
+# Path and text of the bad file of each rule.
 BAD = {
     "PACKAGE_VERSION_SUFFIX": ("a/b/bad.proto", 'syntax = "proto3";\npackage a.b;\n'),
     "PACKAGE_DIRECTORY_MATCH": ("b/v1/bad.proto", HEAD),
@@ -200,7 +200,7 @@ BAD = {
     ),
     "ENUM_VALUE_PREFIX": ("a/v1/bad.proto", HEAD + "enum RowKind { ROW_KIND_UNSPECIFIED = 0; FULL = 1; }\n"),
     "ENUM_ZERO_VALUE_SUFFIX": ("a/v1/bad.proto", HEAD + "enum Kind { KIND_NONE = 0; }\n"),
-    # protoc itself refuses it in proto3.
+    # protoc itself rejects it in proto3.
     "ENUM_FIRST_VALUE_ZERO": (
         "a/v1/bad.proto",
         'syntax = "proto2";\npackage a.v1;\nenum Kind { KIND_FULL = 1; KIND_UNSPECIFIED = 0; }\n',
@@ -306,7 +306,7 @@ def _methods(descriptors: FileDescriptorSet) -> Iterator[tuple[str, MethodDescri
 
 
 def _upper_snake(name: str) -> str:
-    """HTTPOutcome: HTTP_OUTCOME, Sha256Kind: SHA256_KIND, A1B2: A1B2; a small_one keeps its underscore."""
+    """Convert a name to upper snake case. HTTPOutcome: HTTP_OUTCOME, Sha256Kind: SHA256_KIND, A1B2: A1B2; a small_one keeps its underscore."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name).upper()
 
 

@@ -1,4 +1,4 @@
-"""Tiny random teachers on disk, made once per session, and a service to ask."""
+"""Fixtures: tiny random teachers on disk, made once per test session, and a running service."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TEMPERATURES = (0.5, 2.0)
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with model and tokenizer per architecture."""
+    """Folders with model and tokenizer, by architecture."""
     return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def engines(model_folders: dict[str, Path]) -> Iterator[dict[str, TransformersEngine]]:
-    """An engine per architecture; none of them is ever closed by a test."""
+    """Engines by architecture; no test may close them."""
     engines = {
         name: TransformersEngine(
             folder, tokenizer_folder=folder, top_k=TOP_K, max_tokens=MAX_TOKENS, temperatures=TEMPERATURES
@@ -81,7 +81,7 @@ def cache(settings: TeacherSettings, engine: ScoringEngine) -> LocalCache:
 
 @pytest.fixture
 def serve(settings: TeacherSettings, engine: ScoringEngine, cache: LocalCache) -> Serve:
-    """Runs a teacher and yields a client of it; by default the real engine, with the client waiting until it serves."""
+    """Run a teacher and yield a client for it; by default with the real engine, once the teacher serves."""
 
     @asynccontextmanager
     async def run(
@@ -108,7 +108,7 @@ def serve(settings: TeacherSettings, engine: ScoringEngine, cache: LocalCache) -
 
 @pytest.fixture
 def gated(engine: ScoringEngine) -> GatedEngine:
-    """An engine that has just enough permits for the canary."""
+    """An engine with just enough permits for the canary."""
     return GatedEngine(engine.identity, permits=CANARY_ROWS)
 
 

@@ -1,9 +1,9 @@
-"""A teacher that is killed at random while it fills a cache, and started again: no row may be lost, doubled or changed.
+"""Kill a teacher at random times while it fills a cache and restart it: no row may be lost, duplicated or changed.
 
     python tests/teacher/killed_teacher.py --kills 500
 
-Teachers are forked from a process that has already imported torch, so that most of the time goes into the part that
-can go wrong. Each runs the service's own `serve` and is killed with SIGKILL.
+Teachers are forked from a process that has already imported torch, so that most of the time is spent in the part that
+can fail. Each teacher runs the service's own `serve` and is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PRELOAD = ["torch", "transformers", "hyperagent_teacher.service.server", "hypera
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a population whose teacher was killed."""
+    """The outcome of a population whose teacher was killed."""
 
     kills: int
     kills_with_work_in_progress: int
@@ -58,14 +58,14 @@ class Verdict:
 
     @property
     def is_clean(self) -> bool:
-        """Everything is there once, as it should be."""
+        """Whether every row is there exactly once and unchanged."""
         return self.digest_equal and not (
             self.lost or self.duplicated or self.changed or self.damaged or self.quarantined
         )
 
 
 def write_trajectories(path: Path, model: Path, *, count: int, num_tokens: int) -> None:
-    """A tokens file of random trajectories."""
+    """Write a tokens file of random trajectories."""
     tokenizer = ChatTokenizer(model)
     identity = DataIdentity(tokenizer.identity, "0" * 64, {})
     generator = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def write_trajectories(path: Path, model: Path, *, count: int, num_tokens: int) 
 
 
 def run(model: Path, folder: Path, *, kills: int, trajectories: int, num_tokens: int, seed: int) -> Verdict:
-    """Populate undisturbed, then populate another cache with a teacher that is killed; compare the two."""
+    """Populate one cache without kills and another with a teacher that is killed, and compare the two."""
     started = time.monotonic()
     tokens = folder / "tokens.parquet"
     write_trajectories(tokens, model, count=trajectories, num_tokens=num_tokens)
@@ -88,7 +88,7 @@ def run(model: Path, folder: Path, *, kills: int, trajectories: int, num_tokens:
     digests = set()
     report = whole
     while done < kills:
-        # A cache per round, so that every round has all the work before it.
+        # Each round has its own cache, so that it starts with all the work left.
         name = folder / f"killed{rounds}"
         with _teacher(model, name) as teacher:
             round_kills, round_with_work, report = asyncio.run(
@@ -137,7 +137,7 @@ def _compare(
 
 
 class _Teacher:
-    """A teacher process on one port, which can be killed and started again."""
+    """A teacher process on a fixed port that can be killed and restarted."""
 
     def __init__(self, model: Path, cache: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -196,7 +196,7 @@ async def _populate(tokens: Path, address: str, queue_path: Path) -> PopulateRep
 async def _populate_with_kills(
     tokens: Path, teacher: _Teacher, queue_path: Path, most: int, chance: random.Random
 ) -> tuple[int, int, PopulateReport]:
-    """Kills done, those with a trajectory in progress, and the report of the population they disturbed."""
+    """Return the number of kills, how many of them hit a trajectory in progress, and the population's report."""
     populating = asyncio.create_task(_populate(tokens, teacher.address, queue_path))
     kills = with_work = 0
     async with TeacherClient(teacher.address, TOKEN) as client:
@@ -225,7 +225,7 @@ def _has_claims(queue_path: Path) -> bool:
 
 
 def main() -> None:
-    """Run it by hand, with a tiny model."""
+    """Run the experiment from the command line with a tiny model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--trajectories", type=int, default=150)

@@ -1,4 +1,4 @@
-"""A `hyperagent serve teacher` process."""
+"""Run `hyperagent serve teacher` as a process."""
 
 from __future__ import annotations
 

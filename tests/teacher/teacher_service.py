@@ -1,4 +1,4 @@
-"""What the tests of the service stand on: an engine with a gate, a cache with a full disk."""
+"""Test doubles for the service tests: an engine that waits for permits and a cache with a full disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Serve = Callable[..., AbstractAsyncContextManager[TeacherClient]]
 
 
 class GatedEngine:
-    """Yields one uniform row per permit; a `ScoringEngine`."""
+    """A `ScoringEngine` that yields one uniform row per permit."""
 
     def __init__(self, identity: TeacherIdentity, *, permits: int, defect: Exception | None = None) -> None:
         self.identity = identity

@@ -1,4 +1,4 @@
-"""The wire's codec, its table of errors, and the generated stubs."""
+"""Test the wire conversion, its table of errors and the generated stubs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_teacher(**changes: object) -> TeacherIdentity:
 
 
 def encoded(rows: TopKRows, *, parts: int = 1, **options: int) -> list[pb.ScoreTokensResponse]:
-    """The messages of `rows`, given to the encoder in some parts."""
+    """Return the messages of `rows`, which the encoder gets in `parts` parts."""
     encoder = conversion.ChunkEncoder(top_k=rows.top_k, num_temperatures=2, **options)
     size = -(-rows.num_rows // parts)
     starts = range(0, rows.num_rows, size)
@@ -230,7 +230,7 @@ def test_grpcs_own_codes_have_a_meaning(code: grpc.StatusCode, received: type[Ex
 
 
 def test_a_connection_that_breaks_while_sending_is_no_answer() -> None:
-    # grpc.aio's own words for it, in place of a status.
+    # The exception that grpc.aio raises here instead of a status.
     back = to_domain_error(_rpc_error(grpc.StatusCode.INTERNAL, "Internal error from Core"), "here:1")
     assert type(back) is ServiceError
     assert "no teacher answers at here:1 (the connection broke off)" in str(back)

@@ -1,4 +1,4 @@
-"""Tiny random teachers on disk, of the architectures that real teachers have."""
+"""Write tiny random teachers to disk, with the architectures of real teachers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# 512 rows of the head for about 300 real tokens: the rest pads the vocabulary, as in the published models.
+# The head has 512 rows for about 300 real tokens; the rest pads the vocabulary, as in published models.
 _DENSE = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -30,14 +30,14 @@ _DENSE = {
     "intermediate_size": 128,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
-    # The smallest that vLLM's attention runs on a CPU.
+    # The smallest head dimension that vLLM's attention supports on a CPU.
     "head_dim": 64,
 }
 _MOE = {**_DENSE, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 
 def configurations(**changes: Any) -> dict[str, PreTrainedConfig]:
-    """One tiny configuration per architecture; `changes` hold for all of them."""
+    """Return one tiny configuration per architecture; `changes` apply to all of them."""
     moe = {**_MOE, **changes}
     return {
         "qwen3": Qwen3Config(**{**_DENSE, **changes}, num_hidden_layers=2),
@@ -56,7 +56,7 @@ def configurations(**changes: Any) -> dict[str, PreTrainedConfig]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of about 300 entries with a chat template."""
+    """Write a byte-level BPE tokenizer of about 300 entries with a chat template."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -73,16 +73,16 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_model(folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> None:
-    """A random model of `config`."""
+    """Write a random model with the given config."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    # A head of the default scale makes every row nearly uniform; real ones are peaked.
+    # A head of the default scale makes every row nearly uniform; real rows are peaked.
     model.get_output_embeddings().weight.data.mul_(20)
     model.to(dtype).save_pretrained(folder)
 
 
 def write_models(root: Path, **changes: Any) -> dict[str, Path]:
-    """A folder with model and tokenizer per architecture."""
+    """Write one folder with model and tokenizer per architecture and return the folders by architecture."""
     folders = {}
     for name, config in configurations(**changes).items():
         folders[name] = root / name

@@ -1,4 +1,4 @@
-"""The arms of a world: a hypernetwork and a static LoRA, trained alike and compared on held-out combinations."""
+"""Train the arms of a world alike, a hypernetwork and a static LoRA, and compare them on held-out combinations."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SAMPLES_PER_COMBINATION = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """How the arms of one world are trained."""
+    """Training settings of the arms of one world."""
 
     hypernetwork: HyperNetworkConfig
     num_steps: int
     learning_rate: float
     b_head_learning_rate_factor: float
     static_learning_rates: tuple[float, ...]
-    """Each is tried, and the best on the held-out samples taken: the choice favors the baseline."""
+    """Learning rates to try; the best one on the held-out samples is used, which favors the baseline."""
     batch_size: int = 16
     warmup_steps: int = 20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one world."""
+    """The result of one world."""
 
     report: ConditioningReport
     static_gap_closed: dict[float, float]
-    """By learning rate."""
+    """Share of the gap that the static LoRA closes, by learning rate."""
     hypernetwork_seconds: float
     static_seconds: float
 
@@ -97,7 +97,7 @@ class _Samples:
 
     @torch.no_grad()
     def kl(self, adapted: AdaptedStudent, prompts: Sequence[NDArray[np.uint32]] | None) -> NDArray[np.float64]:
-        """Summed KL of every sample, in nats; of the bare student without prompts."""
+        """Return the summed KL of every sample in nats; None for the prompts gives that of the bare student."""
         return np.array(
             [
                 float(adapted.loss_sum(batch, None if prompts is None else adapted.adapters([prompts[i]])))
@@ -114,7 +114,7 @@ def _train(
     learning_rate: float,
     seed: int,
 ) -> AdaptedStudent:
-    """The trainer's own step, on batches of the world."""
+    """Train a network with the trainer's own parts on batches of the world."""
     folder = student.folder
     recipe = TrainRecipe(
         student=folder,
@@ -142,7 +142,7 @@ def _train(
 
 
 def _other(latent: Latent, pool: Sequence[Latent], generator: np.random.Generator) -> Latent:
-    """Another combination of the pool, as foreign as there is: with the fewest values in common."""
+    """Draw one of the combinations of the pool that have the fewest values in common with `latent`."""
     common = [sum(a == b for a, b in zip(latent, other, strict=True)) for other in pool]
     most_foreign = [other for other, n in zip(pool, common, strict=True) if n == min(common)]
     return most_foreign[int(generator.integers(len(most_foreign)))]

@@ -1,4 +1,4 @@
-"""A real browser, driven through the pipe of its DevTools protocol (https://chromedevtools.github.io/devtools-protocol/)."""
+"""Drive a real browser through the pipe of its DevTools protocol (https://chromedevtools.github.io/devtools-protocol/)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
-# It reads from descriptor 3 and writes to 4, wherever the pipes' own ends are.
+# Chromium reads from descriptor 3 and writes to 4, so the pipes' ends are moved there.
 _START = """
 import fcntl, os, sys
 ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -25,10 +25,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One page of a chromium of its own; a context manager.
+    """One page in a separate chromium process; a context manager.
 
     Attributes:
-        complaints: what the page has logged as an error, violations of the content security policy among it.
+        complaints: errors that the page has logged, including violations of the content security policy.
     """
 
     def __init__(self, chromium: str, profile: Path) -> None:
@@ -84,7 +84,7 @@ class Browser:
         return result["result"].get("value")
 
     def resize(self, width: int, height: int, *, is_dark: bool = False) -> None:
-        """Show the page in a window of so many CSS pixels, in the light or the dark scheme."""
+        """Show the page in a window of this size in CSS pixels, in the light or the dark color scheme."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

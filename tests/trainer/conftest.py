@@ -1,4 +1,4 @@
-"""A world small enough to train in seconds: a tiny Qwen3-Next, a dozen trajectories, a filled cache."""
+"""Fixtures small enough to train on in seconds: a tiny Qwen3-Next, a dozen trajectories, a filled cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hyperagent.model.config import HyperNetworkConfig
 from hyperagent.topk import TopKRows
 from hyperagent_trainer.config import TrainRecipe
 
-# Triton is built for Linux only; there, a missing one is an error and no skip.
+# Triton is built for Linux only; on Linux a missing Triton is an error, not a skip.
 collect_ignore = [] if sys.platform == "linux" else ["loss/test_loss_triton.py"]
 
 TOP_K = 8
@@ -51,7 +51,7 @@ def tokens_file(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         token_ids = np.concatenate([prompt, answer])
         positions = np.arange(len(prompt), len(token_ids), dtype=np.uint32)
         split = HELD_OUT if number >= 8 else TRAIN
-        # Every second student is not shown the task, so that its positions are not the teacher's.
+        # Every second student does not see the task, so that its positions differ from the teacher's.
         hidden = len(prompt) - 2 if number % 2 else 0
         trajectories.append(
             TokenizedTrajectory(
@@ -74,7 +74,7 @@ def tokens_file(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def cache_folder(student_folder: Path, tokens_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose teacher gives the token that really stands there 0.8 and spreads the rest."""
+    """A cache whose teacher gives the actual token a probability of 0.8 and spreads the rest."""
     tokenizer = ChatTokenizer(student_folder)
     identity = TeacherIdentity(
         model="sure",

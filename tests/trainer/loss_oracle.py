@@ -1,4 +1,4 @@
-"""The loss by its definition, with every probability written out, and rows to try it on."""
+"""Compute the loss by its definition, with every probability written out, and make rows to test it on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGITS = 160
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A student and a teacher's rows for it."""
+    """A student's hidden states and head, and a teacher's rows for them."""
 
     hidden: Tensor
     head: Tensor
@@ -27,17 +27,17 @@ class Case:
     target: Tensor
 
     def rows(self, temperature: float = 1.0) -> TeacherRows:
-        """As the loss takes them."""
+        """Return the teacher's rows as the loss takes them."""
         return TeacherRows(self.ids, self.logprobs, self.tail, self.target, temperature)
 
 
 def make_case(
     n: int, k: int, vocab: int, *, size: int = 24, std: float = 3.0, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Case:
-    """A student whose logits have about this standard deviation, and a teacher that knows nothing of it.
+    """Make a student whose logits have about this standard deviation, and a teacher that is independent of it.
 
-    Hidden states and head are multiples of 1/64, so that float32 holds every logit exactly, and an error that is
-    measured is the loss's own and not that of one more way to sum a product.
+    Hidden states and head are multiples of 1/64, so that float32 holds every logit exactly and a measured error is due to
+    the loss, not to the order in which a product is summed.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, size, generator=generator).mul(std * size**-0.5 * 64).round().div(64).to(dtype)
@@ -49,7 +49,7 @@ def make_case(
 
 
 def top_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A teacher's kept ids, log-probabilities and tail of float64 logits [N, V]."""
+    """Return the teacher's kept ids, log-probabilities and tail for float64 logits [N, V]."""
     logp = logits.log_softmax(-1)
     top, ids = logp.topk(k, dim=-1)
     return ids, top.float(), logp.scatter(1, ids, -torch.inf).logsumexp(-1).float()
@@ -58,10 +58,11 @@ def top_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def oracle(
     case: Case, vocab: int, options: LossOptions | None = None, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the hidden states, exact but for the last rounding to float64.
+    """Return the loss and its gradient in the hidden states, exact except for the last rounding to float64.
 
-    Where both softmaxes are sure, a true gradient of 1e-30 is a difference of numbers near 1, of which float64 keeps
-    nothing. So a row is computed as it is defined, but with 160 digits, a divergence's slope by a difference quotient.
+    Where both softmaxes are confident, a true gradient of 1e-30 is a difference of numbers near 1, which float64 loses
+    completely. So a row is computed by its definition, but with 160 digits, and the slope of a divergence by a difference
+    quotient.
     """
     options = options or LossOptions()
     logits = case.hidden.double() @ case.head[:vocab].double().T
@@ -73,7 +74,7 @@ def oracle(
 
 
 def _row(case: Case, n: int, logits: list[float], options: LossOptions, t: mpf) -> tuple[mpf, list[mpf]]:
-    """Loss and gradient of the logits of one row."""
+    """Return the loss of one row and its gradient in the logits."""
     q = _softmax([z / t for z in logits])
     bucket_of = {
         i: b
@@ -101,7 +102,7 @@ def _softmax(logits: list[mpf]) -> list[mpf]:
 
 
 def _term(p: mpf, q: mpf, options: LossOptions) -> mpf:
-    """What one bucket adds to the divergence."""
+    """Return one bucket's term of the divergence."""
     if options.divergence == "tvd":
         return abs(p - q) / 2
     if options.divergence == "forward_kl":
@@ -118,11 +119,11 @@ def _entropy_term(u: mpf, v: mpf) -> mpf:
 
 
 def _slope(p: mpf, q: mpf, options: LossOptions) -> mpf:
-    """d term / d q, to about 100 digits."""
+    """Return d term / d q to about 100 digits."""
     step = q * mpf(10) ** (-_DIGITS // 3)
     return (_term(p, q + step, options) - _term(p, q - step, options)) / (2 * step)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Relative error in the 2-norm."""
+    """Return the relative error in the 2-norm."""
     return float((found.double() - expected).norm() / expected.norm())

@@ -1,7 +1,7 @@
-"""The gradient of one optimizer step, by its definition: the whole step on merged float64 weights, one trajectory at a time.
+"""Compute the gradient of one optimizer step by its definition, on merged float64 weights, one trajectory at a time.
 
-Nothing here is the trainer's own: no batches, no padding, no injected layers, no loss kernels, no cut graph. The teacher is
-the one of the fixture `cache_folder`, known by hand.
+Nothing here uses the trainer's code: no batches, no padding, no injected layers, no loss kernels, no cut graph. The teacher
+is that of the fixture `cache_folder`, whose distribution is known.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from hyperagent_trainer.loss.options import LossOptions
 from hyperagent_trainer.runs.folder import RunFolder
 
 KEPT, TAIL_IDS = 8, 9
-"""Ids of a row of `cache_folder`, and the number of ids that share its tail evenly."""
+"""Number of kept ids in a row of `cache_folder`, and number of ids that share its tail evenly."""
 
 
 @dataclass(frozen=True)
 class PlainStudent:
-    """A student in float64, whose adapters are merged into its weights."""
+    """A student in float64 with adapters merged into its weights."""
 
     recipe: TrainRecipe
 
     @cached_property
     def model(self) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.recipe.student, dtype=torch.float64).eval()
-        # The grouped matrix product knows no float64.
+        # The grouped matrix product does not support float64.
         model.set_experts_implementation("eager")
         return model.requires_grad_(False)
 
@@ -49,14 +49,14 @@ class PlainStudent:
         return ChatTokenizer(self.recipe.student).vocab_size
 
     def network(self, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
-        """The hypernetwork of a checkpoint, in float64."""
+        """Return the hypernetwork with a checkpoint's weights in float64."""
         config, embeddings = self.recipe.hypernetwork, self.model.get_input_embeddings().weight
         network = AgenticHyperNetwork(config, discover_target_layers(self.model), embeddings.shape[1])
         network.load_state_dict(weights, strict=True)
         return network.double()
 
     def adapter(self, network: AgenticHyperNetwork, trajectory: TokenizedTrajectory) -> AdapterWeights:
-        """a [R, I] and b [O, R] of every layer, of the trajectory's prompt."""
+        """Return the adapter of the trajectory's prompt: a [R, I] and b [O, R] of every layer."""
         ids_1P = torch.from_numpy(trajectory.prompt_ids.astype("int64"))[None]
         made = network(self.model.get_input_embeddings()(ids_1P), torch.ones_like(ids_1P, dtype=torch.bool))
         return {name: LoRAPair(pair.a[0], pair.b[0]) for name, pair in made.items()}
@@ -70,7 +70,7 @@ class PlainStudent:
         options: LossOptions | None = None,
         full_view: bool = False,
     ) -> Tensor:
-        """The loss [N] of every supervised row in nats."""
+        """Return the loss of every supervised row in nats, shape [N]."""
         scale = self.recipe.hypernetwork.alpha / self.recipe.hypernetwork.rank
         merged = {
             f"{name}.weight": self.model.get_submodule(name).weight + scale * pair.b.double() @ pair.a.double()
@@ -92,7 +92,7 @@ class PlainStudent:
 
 def _row_loss(logits_V: Tensor, target: int, t: float, options: LossOptions) -> Tensor:
     kept = [target, *[i for i in range(KEPT) if i != target][: KEPT - 1]]
-    # The cache's codec keeps log-probabilities in float16, and the mass of the tail in float32.
+    # The cache's codec stores log-probabilities in float16 and the mass of the tail in float32.
     log_kept = torch.tensor([0.8] + [0.1 / (KEPT - 1)] * (KEPT - 1)).log().half().double()
     mass = torch.cat([(log_kept / t).exp(), torch.tensor([TAIL_IDS * (0.1 / TAIL_IDS) ** (1 / t)]).double()])
     p = mass / mass.sum()
@@ -111,12 +111,12 @@ def _row_loss(logits_V: Tensor, target: int, t: float, options: LossOptions) -> 
 
 @dataclass(frozen=True)
 class PlainStep:
-    """What one step has to find."""
+    """Expected loss and gradient of one step."""
 
     loss: float
     """Nats per supervised row."""
     gradient: dict[str, Tensor]
-    """By the parameter's name, before clipping."""
+    """Gradient by parameter name, before clipping."""
 
     @property
     def norm(self) -> float:
@@ -130,7 +130,7 @@ def plain_step(
     *,
     full_view: bool = False,
 ) -> PlainStep:
-    """The step of a hypernetwork with these weights over all `trajectories`, as the recipe describes it."""
+    """Compute the recipe's step of a hypernetwork with these weights over all `trajectories`."""
     student = PlainStudent(recipe)
     network = student.network(weights)
     rows = [
@@ -151,7 +151,7 @@ def plain_step(
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run that has kept a checkpoint of every step, its start included."""
+    """A run that has kept a checkpoint of every step, including step 0."""
 
     folder: RunFolder
 
@@ -159,23 +159,23 @@ class SavedRun:
         return load_file(self.folder.checkpoint(step) / "network.safetensors")
 
     def moments(self, step: int, name: str) -> dict[str, Tensor]:
-        """One of AdamW's two averages, by the parameter's name."""
+        """Return one of AdamW's two moments, by parameter name."""
         found = load_file(self.folder.checkpoint(step) / "optimizer.safetensors")
         return {key.removesuffix(f".{name}"): value for key, value in found.items() if key.endswith(f".{name}")}
 
     def first_gradient(self) -> dict[str, Tensor]:
-        """The gradient that the optimizer was given in step 1, after clipping: its average then holds a tenth of it."""
+        """Return the clipped gradient of step 1: AdamW's first moment then holds a tenth of it."""
         return {name: value.double() * 10 for name, value in self.moments(1, "exp_avg").items()}
 
 
 def saved_run(recipe: TrainRecipe, root: Path) -> SavedRun:
-    """Run the recipe and keep every checkpoint; with patience there is one of step 0, too."""
+    """Run the recipe and keep every checkpoint; `patience` adds one of step 0."""
     kept = {"checkpoint_every": 1, "keep_checkpoints": 1000, "patience": 1000}
     return SavedRun(run(recipe.model_copy(update=kept), root))
 
 
 def uneven_prompts(tokens: Path, path: Path) -> Path:
-    """A copy of a tokens file whose prompts differ in length, from 3 tokens on."""
+    """Write a copy of a tokens file whose prompts differ in length, from 3 tokens upwards."""
     with write_tokens(path, read_data_identity(tokens)) as writer:
         for number, one in enumerate(read_tokens(tokens)):
             writer.write(replace(one, prompt_ids=one.token_ids[: 3 + 4 * number]))
@@ -183,7 +183,7 @@ def uneven_prompts(tokens: Path, path: Path) -> Path:
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """In the 2-norm over all tensors."""
+    """Return the relative error in the 2-norm over all tensors."""
     assert found.keys() == expected.keys()
     squares = [
         ((found[name].double() - value).square().sum(), value.square().sum()) for name, value in expected.items()

@@ -1,6 +1,6 @@
-"""What a few steps of a recipe are, on as many ranks as torchrun starts: `torchrun ranks_child.py RECIPE.json OUT`.
+"""Run a few steps of a recipe on the ranks that torchrun starts: `torchrun ranks_child.py RECIPE.json OUT`.
 
-Every way of keeping the network and the activations in turn; OUT gets losses and the first step's gradients of each.
+It tries every way of storing the network and the activations, and writes the losses and the first step's gradients to OUT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What autograd keeps for a backward pass, counted."""
+"""Count the bytes that autograd keeps for a backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def saved_bytes(forward: Callable[[], object], owner: nn.Module) -> int:
-    """Bytes of the storages that `forward` leaves to its backward pass, each counted once, without `owner`'s parameters."""
+    """Return the bytes that `forward` keeps for its backward pass; every storage counts once, `owner`'s parameters not."""
     owned = {p.untyped_storage()._cdata for p in owner.parameters()}
     kept: dict[int, int] = {}
     held = []
@@ -18,7 +18,7 @@ def saved_bytes(forward: Callable[[], object], owner: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
             kept[storage._cdata] = storage.nbytes()
-            # A freed storage's place would be given out again, and two would count as one.
+            # The address of a freed storage could be reused, and two would count as one.
             held.append((tensor, storage))
         return tensor
 

@@ -1,4 +1,4 @@
-"""Runs of the training process as a whole, and what they told of themselves."""
+"""Run whole trainings and read their results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hyperagent_trainer.control.process import training_command
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 
-# After the imports, the student and the pre-flight.
+# Training checks for a stop after the imports, the student and the pre-flight.
 _CHECKS_WHILE_LOADING = 3
 
 
 class StopAfter(threading.Event):
-    """Set once a run has done `count` steps."""
+    """Stop event that is set once a run has done `count` steps."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def last_checkpoint(folder: RunFolder) -> Path:
 
 
 def start_worker(recipe: TrainRecipe, root: Path, **variables: str) -> subprocess.Popen[bytes]:
-    """The training process itself, or torchrun over several, with these variables in its environment."""
+    """Start the training process, or torchrun over several processes, with these environment variables."""
     root.mkdir()
     folder = RunFolder(root)
     folder.recipe.write_text(recipe.model_dump_json())

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-Next with its tokenizer, as a folder on the disk."""
+"""Write a tiny random Qwen3-Next with its tokenizer to a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_BYTES = 256
 
 
 def tiny_config(**changes: Any) -> Qwen3NextConfig:
-    """Three Gated DeltaNet layers and one of attention, every one with experts; more vocabulary rows than entries."""
+    """Return a config with three Gated DeltaNet layers and one of attention, all with experts, and padding vocabulary rows."""
     shape = {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -41,7 +41,7 @@ def tiny_config(**changes: Any) -> Qwen3NextConfig:
 
 
 def real_config() -> Qwen3NextConfig:
-    """That of Qwen3-Coder-Next, 80B, from its published config.json."""
+    """Return the config of Qwen3-Coder-Next, 80B, from its published config.json."""
     return Qwen3NextConfig(
         vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
         head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
@@ -51,7 +51,7 @@ def real_config() -> Qwen3NextConfig:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges and with two control tokens: 258 entries."""
+    """Write a byte-level tokenizer without merges and with two control tokens: 258 entries."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_tiny_student(folder: Path, **changes: Any) -> Path:
-    """A random student of seed 0, of `tiny_config` with `changes`."""
+    """Write a random student with seed 0 and the config `tiny_config` with `changes`."""
     write_tokenizer(folder)
     torch.manual_seed(0)
     Qwen3NextForCausalLM(tiny_config(**changes)).save_pretrained(folder)

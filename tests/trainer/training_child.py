@@ -1,7 +1,7 @@
-"""A training process that trains nothing: it keeps the contract of the run folder, or breaks it as told.
+"""A fake training process that keeps the contract of the run folder, or breaks it in a chosen way.
 
-Its one argument is the run folder; the last part of the recipe's `student` path says how it behaves. It
-imports nothing of the project, so that the files themselves are what is tested.
+Its only argument is the run folder; the last part of the recipe's `student` path selects the behavior. It imports nothing
+of the project, so that the tests depend on the files alone.
 """
 
 import json
@@ -28,18 +28,18 @@ def save(step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def train_until_told() -> None:
-    told = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+def train_until_stopped() -> None:
+    stops = []
+    signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
     step = max((int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("*")), default=0)
     with (run / "metrics.jsonl").open("a", buffering=1) as metrics:
-        while not told and step < recipe["num_steps"]:
+        while not stops and step < recipe["num_steps"]:
             step += 1
             metrics.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
             say("running", step)
             time.sleep(0.02)
     save(step)
-    say("stopped" if told else "done", step)
+    say("stopped" if stops else "done", step)
 
 
 def ignore_sigterm(state: str) -> None:
@@ -51,7 +51,7 @@ def ignore_sigterm(state: str) -> None:
 
 match behavior:
     case "trains":
-        train_until_told()
+        train_until_stopped()
     case "finishes":
         say("done", recipe["num_steps"])
     case "ignores-sigterm":

@@ -1,20 +1,20 @@
-"""Two synthetic worlds in which it is known what conditioning on the prompt is worth.
+"""Two synthetic worlds in which the gain from conditioning on the prompt is known.
 
-    prompt    the teacher's answer depends on what the prompt names, and on nothing else that the student cannot see
-    constant  the same prompts and tokens, and one answer whatever the prompt says
+    prompt    the teacher's answer depends on the values that the prompt names, and on nothing else hidden from the student
+    constant  the same prompts and tokens, but the answer does not depend on the prompt
 
-A sample has a latent: one value for each of a few attributes. Attribute c rules the tokens of class c: value v gives
-each group of the class's tokens its own answer, an id of that class. The prompt names the values, among noise. The
-tokens of a sequence are drawn independently of the latent and of each other, so nothing in the student's own context
-gives it away, and the teacher's row is exact: a few kept ids and the mass of all others.
+A sample has a latent: one value for each attribute. Attribute c determines the answers to the tokens of class c: value v
+gives each group of the class's tokens its own answer, an id of that class. The prompt names the values, among noise. The
+tokens of a sequence are drawn independently of the latent and of each other, so the student's own context does not reveal
+the latent, and the teacher's row is exact: the kept ids and the mass of all others.
 
-Held out are combinations: every value of every attribute is seen in training, the held-out tuples never are. Additive
-rules, such as a shift by 8 a + b, would be the wrong test, since a network learns those by heart long before it
-composes them (Power et al., arXiv:2201.02177).
+Combinations are held out: every value of every attribute occurs in training, but the held-out tuples never do. Additive
+rules, such as a shift by 8 a + b, would be the wrong test, since a network memorizes them long before it learns to compose
+them (Power et al., arXiv:2201.02177).
 
-The frozen student is trained beforehand on the mean of the teacher over all latents. It then knows all there is to know
-without the prompt, and what remains between it and the teacher is what the prompt alone can close: a static adapter
-has nothing to gain in the first world, and everything in the second, where that mean is not the answer.
+The frozen student is pretrained on the mean of the teacher over all latents. It then knows everything that does not need
+the prompt, and only the prompt can close the remaining gap to the teacher: a static adapter has nothing to gain in the
+first world, and everything in the second, where that mean is not the answer.
 
 Legend of shape suffixes: B samples, T tokens, P prompt tokens, N rows (B times T), K kept ids, V vocabulary.
 """
@@ -41,33 +41,33 @@ from hyperagent_trainer.data.teacher_rows import TeacherRows
 
 Kind = Literal["prompt", "constant"]
 Latent = tuple[int, ...]
-"""A value of each attribute."""
+"""One value for each attribute."""
 
 CLASS_SIZE = 16
 """Tokens of a class: ids c * 16 to c * 16 + 15."""
 FIRST_NAME = 96
-"""Id of the name of value 0 of attribute 0; those of the others follow."""
+"""Id of the name of value 0 of attribute 0; the names of the other values follow."""
 FIRST_NOISE = 160
-"""Ids from here to the last byte mean nothing."""
+"""First of the ids without a meaning, which reach to the last byte."""
 NUM_IDS = 256
 VOCAB_SIZE = NUM_IDS + 2
 SEQUENCE_TOKENS = 64
 PROMPT_TOKENS = 48
 NAMINGS = 6
-"""How often a prompt names each value; the other tokens of it are noise."""
-# The answer, and three ids of the token's own class that depend on no value; the others share the rest evenly.
+"""How often a prompt names each value; its other tokens are noise."""
+# The answer, and three ids of the token's own class that depend on no value; all other ids share the rest evenly.
 KEPT_PROBABILITIES = (0.9, 0.04, 0.02, 0.01)
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """The rules, and which combinations are held out."""
+    """The rules of a world, and the combinations that are held out."""
 
     kind: Kind
     num_attributes: int
     num_values: int
     answers: NDArray[np.int64]
-    """[attribute, value, place in the class, K]: places of the kept ids."""
+    """Places of the kept ids, shape [attribute, value, place in the class, K]."""
     train: tuple[Latent, ...]
     held_out: tuple[Latent, ...]
 
@@ -82,12 +82,12 @@ class World:
         num_groups: int = 2,
         held_out: int = 16,
     ) -> World:
-        """Draw a world; `held_out` combinations are never trained on, each value of each attribute always is."""
+        """Draw a world; `held_out` combinations do not occur in training, but every value of every attribute does."""
         generator = np.random.default_rng([seed, 1])
         k = len(KEPT_PROBABILITIES)
         answers = np.empty((num_attributes, num_values, CLASS_SIZE, k), np.int64)
         for attribute in range(num_attributes):
-            # No two values answer a group alike, and none with one of the ids that depend on no value.
+            # No two values give a group the same answer, and no answer is one of the ids that depend on no value.
             order = np.stack([generator.permutation(CLASS_SIZE) for _ in range(num_groups)])
             for value, place in np.ndindex(num_values, CLASS_SIZE):
                 of_group = order[place % num_groups]
@@ -100,7 +100,7 @@ class World:
                 return cls(kind, num_attributes, num_values, answers, tuple(shown), tuple(hidden))
 
     def prompt(self, latent: Latent, generator: np.random.Generator) -> NDArray[np.uint32]:
-        """Noise, with the names of the values somewhere in it, in any order."""
+        """Draw a prompt: noise that contains the names of the values at random places, in any order."""
         ids = generator.integers(FIRST_NOISE, NUM_IDS, PROMPT_TOKENS)
         places = generator.permutation(PROMPT_TOKENS)
         for attribute, value in enumerate(latent):
@@ -110,7 +110,7 @@ class World:
         return ids.astype(np.uint32)
 
     def batch(self, latents: Sequence[Latent], generator: np.random.Generator) -> Batch:
-        """One sequence per latent, every token of it supervised."""
+        """Draw one sequence per latent; every token is supervised."""
         token_ids = generator.integers(0, self.num_attributes * CLASS_SIZE, (len(latents), SEQUENCE_TOKENS))
         attribute, place = np.divmod(token_ids, CLASS_SIZE)
         rule = np.asarray(latents) if self.kind == "prompt" else np.zeros((len(latents), self.num_attributes), np.int64)
@@ -133,7 +133,7 @@ class World:
         )
 
     def mean_rows(self) -> Tensor:
-        """[tokens of all classes, V]: the teacher's whole rows, averaged over the latents of the prompt world."""
+        """Return the teacher's whole rows averaged over the latents of the prompt world, shape [tokens of all classes, V]."""
         rest = (1 - sum(KEPT_PROBABILITIES)) / (VOCAB_SIZE - len(KEPT_PROBABILITIES))
         rows = torch.zeros(self.num_attributes * CLASS_SIZE, VOCAB_SIZE)
         for attribute, value, place in np.ndindex(self.answers.shape[:3]):
@@ -144,7 +144,7 @@ class World:
 
     @property
     def information(self) -> float:
-        """Nats per token that the latent is worth: mean KL of the teacher from its own mean over the latents."""
+        """Return the worth of the latent in nats per token: mean KL of the teacher from its own mean over the latents."""
         mean = self.mean_rows()
         kept = torch.tensor(KEPT_PROBABILITIES)
         total = 0.0
@@ -159,7 +159,7 @@ class World:
 
 
 def train_student(folder: Path, world: World, *, num_steps: int = 240, **changes: Any) -> Path:
-    """A tiny student that answers with the mean over all latents, as a folder; it has never seen a prompt."""
+    """Train a tiny student that answers with the mean over all latents and has never seen a prompt, and write it to a folder."""
     write_tokenizer(folder)
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(tiny_config(**changes))

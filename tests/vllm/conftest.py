@@ -1,4 +1,4 @@
-"""Tiny models for a real vLLM on the CPU. These tests run in an environment of their own: `make test-vllm`."""
+"""Fixtures: tiny models for a real vLLM on the CPU. These tests need a separate environment: `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vllm_world import ENGINE_ARGS, MAX_TOKENS, TEMPERATURES, TOP_K, Load
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent_teacher.engines.vllm import VllmEngine
 
-# vLLM's Gated DeltaNet on a CPU takes bfloat16 only.
+# On a CPU, vLLM's Gated DeltaNet supports bfloat16 only.
 DTYPES = {"qwen3": torch.float32, "qwen3_moe": torch.float32, "qwen3_next": torch.bfloat16}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """vLLM leaves sockets to the garbage collector."""
+    """Ignore the sockets that vLLM leaves to the garbage collector."""
     for warning in (
         "ignore::ResourceWarning",
         "ignore::pytest.PytestUnraisableExceptionWarning",
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with model and tokenizer per architecture."""
+    """Folders with model and tokenizer, by architecture."""
     root = tmp_path_factory.mktemp("models")
     for name, config in configurations().items():
         write_model(root / name, config, dtype=DTYPES[name])
@@ -52,7 +52,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def load(model_folders: dict[str, Path]) -> Load:
-    """Loads an engine."""
+    """A function that loads an engine."""
 
     async def load_one(name: str, **settings: Any) -> VllmEngine:
         folder = model_folders[name]

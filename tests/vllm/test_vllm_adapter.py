@@ -1,6 +1,6 @@
-"""An exported adapter in a real vLLM against the student it was trained on: the log-probabilities of what vLLM generates.
+"""Compare an exported adapter in a real vLLM with the student it was trained on, by the log-probabilities of generated tokens.
 
-Dense students only: on a CPU, vLLM's mixture of experts does not take adapters.
+Only dense students are tested: on a CPU, vLLM's mixture of experts does not support adapters.
 """
 
 from __future__ import annotations
@@ -96,5 +96,5 @@ def test_vllm_generates_with_an_exported_adapter_as_the_injected_student_would(
     p50, p99 = (1e-5, 2e-5) if dtype == torch.float32 else (0.03, 0.2)
     assert np.quantile(difference, 0.5) <= p50
     assert np.quantile(difference, 0.99) <= p99
-    # Without the adapter the same tokens have quite other probabilities.
+    # Without the adapter the same tokens have clearly different probabilities.
     assert np.quantile(effect, 0.5) >= 1

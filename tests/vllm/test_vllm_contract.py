@@ -1,7 +1,7 @@
-"""The tap against stock vLLM and against the Transformers engine, on a real vLLM.
+"""Compare the tap with unpatched vLLM and with the Transformers engine, on a real vLLM.
 
-Stock rows come from the very same engine, whose tap leaves ordinary requests alone; they are normalized over the padded
-vocabulary, so they are compared after the padding's share has been taken out.
+The unpatched rows come from the same engine, whose tap does not touch ordinary requests; they are normalized over the
+padded vocabulary, so they are compared after the padding's share has been removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL_VOCAB_SIZE = 512
 
 
 async def stock_logprobs(engine: VllmEngine, token_ids: NDArray[np.uint32], real: int) -> NDArray[np.float64]:
-    """[T - 1, V]: log-probabilities over the real vocabulary, from vLLM's own prompt_logprobs of all ids."""
+    """Return log-probabilities [T - 1, V] over the real vocabulary from vLLM's own prompt_logprobs of all ids."""
     parameters = SamplingParams(
         prompt_logprobs=-1, max_tokens=1, detokenize=False, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
     )
@@ -71,7 +71,7 @@ async def test_rows_equal_stock_vllms_and_are_close_to_the_transformers_engines(
         stock = (await stock_logprobs(engine, token_ids, vocab_size))[positions - 1]
         rows = await score_all(engine, token_ids, positions)
         rows.validate(num_tokens=NUM_TOKENS, vocab_size=vocab_size, temperatures=TEMPERATURES)
-        # The other requests of the batch, and what was asked before, change nothing beyond rounding.
+        # Other requests of the batch and earlier requests change nothing beyond rounding.
         others = [score_all(engine, *sequence(vocab_size, seed)) for seed in (1, 2, 3)]
         again, *_ = await asyncio.gather(score_all(engine, token_ids, positions), *others)
     assert_equal_on_untied_ranks(rows, stock, atol=2e-5)
@@ -88,8 +88,8 @@ async def test_rows_equal_stock_vllms_and_are_close_to_the_transformers_engines(
     reference = TransformersEngine(folder, tokenizer_folder=folder, top_k=TOP_K, max_tokens=MAX_TOKENS)
     expected = await score_all(reference, token_ids, positions)
     reference.close()
-    # The maximum is no measure: in bfloat16 a router that stands on the edge sends a token to another expert, and then
-    # the whole row moves, in Transformers against itself in float32 as much as here.
+    # The maximum is not a useful measure: in bfloat16 a router near a tie sends a token to another expert, which changes
+    # the whole row. The difference between Transformers in bfloat16 and in float32 is as large.
     for other in (expected, again):
         difference = np.abs(rows.target_logprob - other.target_logprob)
         assert np.quantile(difference, 0.5) <= p50

@@ -1,4 +1,4 @@
-"""`hyperagent serve teacher --backend vllm` as a process of its own, whose engine is frozen and killed."""
+"""Test `hyperagent serve teacher --backend vllm` as a process whose engine is frozen and killed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def rows_of(client: TeacherClient, tokenizer: ChatTokenizer, seed: int = 0
 
 
 async def until_refused(client: TeacherClient) -> float:
-    """Seconds until the teacher says that it does not serve."""
+    """Return the seconds until the teacher reports that it is not serving."""
     started = time.monotonic()
     async with asyncio.timeout(60):
         while True:
@@ -91,7 +91,7 @@ async def test_a_frozen_engine_is_noticed_and_a_killed_one_is_started_again(
             for one in frozen:
                 one.send_signal(signal.SIGCONT)
             await client.wait_until_serving(30)
-            # The stream that waited goes on.
+            # The waiting stream continues.
             np.testing.assert_allclose((await waiting).logprobs, before.logprobs, atol=2e-5)
 
             frozen[0].kill()
@@ -102,8 +102,8 @@ async def test_a_frozen_engine_is_noticed_and_a_killed_one_is_started_again(
             for one in engine_processes(process.pid):
                 one.send_signal(signal.SIGSTOP)
             waiting = asyncio.create_task(rows_of(client, tokenizer))
-            # Frozen for good, it is killed and started again, and whoever waited is told.
-            with pytest.raises(NotServing, match="started again"):
+            # An engine that stays frozen is killed and restarted, and waiting callers get an error.
+            with pytest.raises(NotServing, match="being restarted"):
                 await asyncio.wait_for(waiting, 60)
             await client.wait_until_serving(START_S)
             np.testing.assert_allclose((await rows_of(client, tokenizer)).logprobs, before.logprobs, atol=2e-5)

@@ -1,4 +1,4 @@
-"""What the tests of the vLLM engine share."""
+"""Helpers that the tests of the vLLM engine share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_TOKENS = 2048
 ENGINE_ARGS = {
     "enforce_eager": True,
     "gpu_memory_utilization": 0.3,
-    # Smaller than a sequence, so that a prompt takes several steps.
+    # Smaller than a sequence, so that prefill takes several steps.
     "max_num_batched_tokens": 256,
 }
 NUM_TOKENS = 1000
@@ -34,7 +34,7 @@ async def score_all(
 
 
 def sequence(vocab_size: int, seed: int = 0) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Random ids, and 400 positions among which are the first and the last."""
+    """Return random ids and 400 positions, which include the first and the last."""
     generator = np.random.default_rng(seed)
     token_ids = generator.integers(0, vocab_size, NUM_TOKENS).astype(np.uint32)
     inner = np.sort(generator.choice(np.arange(2, NUM_TOKENS - 1), 398, replace=False))

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.errors import StorageError
-from hyperagent.files import write_atomically
 from hyperagent.progress import Progress
+from hyperagent.storage.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.repositories import Repository, invent_repositories

@@ -1,1 +1,1 @@
-"""The adapter service: a prompt in, a LoRA adapter in PEFT's format out."""
+"""Adapter service: turns a prompt into a LoRA adapter in PEFT's format."""

@@ -1,4 +1,4 @@
-"""Building the service: bundle, tokenizer and store are loaded and checked before the first request."""
+"""Construction of the service; bundle, tokenizer and store are loaded and checked before the first request."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from hyperagent_adapter_api.service import AdapterService
 from hyperagent_adapter_api.store import AdapterStore
 
 MAX_BODY_BYTES = 4 << 20
-"""Room for the longest prompt any hypernetwork reads, so that a longer one is refused by its tokens."""
+"""Large enough for every prompt a hypernetwork can read, so that longer prompts are refused by token count."""
 
 
 def build_app(settings: AdapterApiSettings, *, token: str) -> FastAPI:
-    """The service over the bundle and the store that `settings` name.
+    """Build the service from the bundle and the store given in `settings`.
 
     Raises:
         ConfigError: the bundle, its tokenizer or the store's folder cannot be used.
-        CorruptRecord: a file of the bundle is not the one that was written.
+        CorruptRecord: a file of the bundle is damaged.
         IdentityMismatch: the bundle's tokenizer is not the one its hypernetwork was trained with.
-        ServiceError: another process holds the store.
+        ServiceError: another process uses the store.
     """
     generator = AdapterGenerator(load_bundle(settings.bundle))
     store = AdapterStore(settings.store, max_adapters=settings.max_adapters)
@@ -37,7 +37,7 @@ def build_app(settings: AdapterApiSettings, *, token: str) -> FastAPI:
 
 
 def create_adapter_app(service: AdapterService, *, token: str) -> FastAPI:
-    """The REST application over `service`, which it closes when it shuts down."""
+    """Create the REST application for `service`, which is closed when the application shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""`hyperagent serve adapter-api`: the adapter service, from the command line."""
+"""`hyperagent serve adapter-api`: run the adapter service."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hyperagent_adapter_api.config import AdapterApiSettings
 
 @service_command(Service.ADAPTER_API, AdapterApiSettings)
 def serve(settings: AdapterApiSettings) -> None:
-    """Serve a bundle over REST: a prompt in, a LoRA adapter in PEFT's format out."""
+    """Serve a bundle over REST, turning prompts into LoRA adapters in PEFT's format."""
     from hyperagent.http.server import listening, run
 
     configure_logging(service="adapter-api")
-    # The port is taken before torch is imported, so that a busy one is known at once.
+    # The port is bound before torch is imported, so that a busy port is reported at once.
     with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
         from hyperagent_adapter_api.app import build_app
 

@@ -1,4 +1,4 @@
-"""From a prompt's text to the two files of its adapter."""
+"""Generation of the two files of an adapter from a prompt's text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hyperagent.model.peft_io import AdapterFiles, encode_adapter
 
 
 class AdapterGenerator:
-    """A bundle with its tokenizer; for one thread at a time."""
+    """Generate adapters with a bundle and its tokenizer; not thread-safe."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Load the bundle's tokenizer.
 
         Raises:
             ConfigError: the tokenizer cannot be loaded.
-            IdentityMismatch: it is not the one the hypernetwork was trained with.
+            IdentityMismatch: it is not the tokenizer that the hypernetwork was trained with.
         """
         self.bundle = bundle
         self._tokenizer = ChatTokenizer(bundle.tokenizer_folder)
@@ -37,11 +37,11 @@ class AdapterGenerator:
         )
 
     def encode(self, parts: Mapping[str, Any]) -> NDArray[np.uint32]:
-        """[P]: the ids the hypernetwork reads, which are all that an adapter depends on besides the bundle.
+        """Return the ids [P] that the hypernetwork reads; an adapter depends only on these and the bundle.
 
         Args:
             parts: the condition's parts (see `hyperagent.data.pipeline.views.Condition`), exactly those that the hypernetwork
-                was trained to read; None for what this conversation does not have.
+                was trained to read; None for parts that this conversation does not have.
 
         Raises:
             InvalidRequest: a part is missing or surplus, the task is empty, or a text cannot be read.
@@ -49,14 +49,14 @@ class AdapterGenerator:
         condition = self.bundle.manifest.condition
         if missing := [part for part in condition if part not in parts]:
             raise InvalidRequest(
-                f"this hypernetwork also reads {' and '.join(missing)}; send what the conversation has, or null"
+                f"this hypernetwork also reads {' and '.join(missing)}; send the conversation's value, or null"
             )
         if surplus := [part for part in parts if part not in condition]:
             raise InvalidRequest(
-                f"this hypernetwork does not read {' and '.join(surplus)}, only {', '.join(condition)}; leave it out"
+                f"this hypernetwork does not read {' and '.join(surplus)}, only {', '.join(condition)}; omit the others"
             )
         if not parts["task"].strip():
-            raise InvalidRequest("the prompt is empty; send the task's text")
+            raise InvalidRequest("the prompt is empty; send the text of the task")
         given = {part: value for part, value in parts.items() if value is not None}
         try:
             return condition_ids(self._tokenizer, Condition(**prune_nulls(given)), parts=condition)
@@ -64,7 +64,7 @@ class AdapterGenerator:
             raise InvalidRequest(f"the prompt cannot be read: {error}") from error
 
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterFiles:
-        """The adapter for [P] prompt ids.
+        """Generate the adapter for prompt ids [P].
 
         Raises:
             InvalidRequest: an id is outside the student's embedding table.

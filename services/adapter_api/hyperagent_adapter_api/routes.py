@@ -1,4 +1,4 @@
-"""The REST routes: translators between HTTP and the service."""
+"""REST routes: translation between HTTP and the service."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Served = Annotated[AdapterService, Depends(_service)]
 
 @router.post("/adapters", status_code=status.HTTP_201_CREATED)
 async def create_adapter(body: PromptBody, response: Response, service: Served) -> AdapterBody:
-    """Make the adapter for a prompt: 201, or 200 if it is already there."""
+    """Generate the adapter for a prompt: 201, or 200 if it already exists."""
     adapter, is_new = await service.create(body.parts())
     if not is_new:
         response.status_code = status.HTTP_200_OK
@@ -40,9 +40,9 @@ async def create_adapter(body: PromptBody, response: Response, service: Served) 
 def list_adapters(
     service: Served,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(pattern=ID_PATTERN, description="Start above this id.")] = None,
+    after: Annotated[str | None, Query(pattern=ID_PATTERN, description="Start after this id.")] = None,
 ) -> AdaptersBody:
-    """The adapters, in the order of their ids."""
+    """List the adapters in ascending order of id."""
     page = service.store.page(after=after, limit=limit + 1)
     following = f"/v1/adapters?limit={limit}&after={page[limit - 1].id}" if len(page) > limit else None
     return AdaptersBody(adapters=[_body(adapter) for adapter in page[:limit]], next=following)
@@ -50,7 +50,7 @@ def list_adapters(
 
 @router.get("/adapters/{adapter_id}")
 def get_adapter(adapter_id: str, service: Served) -> AdapterBody:
-    """One adapter."""
+    """Get one adapter."""
     return _body(service.store.get(adapter_id))
 
 
@@ -58,7 +58,7 @@ def get_adapter(adapter_id: str, service: Served) -> AdapterBody:
 def get_adapter_model(
     adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """The adapter's weights, for PEFT and vLLM."""
+    """Download the adapter's weights for PEFT and vLLM."""
     return _download(service, adapter_id, MODEL_FILE, "application/octet-stream", if_none_match)
 
 
@@ -66,19 +66,19 @@ def get_adapter_model(
 def get_adapter_config(
     adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """The adapter's LoraConfig, for PEFT and vLLM."""
+    """Download the adapter's LoraConfig for PEFT and vLLM."""
     return _download(service, adapter_id, CONFIG_FILE, "application/json", if_none_match)
 
 
 @router.delete("/adapters/{adapter_id}", status_code=status.HTTP_204_NO_CONTENT)
 def delete_adapter(adapter_id: str, service: Served) -> None:
-    """Remove an adapter; making it again gives it the same id."""
+    """Delete an adapter; generating it again gives the same id."""
     service.store.delete(adapter_id)
 
 
 @router.get("/bundle")
 def get_bundle(service: Served) -> BundleBody:
-    """What makes the adapters."""
+    """Describe the bundle that generates the adapters."""
     manifest = service.bundle.manifest
     return BundleBody(
         fingerprint=service.bundle.fingerprint,
@@ -109,7 +109,7 @@ def _download(
 
 
 def _matches(if_none_match: str, etag: str) -> bool:
-    """Weak comparison, as If-None-Match asks for (RFC 9110, section 13.1.2); our tags hold no comma."""
+    """Compare weakly, as If-None-Match requires (RFC 9110, section 13.1.2); our tags contain no comma."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag in tags
 

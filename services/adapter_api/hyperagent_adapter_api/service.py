@@ -1,7 +1,7 @@
-"""The adapter service itself: prompts in a bounded queue, one worker that turns them into stored adapters.
+"""Adapter service: a bounded queue of prompts and one worker that turns them into stored adapters.
 
-One worker, because a forward pass already uses every core torch may have. It is also what makes two equal requests
-at once yield one adapter: the second finds what the first has stored.
+There is one worker because a forward pass already uses every core that torch may use. It also ensures that two equal
+concurrent requests yield one adapter: the second finds the adapter that the first has stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = structlog.get_logger()
 
 
 class AdapterService:
-    """Makes adapters, and keeps them in `store`."""
+    """Generate adapters and keep them in `store`."""
 
     def __init__(self, generator: AdapterGenerator, store: AdapterStore, *, max_pending_requests: int) -> None:
         self.bundle = generator.bundle
@@ -33,10 +33,10 @@ class AdapterService:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     async def create(self, parts: Mapping[str, Any]) -> tuple[StoredAdapter, bool]:
-        """The adapter for a prompt's parts, and whether it is new; called on the event loop's thread only.
+        """Return the adapter for a prompt's parts, and whether it is new; call it only on the event loop's thread.
 
         Raises:
-            Busy: as many prompts as the service accepts are waiting.
+            Busy: the queue of prompts is full.
             InvalidRequest: the parts are not those that the hypernetwork reads, or cannot be read.
             LimitExceeded: the prompt is longer than the hypernetwork reads.
             StorageError: the adapter could not be stored; nothing of it was.
@@ -53,7 +53,7 @@ class AdapterService:
             self._pending -= 1
 
     def close(self) -> None:
-        """Let the prompt in progress end, drop those that wait, and let go of the store."""
+        """Finish the prompt in progress, drop waiting prompts, and close the store."""
         self._worker.shutdown(cancel_futures=True)
         self.store.close()
 

@@ -1,11 +1,11 @@
-"""Adapters on disk, a folder each, which PEFT and vLLM load as it is.
+"""Store of adapters on disk, each in a folder that PEFT and vLLM can load directly.
 
 ID/adapter_model.safetensors   the factors
 ID/adapter_config.json         PEFT's LoraConfig
-ID/adapter.json                what this service knows about it
+ID/adapter.json                metadata of this service
 
-An id is a digest of what the adapter was made from, so it is known before the adapter is and making one twice
-stores it once. A folder is there whole or not at all.
+An id is a digest of the adapter's inputs, so it is known before the adapter is generated, and generating an adapter
+twice stores it once. Folders are created and deleted atomically.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pydantic import ValidationError
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.file_lock import open_locked
-from hyperagent.files import fsync_directory, is_temporary, new_directory
 from hyperagent.http.adapter_models import StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
+from hyperagent.storage.file_lock import open_locked
+from hyperagent.storage.files import fsync_directory, is_temporary, new_directory
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 
@@ -40,19 +40,19 @@ _RETIRED_PREFIX = ".retired-"
 
 
 def id_of(bundle: Bundle, prompt_ids: NDArray[np.uint32]) -> str:
-    """The id of the adapter that `bundle` makes for [P] prompt ids."""
+    """Return the id of the adapter that `bundle` generates for prompt ids [P]."""
     return blake3(bytes.fromhex(bundle.fingerprint) + prompt_ids.astype("<u4").tobytes()).hexdigest()
 
 
 class AdapterStore:
-    """A folder of adapters, held by one process; safe for several threads."""
+    """Folder of adapters, used by one process at a time; thread-safe."""
 
     def __init__(self, root: Path, *, max_adapters: int) -> None:
-        """Take hold of the folder, making it if there is none, and clear away what a killed process left.
+        """Create the folder if necessary, lock it, and remove leftovers of a killed process.
 
         Raises:
             ConfigError: the folder cannot be used.
-            ServiceError: another process holds it.
+            ServiceError: another process uses it.
         """
         self._root = root
         self._max_adapters = max_adapters
@@ -62,15 +62,15 @@ class AdapterStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         os.close(self._lock)
 
     def get(self, adapter_id: str) -> StoredAdapter:
-        """What is known about an adapter.
+        """Return the metadata of an adapter.
 
         Raises:
-            NotFound: there is none of this id.
-            CorruptRecord: its record is damaged.
+            NotFound: there is no adapter with this id.
+            CorruptRecord: its metadata is damaged.
         """
         path = self._folder(adapter_id) / _RECORD_FILE
         try:
@@ -83,10 +83,10 @@ class AdapterStore:
             ) from error
 
     def page(self, *, after: str | None, limit: int) -> list[StoredAdapter]:
-        """Up to `limit` adapters in the order of their ids, from the first id above `after` on.
+        """Return up to `limit` adapters in ascending order of id, starting with the first id above `after`.
 
         Raises:
-            CorruptRecord: a record among them is damaged.
+            CorruptRecord: the metadata of one of them is damaged.
         """
         found: list[StoredAdapter] = []
         for adapter_id in sorted(self._ids()):
@@ -97,21 +97,21 @@ class AdapterStore:
             try:
                 found.append(self.get(adapter_id))
             except NotFound:
-                continue  # deleted since the folder was listed
+                continue  # Deleted since the folder was listed.
         return found
 
     def open(self, adapter_id: str, name: str) -> tuple[StoredAdapter, BinaryIO]:
-        """An adapter's record and one of its two files, which stays readable if the adapter is deleted meanwhile.
+        """Return an adapter's metadata and one of its two files, which remains readable if the adapter is deleted.
 
         Raises:
-            NotFound: there is no adapter of this id.
-            CorruptRecord: its record or the file is damaged.
+            NotFound: there is no adapter with this id.
+            CorruptRecord: its metadata or the file is damaged.
         """
         adapter = self.get(adapter_id)
         try:
             file = (self._folder(adapter_id) / name).open("rb")
         except FileNotFoundError:
-            self.get(adapter_id)  # deleted since its record was read
+            self.get(adapter_id)  # Deleted since its metadata was read.
             raise CorruptRecord(f"adapter {adapter_id} lacks {name}; delete the adapter and make it again") from None
         if name == MODEL_FILE and os.fstat(file.fileno()).st_size != adapter.bytes:
             file.close()
@@ -121,20 +121,22 @@ class AdapterStore:
         return adapter, file
 
     def require_room(self) -> None:
-        """Raises:
-        StorageError: the store holds as many adapters as it may.
+        """Require that the store has room for another adapter.
+
+        Raises:
+            StorageError: the store is full.
         """
         if len(self._ids()) >= self._max_adapters:
             raise StorageError(
-                f"the store holds {self._max_adapters} adapters, the most it may (--max-adapters); "
-                "delete some, or raise the limit"
+                f"the store holds {self._max_adapters} adapters, the maximum (--max-adapters); "
+                "delete some or raise the limit"
             )
 
     def put(self, adapter_id: str, files: AdapterFiles, *, bundle: Bundle, prompt_tokens: int) -> StoredAdapter:
-        """Store an adapter, whole or not at all.
+        """Store an adapter atomically.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         adapter = StoredAdapter(
             id=adapter_id,
@@ -160,19 +162,19 @@ class AdapterStore:
         """Remove an adapter.
 
         Raises:
-            NotFound: there is none of this id.
-            StorageError: the file system refused; the adapter is still there.
+            NotFound: there is no adapter with this id.
+            StorageError: a file operation failed; the adapter still exists.
         """
         retired = self._root / f"{_RETIRED_PREFIX}{uuid.uuid4().hex}"
         try:
-            # Renamed first, so that nobody meets half an adapter.
+            # Renamed first, so that no reader sees a partially deleted adapter.
             self._folder(adapter_id).rename(retired)
             fsync_directory(self._root)
         except FileNotFoundError:
             raise _not_found(adapter_id) from None
         except OSError as error:
             raise StorageError(
-                f"could not delete adapter {adapter_id}: {error.strerror}; see to the store's folder"
+                f"could not delete adapter {adapter_id}: {error.strerror}; check the store's folder"
             ) from error
         shutil.rmtree(retired, ignore_errors=True)
 
@@ -186,16 +188,16 @@ class AdapterStore:
 
 
 def _not_found(adapter_id: str) -> NotFound:
-    return NotFound(f"there is no adapter {adapter_id}; GET /v1/adapters lists those there are")
+    return NotFound(f"there is no adapter {adapter_id}; GET /v1/adapters lists all adapters")
 
 
 def _hold(root: Path) -> int:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
-            raise ConfigError(f"cannot keep adapters in {root}: it may not be written to; choose another --store")
+            raise ConfigError(f"cannot keep adapters in {root}: it is not writable; choose another --store")
         return open_locked(root, exclusive=True)
     except BlockingIOError:
-        raise ServiceError(f"another adapter service holds {root}; stop it, or choose another --store") from None
+        raise ServiceError(f"another adapter service uses {root}; stop it, or choose another --store") from None
     except OSError as error:
         raise ConfigError(f"cannot keep adapters in {root}: {error.strerror}; choose another --store") from error

@@ -1,4 +1,4 @@
-"""`hyperagent serve teacher`: the teacher, from the command line."""
+"""The command `hyperagent serve teacher`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hyperagent_teacher.config import TeacherSettings
 
 @service_command(Service.TEACHER, TeacherSettings)
 def serve(settings: TeacherSettings) -> None:
-    """Serve a teacher over gRPC: score token sequences, fill the cache with its top-k rows."""
+    """Serve a teacher over gRPC: score token sequences and fill the cache with its top-k rows."""
     configure_logging(service="teacher")
-    # gRPC's core logs to standard error on its own; what a person can fix reaches them as an error already.
+    # gRPC's core logs to standard error; problems that the user can fix already arrive as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar would break up the log's JSON lines
-    from hyperagent_teacher.service.server import serve as serve_teacher  # torch takes seconds to import
+    from hyperagent_teacher.service.server import serve as serve_teacher  # importing torch takes seconds
 
     serve_teacher(settings, token=ensure_token())

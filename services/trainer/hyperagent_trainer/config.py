@@ -13,30 +13,31 @@ from hyperagent.model.config import HyperNetworkConfig
 from hyperagent_trainer.loss.options import LossBackend, LossOptions
 
 AttentionName = Literal["auto", "cudnn", "flash", "efficient", "flash_attn"]
-"""How softmax attention can be computed on a GPU: three kernels of PyTorch's, and the package flash-attn."""
+"""Kernels for softmax attention on a GPU: three of PyTorch's and the package flash-attn; "auto" picks the fastest."""
 
 
 class TrainRecipe(StrictModel):
-    """One training run. Relative paths are relative to the recipe's own folder."""
+    """The recipe of one training run; relative paths are resolved against the recipe's folder."""
 
     student: Path
     """Folder of the frozen student: a Transformers model and its tokenizer."""
     tokens: Path
-    """Tokens file with the trajectories, both splits."""
+    """Tokens file with the trajectories of both splits."""
     cache: Path | str
     """Folder of the teacher's cache, or the address of a published one, such as "s3://bucket/cache"."""
     arm: Literal["hypernetwork", "static"] = "hypernetwork"
     """What is trained: a hypernetwork, or one adapter for every prompt, of the hypernetwork's rank and alpha."""
     hypernetwork: HyperNetworkConfig = HyperNetworkConfig()
     warm_start: Path | None = None
-    """Folder of a PEFT adapter, as a static run leaves it, to which the hypernetwork adds; without, it starts from zero."""
+    """Folder of a PEFT adapter, such as a static run exports, to which the hypernetwork adds; without, it starts from
+    zero."""
     targets: tuple[str, ...] | None = None
-    """Projections to adapt, as paths inside a decoder layer; by default those of the student's type."""
+    """Projections to adapt, as paths inside a decoder layer; by default those of the student's model type."""
     max_prompt_tokens: int = Field(32_768, ge=1)
-    """Longest prompt the hypernetwork reads; a longer one in the data stops the run before it starts."""
+    """Longest prompt in tokens that the hypernetwork reads; a longer one in the data is refused before training starts."""
     full_view_share: float = Field(0.0, ge=0, le=1)
-    """Share of the training trajectories, other ones in every epoch, that the student sees as the teacher does instead of
-    in the view that the tokens file has for it (`hyperagent data tokenize --internalize`)."""
+    """Share of the training trajectories, drawn anew in every epoch, that the student sees as the teacher does instead of
+    in the student's view of the tokens file (`hyperagent data tokenize --internalize`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     num_steps: int = Field(1000, ge=1)
     """Optimizer steps, unless `num_epochs` is given."""
@@ -45,61 +46,63 @@ class TrainRecipe(StrictModel):
     batch_size: int = Field(8, ge=1)
     """Trajectories per step, over all processes."""
     micro_batch_size: int = Field(1, ge=1)
-    """Trajectories that a process computes at once, padded to the longest; the result does not depend on it."""
+    """Trajectories that a process computes together, padded to the longest; the result does not depend on it."""
     processes: int = Field(1, ge=1, le=64)
-    """That train together on this machine, one per GPU; above 1 the student is sharded over them."""
+    """Number of training processes on this machine, one per GPU; above 1 the student is sharded over them."""
     student_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen student's weights and activations; the network is float32."""
+    """Dtype of the frozen student's weights and activations; the network is float32."""
     checkpoint_activations: bool = True
-    """Keep of each decoder layer its input alone and run it again in the backward pass: a third slower, and the only way
-    to long trajectories."""
+    """Keep only the input of each decoder layer and run the layer again in the backward pass: a third slower, but required
+    for long trajectories."""
     moe_tile_tokens: int | None = Field(16_384, ge=1)
-    """Tokens that a mixture-of-experts block computes at once; all of them without."""
+    """Tokens that a mixture-of-experts block computes at once; null computes all of them at once."""
     attention: AttentionName = "auto"
-    """What computes the student's softmax attention on a GPU; by default the fastest there is, found out by trying."""
+    """Kernel of the student's softmax attention on a GPU; by default the fastest one, found by trying each."""
     shard_network: bool = False
-    """Shard the network with its optimizer state over the processes, instead of a copy on each."""
+    """Shard the network and its optimizer state over the processes instead of keeping a copy on each."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     b_head_learning_rate_factor: float = Field(1.0, gt=0)
-    """Multiplies the learning rate of what makes B, which starts at zero (LoRA+, arXiv:2402.12354)."""
+    """Factor on the learning rate of the parameters that generate B, which starts at zero (LoRA+, arXiv:2402.12354)."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    """Steps of linear warm-up; a cosine decay to a tenth of the peak follows."""
     warmup_epochs: int | None = Field(None, ge=0)
-    """Passes of warm-up among the `num_epochs`, instead of a number of steps."""
+    """Number of the `num_epochs` that are warm-up, instead of a number of steps."""
     weight_decay: float = Field(0.01, ge=0)
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of a larger L2 norm, over all parameters, are scaled down to it."""
+    """Largest L2 norm of the gradient over all parameters; a larger gradient is scaled down to it."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep an exponential moving average of the weights, which is what is evaluated and exported; such as 0.999 for runs of
-    thousands of steps. Without, the weights themselves are."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and exported instead of the weights
+    themselves; for example 0.999 for runs of thousands of steps."""
     max_skipped_steps: int = Field(3, ge=0)
-    """Steps in a row without a finite loss and gradient that are skipped and reported, before the run is given up."""
+    """Consecutive steps without a finite loss and gradient that are skipped and reported before the run fails."""
     patience: int | None = Field(None, ge=1)
-    """Evaluations in a row without a lower held-out KL after which training ends. What is exported is then the network of
-    the best evaluation; without `patience`, training never ends early, and the last step's is."""
+    """Consecutive evaluations without a lower held-out KL after which training ends; the network of the best evaluation is
+    then exported. Without `patience` training never ends early, and the network of the last step is exported."""
     temperature: float = Field(1.0, ge=0.1, le=100)
-    """Of both softmaxes in training's loss (held-out KL is always at 1). The cache must have rows at it."""
+    """Temperature of both softmaxes in the training loss (held-out KL is always at 1); the cache must have rows at it."""
     loss: LossOptions = LossOptions()
-    """Of training; held-out KL is always plain forward KL."""
+    """Options of the training loss; held-out KL is always plain forward KL."""
     loss_backend: LossBackend = "auto"
-    """What computes the loss: "torch" on a CPU or GPU, "triton" for Triton kernels on a GPU; "auto" takes torch."""
+    """Backend of the loss: "torch" on a CPU or GPU, "triton" for Triton kernels on a GPU; "auto" is torch."""
     loss_workspace_mib: int | None = Field(None, ge=1)
-    """Memory for the logits that the loss holds at once; by default 96 MiB on a CPU and 600 MiB on a GPU."""
+    """Memory in MiB for the logits that the loss holds at once; by default 96 on a CPU and 600 on a GPU."""
     loader_workers: int = Field(0, ge=0, le=64)
-    """Processes that read and decode batches ahead of the steps; 0 for a small run, which has no use for them."""
+    """Processes that read and decode batches ahead of the steps; with 0, enough for small runs, training reads them itself."""
     evaluate_every: int = Field(200, ge=1)
-    """Steps between evaluations on the held-out split; there is always one at the end."""
+    """Steps between evaluations on the held-out split; there is always an evaluation at the end."""
     checkpoint_every: int = Field(200, ge=1)
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always a checkpoint at the end."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The last so many checkpoints are kept, and with `patience` that of the best evaluation."""
+    """Number of latest checkpoints that are kept; with `patience`, also that of the best evaluation."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the metrics go besides `metrics.jsonl`, which is always written; each needs the extra of its name. Weights &
-    Biases stays offline unless the environment's WANDB_MODE says otherwise."""
+    """Where metrics are logged in addition to `metrics.jsonl`; each logger needs the extra of its name. Weights & Biases
+    stays offline unless the environment variable WANDB_MODE says otherwise."""
 
     @property
     def loss_workspace_bytes(self) -> int | None:
+        """The loss's workspace in bytes; None for the default."""
         return None if self.loss_workspace_mib is None else self.loss_workspace_mib * 2**20
 
     @field_validator("student", "tokens", "cache", "warm_start")
@@ -128,11 +131,11 @@ class TrainRecipe(StrictModel):
         if self.warmup_epochs is not None and self.num_epochs is None:
             raise ValueError("warmup_epochs belongs to num_epochs; give warmup_steps with num_steps")
         if self.warmup_epochs is not None and self.num_epochs is not None and self.warmup_epochs >= self.num_epochs:
-            raise ValueError("warmup_epochs are among num_epochs, so they must be fewer")
+            raise ValueError("warmup_epochs are part of num_epochs, so they must be fewer")
         return self
 
     def in_steps(self, num_trajectories: int) -> TrainRecipe:
-        """The same with epochs of a training split of this size turned into steps."""
+        """Return the recipe with epochs converted to steps for a training split of `num_trajectories`."""
         if self.num_epochs is None:
             return self
         per_epoch = -(-num_trajectories // self.batch_size)
@@ -142,10 +145,10 @@ class TrainRecipe(StrictModel):
 
 
 def load_recipe(path: Path, overrides: RunOverrides | None = None) -> TrainRecipe:
-    """Read a recipe, with its paths made absolute and `overrides` applied.
+    """Read a recipe, resolve its paths and apply `overrides`.
 
     Raises:
-        ConfigError: the file is missing or has a bad field; every bad field is named.
+        ConfigError: the file is missing or has invalid fields; the message names every invalid field.
     """
     changes: dict[str, Any] = overrides.model_dump(exclude_none=True) if overrides else {}
     if "num_steps" in changes:

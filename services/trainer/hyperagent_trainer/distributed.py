@@ -1,7 +1,7 @@
-"""The processes that train together: one on a laptop, one per GPU under torchrun, on one machine or on many.
+"""Join the processes that train together: one on a laptop, one per GPU under torchrun, on one machine or many.
 
-torchrun tells each process its place by environment variables (https://docs.pytorch.org/docs/stable/elastic/run.html).
-Without them there is one process and no process group, and everything below does nothing.
+torchrun passes rank and world size in environment variables (https://docs.pytorch.org/docs/stable/elastic/run.html).
+Without them there is one process and no process group, and the collective operations below do nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Longer than any one of a step's parts takes, evaluation included, and short enough to learn of a rank that hangs.
+# Longer than any part of a step takes, evaluation included, and short enough to detect a rank that hangs.
 _TIMEOUT = timedelta(minutes=30)
 _BUCKET_NUMBERS = 2**25
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -30,29 +30,31 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """The rank of this process and the collective operations over all ranks."""
 
     rank: int
+    """Rank of this process, from 0."""
     size: int
+    """Number of ranks."""
     device: torch.device
-    """This process's."""
+    """Device of this process."""
     mesh: DeviceMesh | None
-    """What the student is sharded over; on many machines sharded within each and replicated across them (HSDP).
+    """Mesh over which the student is sharded; with many machines, sharded within each and replicated across them (HSDP).
     None for one process."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all: writes files, reports."""
+        """Whether this process writes the files and reports for all ranks."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place, the same bits on each of them."""
+        """Sum a tensor over all ranks in place; the result has the same bits on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def max(self, number: float) -> float:
-        """The largest on any rank."""
+        """Return the largest value of `number` on any rank."""
         if self.size == 1:
             return number
         largest = torch.tensor(number, dtype=torch.float64, device=self.device)
@@ -60,11 +62,11 @@ class Ranks:
         return float(largest)
 
     def sum_gradients_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum the gradients of replicated parameters over the ranks; those of sharded ones have been summed already."""
+        """Sum the gradients of replicated parameters over the ranks; those of sharded parameters are already summed."""
         if self.size == 1:
             return
         for bucket in _buckets([p for p in parameters if not isinstance(p, DTensor)]):
-            # A rank whose part of the step did not need a parameter still takes part in the sum.
+            # A rank whose part of the step did not use a parameter must still take part in the sum.
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = self.sum_(torch.cat([g.flatten() for g in gradients]))
             for parameter, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
@@ -88,7 +90,7 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 @contextmanager
 def init_distributed() -> Iterator[Ranks]:
-    """Join the other processes for the length of the block, or be alone."""
+    """Join the process group of torchrun for the duration of the block; without torchrun, yield a single rank."""
     on_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -110,12 +112,12 @@ def init_distributed() -> Iterator[Ranks]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks if it is sharded; then every rank has to ask."""
+    """Return the whole tensor, gathered from all ranks if it is sharded; a collective call that every rank must make."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, of which a rank keeps what it keeps of `like`, on its device."""
+    """Place a whole tensor on the device of `like`, sharded as `like` is."""
     if isinstance(like, DTensor):
         # Every rank has read the same, so nothing needs to be sent.
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -123,7 +125,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def machine_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or of the host as far as this process's control group may use it."""
+    """Return the bytes of memory of the GPU, or of the host up to the limit of this process's control group."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     total = int(psutil.virtual_memory().total)
@@ -134,7 +136,7 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most that this process has held so far, of the GPU's memory or of the host's."""
+    """Return the peak memory of this process so far, in bytes of the GPU's memory or of the host's."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # Linux counts in KiB, macOS in bytes (man page getrusage(2)).

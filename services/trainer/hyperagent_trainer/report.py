@@ -1,4 +1,4 @@
-"""What a pre-flight says: named checks, each with what was measured, what was asked for, and a verdict."""
+"""The report of a pre-flight: named checks, each with what was measured, what is required, and a verdict."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ Measured = Mapping[str, int | float | str]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     passed: bool
     measured: Measured
-    """Figures by name."""
+    """Measured values by name."""
     bound: str
-    """What was asked for."""
+    """What the check requires."""
     remedy: str
-    """Why a failure matters and how to fix it; the same whether it passed or not."""
+    """Why a failure matters and how to fix it; the same whether the check passed or not."""
 
     @property
     def found(self) -> str:
-        """The figures in one line, for people."""
+        """The measured values in one human-readable line."""
         return ", ".join(f"{name} {_written(value)}" for name, value in self.measured.items())
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Every check that was made, in order."""
+    """The results of all checks, in order."""
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values of every check, and `passed` of them all."""
+        """Return JSON values: every check, and whether all of them passed."""
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
     def require_passed(self) -> None:
-        """Stop here unless every check has passed.
+        """Raise unless every check passed.
 
         Raises:
-            ConfigError: naming every failed check, and of the first what was found, why it matters and how to fix it.
+            ConfigError: a check failed. The message names every failed check and says for the first what was found, what
+                is required, why it matters and how to fix it.
         """
         failed = [check for check in self.checks if not check.passed]
         if not failed:

@@ -1,4 +1,4 @@
-"""Reading a cache, wherever its records are."""
+"""Interface for reading a cache, local or remote."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, eq=False)
 class CachedRecord:
-    """What the cache holds of one trajectory."""
+    """Cached rows of one trajectory."""
 
     rows: TopKRows
     num_tokens: int
-    """Tokens of the trajectory, context included."""
+    """Number of tokens in the trajectory, context included."""
 
 
 @dataclass(frozen=True)
 class StoredTrajectory:
-    """What a trajectory consists of."""
+    """Stored description of a trajectory: its sizes and its blocks."""
 
     key: str
     num_tokens: int
@@ -51,10 +51,10 @@ class StoredTrajectory:
 
 
 class CacheReader(ABC):
-    """A teacher's top-k rows by trajectory; safe to read from several threads, and to hand to another process."""
+    """Read a teacher's top-k rows by trajectory; thread-safe and picklable."""
 
     def __init__(self, name: str, manifest: Manifest, hot: HotTier | None) -> None:
-        """Of its subclasses: `name` is the folder or the address, for people."""
+        """Initialize the state shared by subclasses; `name` is the folder or the address shown in messages."""
         self.name = name
         self.identity = manifest.identity
         self.settings = manifest.settings
@@ -63,15 +63,15 @@ class CacheReader(ABC):
 
     @abstractmethod
     def trajectory_keys(self) -> list[str]:
-        """Every trajectory in the cache, by its key, sorted."""
+        """Return the sorted keys (hex) of all trajectories in the cache."""
 
     @abstractmethod
     def data_fingerprints(self) -> list[str]:
-        """Fingerprints of all data that trajectories were put in of, sorted."""
+        """Return the fingerprints of the datasets this cache was populated from, sorted."""
 
     @abstractmethod
     def _read(self, keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
-        """Headers and bytes of whole records, checked; raises as `rows_of`."""
+        """Yield the headers and bytes of whole records after checking them; raises as `rows_of`."""
 
     @abstractmethod
     def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
@@ -79,11 +79,11 @@ class CacheReader(ABC):
 
     @property
     def hot_tier_stats(self) -> HotTierStats:
-        """What the hot tier was good for until now, in this process; nothing if there is none."""
+        """Hits and misses of the hot tier in this process; all zeros without a hot tier."""
         return self._hot.use if self._hot else HotTierStats()
 
     def close(self) -> None:
-        """Let go of what is open, of the hot tier too."""
+        """Close everything that is open, including the hot tier."""
         if self._hot:
             self._hot.close()
 
@@ -94,10 +94,10 @@ class CacheReader(ABC):
         self.close()
 
     def require_data(self, data: DataIdentity) -> None:
-        """Refuse data that the cache was not populated from.
+        """Require that the cache was populated from `data`.
 
         Raises:
-            IdentityMismatch: it was not; says of what it was.
+            IdentityMismatch: it was populated from other data; the message names it.
         """
         if data.fingerprint not in self.data_fingerprints():
             raise IdentityMismatch(
@@ -106,31 +106,31 @@ class CacheReader(ABC):
             )
 
     def key(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> str:
-        """Digest (hex) of all that decides a trajectory: the teacher, the tokens [T], the supervised positions [N]."""
+        """Return the digest (hex) that identifies a trajectory: teacher, tokens [T] and supervised positions [N]."""
         return trajectory_key(self.identity.fingerprint, token_ids, positions)
 
     @abstractmethod
     def contains(self, key: str) -> bool:
-        """Return whether the index names the trajectory `key` (hex); no record is read, so damage goes unnoticed.
+        """Return whether the index lists the trajectory `key` (hex); no record is read, so damage is not noticed.
 
-        A trajectory is named last, so all of its blocks have been written then.
+        A trajectory is added to the index after its blocks, so a listed trajectory has all of them.
         """
 
     def is_intact(self, key: str) -> bool:
-        """Return whether the trajectory `key` (hex) is stored whole; every byte of its records is read and checked.
+        """Return whether the trajectory `key` (hex) is complete and undamaged; every byte of its records is checked.
 
         Raises:
-            StorageError: the storage refused.
+            StorageError: reading from the storage failed.
         """
         return self.stored_digest(key) is not None
 
     def stored_digest(self, key: str) -> str | None:
         """Return the digest (hex) of the trajectory `key` (hex), or None if it is not intact.
 
-        Every byte is read from the storage, whatever this process has read and checked before.
+        Every byte is read from the storage again, even if this process has checked it before.
 
         Raises:
-            StorageError: the storage refused.
+            StorageError: reading from the storage failed.
         """
         try:
             header, content = self._read_again(bytes.fromhex(key))
@@ -145,30 +145,30 @@ class CacheReader(ABC):
         return digest.hexdigest()
 
     def trajectory(self, key: str) -> StoredTrajectory:
-        """What one trajectory consists of.
+        """Return the sizes and the blocks of one trajectory.
 
         Raises:
-            NotFound: there is none.
-            CorruptRecord: its record is damaged; says which and how to mend it.
-            StorageError: the file system refused.
+            NotFound: the cache has no such trajectory.
+            CorruptRecord: its record is damaged; the message says which and how to restore it.
+            StorageError: reading from the file system failed.
         """
         header, content = self._read_one(bytes.fromhex(key))
         blocks = decode_trajectory(header, header.payload(content))
         return StoredTrajectory(key, header.num_tokens, header.num_rows, blocks)
 
     def rows_of(self, block_keys: Sequence[bytes]) -> Iterator[StoredRows]:
-        """Blocks' rows as they are stored, from the hot tier where it has them.
+        """Yield the rows of blocks as stored; records in the hot tier are not read from storage.
 
         Raises:
-            NotFound: there is no such block.
-            CorruptRecord: it is damaged; says which and how to mend it.
-            StorageError: the file system refused.
+            NotFound: the cache has no such block.
+            CorruptRecord: a record is damaged; the message says which and how to restore it.
+            StorageError: reading from the file system failed.
         """
         for header, payload in self.records_of(block_keys):
             yield decode_rows(header, payload, self.identity)
 
     def records_of(self, block_keys: Sequence[bytes]) -> Iterator[tuple[Header, memoryview]]:
-        """Blocks' records, for who decodes them elsewhere; from the hot tier where it has them.
+        """Yield the headers and payloads of blocks without decoding them; uses the hot tier where it has them.
 
         Raises:
             As `rows_of`.
@@ -185,9 +185,9 @@ class CacheReader(ABC):
         """Read one trajectory.
 
         Raises:
-            NotFound: there is none.
-            CorruptRecord: it is damaged; says which and how to mend it.
-            StorageError: the file system refused.
+            NotFound: the cache has no such trajectory.
+            CorruptRecord: a record is damaged; the message says which and how to restore it.
+            StorageError: reading from the file system failed.
         """
         trajectory = self.trajectory(key)
         parts = self.rows_of([block.key for block in trajectory.blocks])
@@ -196,7 +196,7 @@ class CacheReader(ABC):
         )
 
     def record(self, key: bytes) -> bytes:
-        """A whole record's bytes, checked.
+        """Return the bytes of a whole record after checking them.
 
         Raises:
             As `rows_of`.
@@ -208,7 +208,7 @@ class CacheReader(ABC):
         return found
 
     def _copies(self, keys: Sequence[bytes]) -> list[tuple[Header, memoryview] | None]:
-        """What the hot tier has of whole records; None in the place of each other."""
+        """Return the whole records that the hot tier has, and None for each one that it lacks."""
         if self._hot is None:
             return [None] * len(keys)
         copies = self._hot.get([self._hot_name(key) for key in keys])
@@ -228,5 +228,5 @@ class CacheReader(ABC):
         return header, content
 
     def _hot_name(self, key: bytes) -> str:
-        # A key covers the teacher's fingerprint, and the name how rows are stored, so one Redis can serve many caches.
+        # The key covers the teacher and the digest covers the storage settings, so one Redis can serve many caches.
         return f"hyperagent:topk:{self._settings_digest}:{key.hex()}"

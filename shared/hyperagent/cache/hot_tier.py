@@ -1,8 +1,8 @@
-"""The hot tier: a Redis that holds copies of records, and may lose, damage, delay or refuse any of them at any time.
+"""Hot tier: an optional Redis with copies of records, which may lose, damage, delay or refuse any of them at any time.
 
-Nothing depends on it. A read has one deadline over all of it, so a Redis that answers byte by byte costs no more than
-one that is silent; a write is handed over and never waited for. An error opens a breaker, and Redis is left alone for a
-while. What it answers is checked by the reader like what the disk answers.
+Correctness never depends on it. A read has a single deadline, so a Redis that answers byte by byte costs no more than
+one that does not answer; writes happen in the background. An error opens a circuit breaker, which pauses the use of
+Redis for a while. The reader checks values from Redis exactly like bytes from disk.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ log = structlog.get_logger()
 
 
 class HotTierStats(NamedTuple):
-    """What a hot tier was good for."""
+    """Usage counts of a hot tier."""
 
     hits: int = 0
     misses: int = 0
-    """Values that it did not have, or did not give in time."""
+    """Number of values that Redis did not have or did not return in time."""
     is_degraded: bool = False
     """Whether the circuit breaker is open."""
 
     def since(self, earlier: HotTierStats) -> HotTierStats:
-        """What has come after `earlier`."""
+        """Return the difference between these counts and `earlier`."""
         return HotTierStats(self.hits - earlier.hits, self.misses - earlier.misses, self.is_degraded)
 
 
 class HotTier:
-    """Bytes by name, best effort; no method raises or takes longer than half a second. Safe to use from several threads."""
+    """Best-effort store of bytes by name; thread-safe; no method raises or takes longer than half a second."""
 
     def __init__(self, url: str, client: redis.asyncio.Redis, *, ttl_s: int) -> None:
-        """Use `connect`."""
+        """Initialize from a Redis client; use `connect` instead."""
         self._url = url
         self._client = client
         self._ttl_s = ttl_s
@@ -58,17 +58,17 @@ class HotTier:
         self.misses = 0
         self.errors = 0
         self.not_kept = 0
-        """Values that were not written, because Redis is slow or the circuit breaker is open."""
+        """Number of values not written because Redis is slow or the circuit breaker is open."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hot-tier", daemon=True)
         self._thread.start()
 
     @classmethod
     def connect(cls, url: str, *, ttl_s: int = DEFAULT_TTL_S) -> HotTier:
-        """Name a Redis, such as "redis://localhost:6379/0"; it need not be up.
+        """Create a hot tier for a Redis URL such as "redis://localhost:6379/0"; the server need not be running.
 
         Args:
-            ttl_s: seconds until Redis forgets a record. How much Redis holds is bounded by its own `maxmemory`.
+            ttl_s: seconds until a record expires. The memory that Redis uses is bounded by its own `maxmemory`.
 
         Raises:
             ConfigError: `url` is not a Redis URL.
@@ -78,26 +78,26 @@ class HotTier:
                 url, protocol=3, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
             )
         except ValueError as error:
-            # Neither the address nor the reason is shown: both may quote a password.
-            raise ConfigError("the Redis URL is wrong; give one like redis://127.0.0.1:6379/0") from error
+            # Neither the URL nor the reason is shown, because both may contain a password.
+            raise ConfigError("the Redis URL is invalid; use one like redis://127.0.0.1:6379/0") from error
         return cls(url, client, ttl_s=ttl_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process connects for itself."""
+        """Pickle the settings only; another process opens its own connection."""
         return _reconnect, (self._url, self._ttl_s)
 
     @property
     def is_degraded(self) -> bool:
-        """Whether the circuit breaker is open: Redis is not asked for a while."""
+        """Whether the circuit breaker is open, so that Redis is not used for a while."""
         return time.monotonic() < self._left_alone_until
 
     @property
     def use(self) -> HotTierStats:
-        """What it was good for until now."""
+        """Usage counts until now."""
         return HotTierStats(self.hits, self.misses, self.is_degraded)
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
-        """The bytes under each name, where Redis has them and answers in time."""
+        """Return the bytes under each name, or None where Redis lacks them or does not answer in time."""
         answer = None if self.is_degraded else self._wait(self._guarded(self._get(names), _TIMEOUT_S))
         found = answer or [None] * len(names)
         self.hits += sum(value is not None for value in found)
@@ -105,7 +105,7 @@ class HotTier:
         return found
 
     def put(self, values: Mapping[str, bytes]) -> None:
-        """Keep copies, if Redis will; returns at once."""
+        """Store copies in the background; return at once."""
         size = sum(map(len, values.values()))
         if self.is_degraded or self._waiting_bytes + size > _MOST_WAITING_BYTES:
             self.not_kept += len(values)
@@ -115,14 +115,14 @@ class HotTier:
         future.add_done_callback(lambda _: self._has_been_put(size))
 
     def drop(self, name: str) -> None:
-        """Forget what `get` found under `name`, because it is damaged; returns at once."""
+        """Delete the damaged value that `get` found under `name` in the background; return at once."""
         self.hits -= 1
         self.misses += 1
         if not self.is_degraded:
             asyncio.run_coroutine_threadsafe(self._guarded(self._drop(name), _TIMEOUT_S), self._loop)
 
     def flush(self, timeout_s: float = 2.0) -> None:
-        """Wait until what was put has been written, or refused."""
+        """Wait until pending writes have succeeded or failed."""
         end = time.monotonic() + timeout_s
         while self._waiting_bytes and time.monotonic() < end:
             time.sleep(0.001)
@@ -140,7 +140,7 @@ class HotTier:
             part = names[start : start + _VALUES_PER_CALL]
             answer = await self._client.mget(part)
             if not isinstance(answer, list) or len(answer) != len(part):
-                raise RedisError("MGET was answered with something else than its values")
+                raise RedisError("Redis answered MGET with an invalid reply")
             found.extend(value if isinstance(value, bytes) else None for value in answer)
         return found
 
@@ -159,14 +159,16 @@ class HotTier:
             async with asyncio.timeout(timeout_s):
                 return await action
         except (RedisError, OSError, TimeoutError, KeyError, TypeError, ValueError) as error:
-            # Also of another type than Redis' own: whatever answers at this address need not be a Redis.
+            # Includes errors other than Redis' own, because the server at this address may not be a Redis.
             if not self.is_degraded:
                 log.warning(
-                    "hot tier left alone, disk is used", seconds=_BREAKER_S, error=str(error) or "no answer in time"
+                    "hot tier paused, reading from disk",
+                    seconds=_BREAKER_S,
+                    error=str(error) or "no answer in time",
                 )
             self.errors += 1
             self._left_alone_until = time.monotonic() + _BREAKER_S
-            # What is left of a late answer must not be taken for that of the next question.
+            # The rest of a late reply must not be read as the reply to the next command.
             with suppress(RedisError, OSError, TimeoutError):
                 await self._client.connection_pool.disconnect()
             return None

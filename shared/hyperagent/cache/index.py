@@ -1,7 +1,8 @@
-"""The index: where each record stands. A SQLite file beside the shards, which can always be made again from them.
+"""Index of record locations: a SQLite file next to the shards, which can always be rebuilt from them.
 
-Its transactions are what makes a record be there: bytes of a shard that the index does not know do not count, and the
-shard's next writer cuts them off. Its write lock is what lets several processes put one record once.
+A record exists once a transaction has added it to the index: bytes of a shard that the index does not list are ignored,
+and the shard's next writer truncates them. The index's write lock prevents several processes from storing the same
+record twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 from hyperagent.cache.format.record import Kind
 from hyperagent.cache.format.shard import Location
 from hyperagent.errors import CorruptRecord, HyperagentError, StorageError
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 _SCHEMA_VERSION = 2
 _SCHEMA = """
@@ -39,20 +40,20 @@ class Entry:
 
 
 class Index:
-    """Safe to use from several threads; every process opens its own."""
+    """SQLite index of records; thread-safe; every process opens its own."""
 
     def __init__(self, database: Database) -> None:
-        """Use `create` or `open`."""
+        """Initialize from an open connection; use `create` or `open` instead."""
         self._database = database
 
     @classmethod
     def create(cls, path: Path) -> Index:
-        """Create an empty index that is whole in its one file until it is opened again.
+        """Create an empty index, complete in a single file until it is opened again.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
-        # Closing a write-ahead log reports no error, even where it could not bring the log into the file.
+        # Closing a write-ahead log reports no error, even if the log could not be written into the file.
         database = _open(path, journal="DELETE")
         try:
             database.create_tables(_SCHEMA, _SCHEMA_VERSION)
@@ -66,8 +67,8 @@ class Index:
         """Open an existing index.
 
         Raises:
-            CorruptRecord: it is damaged or of another version; it can be made again from the shards.
-            StorageError: the file system refused.
+            CorruptRecord: it is damaged or has another version; it can be rebuilt from the shards.
+            StorageError: a file operation failed.
         """
         database = _open(path, journal="WAL")
         try:
@@ -83,27 +84,27 @@ class Index:
         self._database.close()
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Hold the write lock, against other processes too; all changes inside become durable together at its end.
+        """Hold the write lock (across processes); all changes inside become durable together at the end.
 
         Raises:
-            StorageError: the file system refused; nothing has changed.
+            StorageError: a file operation failed; nothing has changed.
         """
         return self._database.transaction()
 
     def find(self, key: bytes) -> Location | None:
-        """Where a record stands."""
+        """Return the location of a record, or None if there is no such record."""
         with self._database.connection() as connection:
             found = connection.execute("SELECT shard, offset, length FROM records WHERE key = ?", (key,)).fetchone()
         return Location(*found) if found else None
 
     def keys(self, kind: Kind) -> list[bytes]:
-        """All keys of one kind, sorted."""
+        """Return all keys of one kind, sorted."""
         with self._database.connection() as connection:
             found = connection.execute("SELECT key FROM records WHERE kind = ? ORDER BY key", (kind,))
             return [key for (key,) in found]
 
     def entries(self, shard: str) -> list[Entry]:
-        """The records that count of one shard, by offset."""
+        """Return the live records of one shard, sorted by offset."""
         with self._database.connection() as connection:
             found = connection.execute(
                 "SELECT key, kind, shard, offset, length FROM records WHERE shard = ? ORDER BY offset", (shard,)
@@ -111,32 +112,32 @@ class Index:
         return [Entry(key, Kind(kind), Location(*at)) for key, kind, *at in found]
 
     def put(self, entries: Iterable[Entry]) -> None:
-        """Name records, each in the place of what had its key."""
+        """Insert records, replacing any with the same key."""
         with self._database.connection() as connection:
             connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", _to_rows(entries))
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Name records whose key has none yet; the others are left as they are."""
+        """Insert records whose keys are new; existing ones stay unchanged."""
         with self._database.connection() as connection:
             connection.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?)", _to_rows(entries))
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Forget records."""
+        """Remove records by key."""
         with self._database.connection() as connection:
             connection.executemany("DELETE FROM records WHERE key = ?", [(key,) for key in keys])
 
     def ends(self) -> dict[str, int]:
-        """Where the records of each shard end."""
+        """Return the end offset of each shard's records by shard name."""
         with self._database.connection() as connection:
             return dict(connection.execute("SELECT name, end FROM shards ORDER BY name").fetchall())
 
     def set_end(self, shard: str, end: int) -> None:
-        """Say where the records of a shard end."""
+        """Set the end offset of a shard's records."""
         with self._database.connection() as connection:
             connection.execute("INSERT OR REPLACE INTO shards VALUES (?, ?)", (shard, end))
 
     def remove_shard(self, shard: str) -> None:
-        """Forget a shard and all of its records."""
+        """Remove a shard and all of its records."""
         with self._database.connection() as connection:
             connection.execute("DELETE FROM records WHERE shard = ?", (shard,))
             connection.execute("DELETE FROM shards WHERE name = ?", (shard,))
@@ -147,13 +148,12 @@ def _to_rows(entries: Iterable[Entry]) -> list[tuple[bytes, int, str, int, int]]
 
 
 def _open(path: Path, *, journal: Literal["WAL", "DELETE"]) -> Database:
-    # With a write-ahead log anything less than synchronous may lose the last transactions with the power, and they
-    # have been acknowledged.
+    # With a write-ahead log, any weaker synchronous mode may lose acknowledged transactions on a power failure.
     return Database(path, domain_error=partial(_domain_error, path), synchronous=True, journal=journal)
 
 
 def _domain_error(path: Path, error: sqlite3.Error | OSError) -> HyperagentError:
     if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
         return CorruptRecord(f"the cache's index {path} is damaged: {error}; run `hyperagent cache repair`")
-    remedy = "see whether its disk is full or read-only, and run the same command again"
+    remedy = "check whether its disk is full or read-only, and run the same command again"
     return StorageError(f"could not use the cache's index {path}: {error}; {remedy}")

@@ -1,4 +1,4 @@
-"""The index of a cache: opened, or made again from the shards where it is missing or damaged."""
+"""Open the index of a cache, or rebuild it from the shards if it is missing or damaged."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hyperagent.cache.format.shard import (
 )
 from hyperagent.cache.index import Entry, Index
 from hyperagent.errors import CorruptRecord, StorageError
-from hyperagent.file_lock import locked
-from hyperagent.files import fsync_directory, remedy_of, temporary_sibling
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.file_lock import locked
+from hyperagent.storage.files import fsync_directory, remedy_of, temporary_sibling
 
 _LOCK_S = 600.0
 log = structlog.get_logger()
 
 
 def open_index(root: Path, fingerprint: str) -> Index:
-    """The index of the cache in `root`, made again from its shards if need be.
+    """Open the index of the cache in `root`; rebuild it from the shards if it is missing or damaged.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file operation failed.
     """
     path = index_path(root)
     with suppress(CorruptRecord):
@@ -39,27 +39,27 @@ def open_index(root: Path, fingerprint: str) -> Index:
             return Index.open(path)
     try:
         with locked(root / "index.lock", exclusive=True, wait_s=_LOCK_S):
-            # Somebody else may have made it while this process waited.
+            # Another process may have rebuilt it while this one waited.
             if path.exists():
                 try:
                     return Index.open(path)
                 except CorruptRecord as error:
-                    log.warning("damaged index is made again", path=str(path), reason=str(error))
+                    log.warning("rebuilding damaged index", path=str(path), reason=str(error))
             rebuild_index(root, fingerprint)
             return Index.open(path)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"could not make {path}: {error.strerror or error}; {remedy_of(error)}") from error
+        raise StorageError(f"could not rebuild {path}: {error.strerror or error}; {remedy_of(error)}") from error
 
 
 def rebuild_index(root: Path, fingerprint: str, progress: Progress = no_progress) -> None:
-    """Make the index from the shards and put it in its place; hold `index.lock`, and have no writer.
+    """Rebuild the index from the shards; the caller holds `index.lock` and ensures that there is no writer.
 
-    Of two whole records with one key the first counts, in the order of the shards' names.
+    If two valid records have the same key, the first in the order of shard names is used.
 
     Raises:
-        OSError: the file system refused; the index is as it was.
+        OSError: a file operation failed; the index is unchanged.
     """
     path = index_path(root)
     temporary = temporary_sibling(path)
@@ -81,17 +81,17 @@ def rebuild_index(root: Path, fingerprint: str, progress: Progress = no_progress
 
 
 def index_path(root: Path) -> Path:
-    """Where a cache's index stands."""
+    """Return the path of a cache's index."""
     return root / "index.sqlite"
 
 
 def _entries_of(path: Path, fingerprint: str) -> tuple[list[Entry], int]:
-    """The records of a shard and where they end; a damaged part is passed over, and `hyperagent cache verify` names it."""
+    """Return a shard's records and their end offset; damage is skipped and left to `hyperagent cache verify`."""
     try:
         if fingerprint_of(path) != fingerprint:
-            raise CorruptRecord("it is of another teacher")
+            raise CorruptRecord("it belongs to another teacher")
     except CorruptRecord as error:
-        log.warning("shard passed over", shard=str(path), reason=str(error))
+        log.warning("shard skipped", shard=str(path), reason=str(error))
         return [], SHARD_HEADER_BYTES
     if path.suffix == SEALED:
         with suppress(CorruptRecord):
@@ -110,7 +110,7 @@ def _entries_of(path: Path, fingerprint: str) -> tuple[list[Entry], int]:
         for one in found
         if one.header is not None and not one.damage
     ]
-    # A torn tail is not part of the shard; its next writer cuts it off.
+    # A torn tail is not part of the shard; its next writer truncates it.
     end = max((one.offset + one.length for one in found if not one.damage), default=SHARD_HEADER_BYTES)
     return entries, end
 

@@ -1,10 +1,10 @@
-"""The cache: a teacher's top-k rows on disk, which are the truth, and copies of them in an optional hot tier.
+"""Local cache: a teacher's top-k rows on disk, with copies in an optional hot tier.
 
     ROOT/manifest.json           format version, the identity of the teacher, how rows are stored
-    ROOT/data/<fingerprint>.json identity of data that trajectories were put in of
-    ROOT/shards/<name>.shard     records, sealed; <name>.open is one that grows
-    ROOT/index.sqlite            where each record stands; it can be made again from the shards
-    ROOT/readers.lock            held shared by whoever reads, so that nothing is removed under it
+    ROOT/data/<fingerprint>.json identity of a dataset that the cache was populated from
+    ROOT/shards/<name>.shard     sealed records; <name>.open is a shard that is being written
+    ROOT/index.sqlite            location of each record; can be rebuilt from the shards
+    ROOT/readers.lock            lock shared by all readers, so that nothing is removed while they read
 
 docs/cache-format.md specifies every byte.
 """
@@ -35,20 +35,20 @@ from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.cache.trajectory_writer import TrajectoryWriter
 from hyperagent.cache.writer import SHARD_BYTES, RecordWriter
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, StorageError
-from hyperagent.files import is_temporary, write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity, require_same
+from hyperagent.storage.files import is_temporary, write_atomically
 from hyperagent.topk import TopKRows
 
 log = structlog.get_logger()
 
 
 class LocalCache(CacheReader):
-    """A teacher's top-k rows by trajectory; safe to use from several threads and processes of one machine."""
+    """Store and read a teacher's top-k rows by trajectory; safe for threads and processes of one machine."""
 
     def __init__(
         self, root: Path, manifest: Manifest, *, hot: HotTier | None = None, shard_bytes: int, exclusive: bool = False
     ) -> None:
-        """Use `create_or_open` or `open`."""
+        """Lock and open the parts of a cache; use `create_or_open` or `open` instead."""
         super().__init__(str(root), manifest, hot)
         self.root = root
         self.shards = root / "shards"
@@ -56,7 +56,7 @@ class LocalCache(CacheReader):
         self._lock = hold(root / "readers.lock", exclusive=exclusive)
         try:
             self.index = open_index(root, manifest.identity.fingerprint)
-            """For the tools that look after a cache."""
+            """Index of the cache, public for `hyperagent.cache.maintenance`."""
         except BaseException:
             os.close(self._lock)
             raise
@@ -75,16 +75,16 @@ class LocalCache(CacheReader):
         hot: HotTier | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> Self:
-        """The cache of one teacher, made if it is not there.
+        """Open the cache of one teacher; create it if it does not exist.
 
         Args:
-            settings: how rows are to be stored; what it does not set is as in the cache, or the default of a new one.
+            settings: storage settings; unset fields are taken from the cache, or are the defaults for a new one.
             shard_bytes: size from which a shard is sealed.
 
         Raises:
-            ConfigError: the cache stores rows in another way than `settings` says.
+            ConfigError: `settings` differ from those of the cache.
             IdentityMismatch: the cache holds another teacher's rows.
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         if not manifest_path(root).exists():
             write_manifest(root, Manifest(identity, settings or CacheSettings()))
@@ -107,21 +107,21 @@ class LocalCache(CacheReader):
 
     @classmethod
     def open(cls, root: Path, *, hot: HotTier | None = None, exclusive: bool = False) -> Self:
-        """An existing cache.
+        """Open an existing cache.
 
         Args:
-            exclusive: keep everybody else from opening it, to remove something.
+            exclusive: keep all other processes from opening the cache, so that records can be removed.
 
         Raises:
-            ConfigError: there is none, or it is of an unknown format version.
-            Conflict: somebody has it open alone, or, to be alone, at all.
+            ConfigError: there is no cache, or its format version is unknown.
+            Conflict: it is open exclusively elsewhere or, with `exclusive`, it is open elsewhere.
             CorruptRecord: its manifest is damaged.
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         return cls(root, read_manifest(root), hot=hot, shard_bytes=SHARD_BYTES, exclusive=exclusive)
 
     def close(self) -> None:
-        """Let go of all files, and of the hot tier."""
+        """Close all files and the hot tier."""
         super().close()
         self._writer.close()
         self.reader.close()
@@ -129,14 +129,14 @@ class LocalCache(CacheReader):
         os.close(self._lock)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the folder for itself."""
+        """Pickle the folder and the hot tier's settings only; another process opens the cache again."""
         return _reopen, (self.root, self._hot)
 
     def record_data(self, data: DataIdentity) -> None:
-        """Write down that trajectories of `data` are put in.
+        """Record that the cache is populated from `data`.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: a file operation failed.
         """
         path = self._data_path(data.fingerprint)
         if not path.exists():
@@ -147,11 +147,11 @@ class LocalCache(CacheReader):
         return sorted(path.stem for path in (self.root / "data").glob("*.json") if not is_temporary(path))
 
     def data_identities(self) -> list[DataIdentity]:
-        """Identities of all data that trajectories were put in of.
+        """Return the identities of the datasets this cache was populated from.
 
         Raises:
-            CorruptRecord: one is damaged.
-            StorageError: the file system refused.
+            CorruptRecord: an identity file is damaged.
+            StorageError: a file operation failed.
         """
         found = []
         for path in map(self._data_path, self.data_fingerprints()):
@@ -166,7 +166,7 @@ class LocalCache(CacheReader):
         return found
 
     def capture(self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> TrajectoryWriter:
-        """Begin, or go on, to put a trajectory in: ask the teacher for its rows from `TrajectoryWriter.first_row` on."""
+        """Start or resume storing a trajectory; the teacher must supply rows from `TrajectoryWriter.first_row` on."""
         manifest = Manifest(self.identity, self.settings)
         blocks = list(
             plan_blocks(self.identity.fingerprint, token_ids, positions, block_tokens=self.settings.block_tokens)
@@ -181,14 +181,14 @@ class LocalCache(CacheReader):
         )
 
     def put(self, token_ids: NDArray[np.uint32], rows: TopKRows) -> str:
-        """Put one whole trajectory in; what is there already stays.
+        """Store one whole trajectory; blocks that the cache already has are kept.
 
         Returns:
             The trajectory's key.
 
         Raises:
-            InvalidRequest: the rows are not distributions over this teacher's vocabulary, or not of its top k.
-            StorageError: the file system refused; the trajectory is not there.
+            InvalidRequest: the rows are not distributions over this teacher's vocabulary, or have another top k.
+            StorageError: a file operation failed; the trajectory is not stored.
         """
         capture = self.capture(token_ids, rows.positions)
         capture.add(rows.part(slice(capture.first_row, None)))
@@ -204,10 +204,10 @@ class LocalCache(CacheReader):
         return [key.hex() for key in self.index.keys(Kind.TRAJECTORY)]
 
     def write_again(self, records: Sequence[bytes]) -> None:
-        """Append whole records, and have the index name them in the place of what has their keys.
+        """Append whole records and make the index point to them instead of existing records with the same keys.
 
         Raises:
-            StorageError: the file system refused; the index names what it did.
+            StorageError: a file operation failed; the index is unchanged.
         """
         self._writer.write(records, again=True)
 
@@ -216,7 +216,7 @@ class LocalCache(CacheReader):
         self._writer.seal()
 
     def release_shard(self) -> None:
-        """Give up the shard that this process writes; the next writer goes on with it."""
+        """Close the shard that this process writes and release its lock; the next writer continues it."""
         self._writer.close()
 
     def _first_missing(self, blocks: Sequence[BlockPlan]) -> int:
@@ -226,15 +226,15 @@ class LocalCache(CacheReader):
             except NotFound:
                 return number
             except CorruptRecord as error:
-                log.warning("damaged record will be written again", reason=str(error))
+                log.warning("rewriting damaged record", reason=str(error))
                 return number
         return len(blocks)
 
     def write_records(self, records: Sequence[bytes]) -> None:
-        """Make whole records durable; those that are there already stay as they are.
+        """Store whole records durably; existing records with the same keys stay unchanged.
 
         Raises:
-            StorageError: the file system refused; none of them is there.
+            StorageError: a file operation failed; none of the new records is stored.
         """
         self._writer.write(records)
         if self._hot:
@@ -248,7 +248,7 @@ class LocalCache(CacheReader):
             try:
                 found = self.reader.read(at, key)
             except NotFound:
-                # Compaction has moved it, and has deleted the shard it was in.
+                # Compaction has moved the record and deleted its old shard.
                 found = self.reader.read(self._at(key), key)
             yield found
 

@@ -1,4 +1,4 @@
-"""The lock of a cache's readers: shared by everyone who has the cache open, exclusive for whoever removes something."""
+"""Reader lock of a cache: shared by every process that has the cache open, exclusive for removing records."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hyperagent.errors import Conflict, StorageError
-from hyperagent.file_lock import open_locked
+from hyperagent.storage.file_lock import open_locked
 
 
 def hold(path: Path, *, exclusive: bool) -> int:
     """Lock `path` until the returned descriptor is closed.
 
     Raises:
-        Conflict: somebody reads, or, for a reader, somebody removes something.
-        StorageError: the file system refused.
+        Conflict: the cache is open elsewhere (for an exclusive lock), or records are being removed (for a shared one).
+        StorageError: a file operation failed.
     """
     try:
         return open_locked(path, exclusive=exclusive)
     except BlockingIOError:
         reason = (
-            "somebody has it open; stop trainers and teachers that use it first"
+            "another process has it open; first stop the trainers and teachers that use it"
             if exclusive
-            else "something is being removed from it; wait for that to end"
+            else "another process is removing records from it; wait until it has finished"
         )
         raise Conflict(f"the cache in {path.parent} is in use: {reason}") from None
     except OSError as error:
-        raise StorageError(f"could not lock {path}: {error.strerror}; see the folder's permissions") from error
+        raise StorageError(f"could not lock {path}: {error.strerror}; check the folder's permissions") from error
 
 
 @contextmanager
 def held_exclusively(path: Path) -> Iterator[None]:
-    """Hold the lock at `path` against all readers.
+    """Hold the exclusive lock at `path`, which keeps all readers out.
 
     Raises:
         As `hold`.

@@ -1,10 +1,9 @@
-"""A cache's sealed shards in an object store, or anywhere else that fsspec reaches: written once, read by anybody.
+"""Read-only cache in an object store, or in any other file system that fsspec supports.
 
-    URL/manifest.json, URL/data/<fingerprint>.json, URL/shards/<name>.shard      as in a cache's own folder
+    URL/manifest.json, URL/data/<fingerprint>.json, URL/shards/<name>.shard      as in a local cache
 
-A published cache is only read. There is no index: the shards' footers say where each record stands, and records are
-fetched by ranges of bytes, those of one trajectory together. A folder on a read-only file system is one too
-(file:///path).
+There is no index: the shards' footers give the location of each record, and records are fetched by byte ranges, those
+of one trajectory together. A folder on a read-only file system can be read this way too (file:///path).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from hyperagent.identity import TeacherIdentity
 
 
 class RemoteCache(CacheReader):
-    """A cache that is read by address, such as "s3://bucket/cache" or "file:///mnt/cache"."""
+    """Read a published cache by its URL, such as "s3://bucket/cache" or "file:///mnt/cache"."""
 
     def __init__(self, url: str, files: fsspec.AbstractFileSystem, folder: str, hot: HotTier | None) -> None:
-        """Use `open`."""
+        """Initialize from parsed footers; use `open` instead."""
         super().__init__(url, _manifest(url, files, folder), hot)
         self._files = files
         with storage_errors(url):
-            # Fingerprints come from names: an object store has no cheaper way to hold a set.
+            # Fingerprints are stored as file names: listing them needs a single request.
             self._data = sorted(Path(name).stem for name in files.glob(f"{folder}/data/*.json"))
             self._shards = sorted(files.glob(f"{folder}/shards/*{SEALED}"))
             self._footers = [self._footer(path) for path in self._shards]
@@ -45,15 +44,15 @@ class RemoteCache(CacheReader):
         """Read a published cache's manifest and footers.
 
         Raises:
-            ConfigError: there is no cache, or the package that speaks the address's protocol is not installed.
+            ConfigError: there is no cache, or the package for the URL's protocol is not installed.
             CorruptRecord: its manifest or a shard's footer is damaged.
-            StorageError: the store refused.
+            StorageError: an operation of the store failed.
         """
         files, folder = open_file_system(url)
         return cls(url, files, folder, hot)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens it for itself."""
+        """Pickle the URL and the hot tier's settings only; another process opens the cache again."""
         return _reopen, (self.name, self._hot)
 
     def trajectory_keys(self) -> list[str]:
@@ -88,7 +87,7 @@ class RemoteCache(CacheReader):
             yield header, whole
 
     def _read_again(self, key: bytes) -> tuple[Header, memoryview]:
-        # No record is kept between two reads.
+        # No record is kept in memory between reads, so every read is a fresh one.
         return self._read_one(key)
 
     def _at(self, key: bytes) -> tuple[str, int, int]:
@@ -97,7 +96,7 @@ class RemoteCache(CacheReader):
         return at
 
     def _find(self, key: bytes) -> tuple[str, int, int] | None:
-        """Return a record's shard, first byte and end; of several records the first in the order of shard names."""
+        """Return a record's shard, start and end offset; of several records, the first in the order of shard names."""
         for path, footer in zip(self._shards, self._footers, strict=True):
             place = int(np.searchsorted(footer["key"].view("S32"), np.bytes_(key)))
             if place < len(footer) and bytes(footer["key"][place]) == key:
@@ -116,10 +115,10 @@ class RemoteCache(CacheReader):
 
 
 def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> CacheReader:
-    """A published cache if `location` is an address, otherwise the cache in the folder of that name.
+    """Open a published cache if `location` is a URL, otherwise the local cache in that folder.
 
     Raises:
-        As `RemoteCache.open` and `LocalCache.open`.
+        See `RemoteCache.open` and `LocalCache.open`.
     """
     if "://" in str(location):
         return RemoteCache.open(str(location), hot=hot)
@@ -127,12 +126,12 @@ def open_for_reading(location: str | Path, *, hot: HotTier | None = None) -> Cac
 
 
 def read_identity(location: str | Path) -> TeacherIdentity:
-    """Whose rows are in the cache of that address or folder; its manifest alone is read.
+    """Read the identity of the teacher of a cache from its manifest alone.
 
     Raises:
-        ConfigError: there is none, or the package that speaks the address's protocol is not installed.
+        ConfigError: there is no cache, or the package for the URL's protocol is not installed.
         CorruptRecord: its manifest is damaged.
-        StorageError: the store, or the file system, refused.
+        StorageError: an operation of the store or the file system failed.
     """
     if "://" in str(location):
         return _manifest(str(location), *open_file_system(str(location))).identity
@@ -153,10 +152,10 @@ def _manifest(url: str, files: fsspec.AbstractFileSystem, folder: str) -> Manife
 
 
 def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system that `url` names, and the path in it.
+    """Return the file system of `url` and the path in it.
 
     Raises:
-        ConfigError: the package that speaks the address's protocol is not installed.
+        ConfigError: the package for the URL's protocol is not installed.
     """
     try:
         files, folder = fsspec.url_to_fs(url)
@@ -167,12 +166,12 @@ def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Turn an `OSError` of the store into a `StorageError` that names it."""
+    """Turn an `OSError` of the store into a `StorageError` that names the URL."""
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"could not reach {url}: {error.strerror or error}; check the address and its rights"
+            f"could not reach {url}: {error.strerror or error}; check the address and your access rights"
         ) from error
 
 

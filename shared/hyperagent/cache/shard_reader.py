@@ -1,4 +1,4 @@
-"""Records out of shards: mapped into memory, and checked when they are first touched."""
+"""Reading records from memory-mapped shards; each record is checked on its first read."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hyperagent.errors import CorruptRecord, NotFound, StorageError
 
 
 class ShardReader:
-    """Reads records of one folder of shards; safe to use from several threads.
+    """Read records of one folder of shards; thread-safe.
 
-    A record's first read goes through read(2), which reports a bad disk as an error where a mapping would end the
-    process, and checks every byte; later reads are views of the mapping and cost next to nothing.
+    A record's first read checks every byte and uses read(2), which reports a bad disk as an error, whereas a mapping
+    would kill the process; later reads are views of the mapping and cost almost nothing.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Name the folder; nothing is opened yet."""
+        """Remember the folder; files are opened when they are first needed."""
         self._folder = folder
         self._lock = threading.Lock()
         self._shards: dict[str, _MappedShard] = {}
 
     def read(self, at: Location, key: bytes) -> tuple[Header, memoryview]:
-        """Header and bytes of a whole record; the bytes are a view, and stay readable when the shard is deleted.
+        """Return the header and bytes of a whole record; the bytes are a view that outlives deletion of the shard.
 
         Raises:
-            NotFound: the shard is gone.
-            CorruptRecord: there is no whole record of `key`; says how it differs and how to mend it.
-            StorageError: the file system refused.
+            NotFound: the shard does not exist any more.
+            CorruptRecord: there is no intact record of `key`; the message says how it differs and how to restore it.
+            StorageError: a file operation failed.
         """
         shard = self._shard(at.shard)
         try:
@@ -42,7 +42,7 @@ class ShardReader:
         except CorruptRecord as error:
             raise CorruptRecord(
                 f"record {key.hex()} in {shard.path} at byte {at.offset} is damaged: {error}; run "
-                "`hyperagent cache populate` again to mend it"
+                "`hyperagent cache populate` again to restore it"
             ) from error
         except OSError as error:
             raise StorageError(
@@ -50,7 +50,7 @@ class ShardReader:
             ) from error
 
     def content(self, at: Location, key: bytes) -> bytes:
-        """A whole record's bytes, read from the disk and checked.
+        """Return a whole record's bytes, read from disk and checked.
 
         Raises:
             As `read`.
@@ -60,13 +60,13 @@ class ShardReader:
         return bytes(self._shard(at.shard).view(at))
 
     def forget(self, at: Location) -> None:
-        """Check a record again when it is next read."""
+        """Discard the result of a record's check, so that its next read checks it again."""
         with self._lock:
             if shard := self._shards.get(at.shard):
                 shard.checked.discard(at.offset)
 
     def close(self) -> None:
-        """Close all files; views that somebody still holds stay readable."""
+        """Close all files; existing views stay readable."""
         with self._lock:
             for shard in self._shards.values():
                 os.close(shard.descriptor)
@@ -103,14 +103,14 @@ class _MappedShard:
         self.path = path
         self.descriptor = descriptor
         self.checked: set[int] = set()
-        """Where records begin whose bytes have been checked."""
+        """Offsets of records whose bytes have been checked."""
         self._mapping: mmap.mmap | None = None
 
     def view(self, at: Location) -> memoryview:
-        """The bytes of a record that has been read before, and so lies within the file."""
+        """Return the bytes of a record that has been read before and therefore lies within the file."""
         end = at.offset + at.length
         mapping = self._mapping
         if mapping is None or len(mapping) < end:
-            # An open shard has grown since; who holds views of the old mapping keeps it.
+            # An open shard has grown since; existing views keep the old mapping alive.
             mapping = self._mapping = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
         return memoryview(mapping)[at.offset : end]

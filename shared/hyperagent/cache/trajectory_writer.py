@@ -1,4 +1,4 @@
-"""One trajectory on its way into the cache: block by block, so that an interrupted capture goes on where it was."""
+"""Writing one trajectory block by block, so that an interrupted capture can be resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hyperagent.errors import InvalidRequest
 from hyperagent.topk import TopKRows, concatenate
 
 _WRITE_BYTES = 8 << 20
-"""How much is gathered before it is made durable."""
+"""Number of bytes collected before they are written durably."""
 
 
 class TrajectoryWriter:
-    """Takes a trajectory's rows in order and writes each block when it is whole; one thread at a time."""
+    """Accept a trajectory's rows in order and write each block once it is complete; not thread-safe."""
 
     def __init__(
         self,
@@ -30,14 +30,14 @@ class TrajectoryWriter:
         first_missing: int,
         write: Callable[[Sequence[bytes]], None],
     ) -> None:
-        """Use `LocalCache.capture`.
+        """Initialize the writer; use `LocalCache.capture` instead.
 
         Args:
-            first_missing: how many of `blocks`, from the first, the cache holds already.
-            write: makes records durable.
+            first_missing: number of leading `blocks` that the cache already holds.
+            write: function that stores records durably.
         """
         self.key = key
-        """The trajectory's."""
+        """Key of the trajectory (hex)."""
         self._blocks = blocks
         self._manifest = manifest
         self._num_tokens = num_tokens
@@ -48,7 +48,7 @@ class TrajectoryWriter:
 
     @property
     def first_row(self) -> int:
-        """The first row that is asked for: those before it are in the cache."""
+        """Index of the first row that is needed; all rows before it are in the cache."""
         return self._blocks[self._next_block].rows.start if self._next_block < len(self._blocks) else self._num_rows
 
     @property
@@ -56,11 +56,11 @@ class TrajectoryWriter:
         return self._blocks[-1].rows.stop if self._blocks else 0
 
     def add(self, rows: TopKRows) -> None:
-        """Take the next rows, in order, from `first_row` on.
+        """Add the next rows, in order, starting with `first_row`.
 
         Raises:
-            InvalidRequest: the rows are not distributions over this teacher's vocabulary, or not of its top k.
-            StorageError: the file system refused; blocks that were written before stay.
+            InvalidRequest: the rows are not distributions over this teacher's vocabulary, or have another top k.
+            StorageError: a file operation failed; blocks written before are kept.
         """
         identity = self._manifest.identity
         rows.validate(num_tokens=self._num_tokens, vocab_size=identity.vocab_size, temperatures=identity.temperatures)
@@ -81,20 +81,20 @@ class TrajectoryWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Make the blocks that are whole durable.
+        """Store the complete blocks durably.
 
         Raises:
-            StorageError: the file system refused; they can be flushed again.
+            StorageError: a file operation failed; the flush can be repeated.
         """
         self._write(self._encoded)
         self._encoded = []
 
     def finish(self) -> None:
-        """Make all of it durable, and the trajectory be there.
+        """Store all remaining blocks and the trajectory itself durably.
 
         Raises:
-            InvalidRequest: rows are missing, or too many came.
-            StorageError: the file system refused; blocks that were written before stay.
+            InvalidRequest: there are too few or too many rows.
+            StorageError: a file operation failed; blocks written before are kept.
         """
         left = sum(part.num_rows for part in self._waiting)
         if self._next_block < len(self._blocks) or left:

@@ -1,4 +1,4 @@
-"""Records into shards: appended, made durable, and only then named in the index."""
+"""Writing records to shards: append, sync, and only then add to the index."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hyperagent.cache.format.shard import OPEN, SHARD_HEADER_BYTES, Location, Sh
 from hyperagent.cache.index import Entry, Index
 from hyperagent.cache.shard_reader import ShardReader
 from hyperagent.errors import CorruptRecord, NotFound, StorageError
-from hyperagent.files import remedy_of
+from hyperagent.storage.files import remedy_of
 
 log = structlog.get_logger()
 
 SHARD_BYTES = 1 << 30
-"""A shard is sealed when it has grown past this."""
+"""Size in bytes from which a shard is sealed."""
 
 
 class RecordWriter:
-    """Writes records of one cache; safe to use from several threads, and beside other processes that do the same."""
+    """Write records of one cache; safe for threads and concurrent processes."""
 
     def __init__(self, folder: Path, fingerprint: str, index: Index, reader: ShardReader, *, shard_bytes: int) -> None:
-        """Name the parts; no shard is opened before there is something to write."""
+        """Remember the parts; a shard is opened on the first write."""
         self._folder = folder
         self._fingerprint = fingerprint
         self._index = index
@@ -36,18 +36,18 @@ class RecordWriter:
         self._shard: ShardWriter | None = None
 
     def write(self, records: Sequence[bytes], *, again: bool = False) -> None:
-        """Have all records be there, durably; one whose key is there already, and whole, is not written again.
+        """Store all records durably; a record whose key exists and is intact is not written again.
 
         Args:
-            again: write those too, and have the index name the new ones.
+            again: rewrite existing records too and make the index point to the new copies.
 
         Raises:
-            StorageError: the file system refused; none of them has been added.
+            StorageError: a file operation failed; no record has been added.
         """
         with self._lock, self._storage_errors():
             cut_at: int | None = None
             try:
-                # The index's write lock is held meanwhile, so no other process puts the same record.
+                # The index's write lock is held meanwhile, so no other process can store the same record.
                 with self._index.transaction():
                     missing = [record for record in records if again or not self._is_there(record)]
                     if not missing:
@@ -58,7 +58,7 @@ class RecordWriter:
                     shard.sync()
                     self._index.put(entries)
                     self._index.set_end(shard.name, shard.end)
-                    # From here on the index may have them even if its commit reports an error, so they have to stay.
+                    # From here on the index may list the records even if its commit reports an error, so they must be kept.
                     cut_at = None
             except BaseException:
                 self._give_up(cut_at)
@@ -67,7 +67,7 @@ class RecordWriter:
                 self._seal()
 
     def close(self) -> None:
-        """Give the shard up; the next writer goes on with it."""
+        """Close the shard and release its lock; the next writer continues it."""
         with self._lock:
             if self._shard:
                 self._shard.close()
@@ -86,18 +86,18 @@ class RecordWriter:
         try:
             self._reader.content(at, key)
         except (CorruptRecord, NotFound) as error:
-            log.warning("damaged record is written again", key=key.hex(), reason=str(error))
+            log.warning("rewriting damaged record", key=key.hex(), reason=str(error))
             return False
         return True
 
     def _open_shard(self) -> ShardWriter:
-        """The shard to append to: this writer's, or one that its writer has left, or a new one."""
+        """Return the shard to append to: this writer's, an abandoned one, or a new one."""
         if self._shard is None:
             ends = self._index.ends()
             for path in shard_paths(self._folder):
                 if path.suffix != OPEN:
                     continue
-                # One that the index does not know was killed before its first record; only its header counts.
+                # The writer of a shard that the index does not list was killed before its first record; only its header is valid.
                 end = ends.get(path.stem, SHARD_HEADER_BYTES)
                 with suppress(CorruptRecord):
                     if fingerprint_of(path) == self._fingerprint and (shard := ShardWriter.resume(path, end=end)):
@@ -108,13 +108,13 @@ class RecordWriter:
         return self._shard
 
     def _give_up(self, cut_at: int | None) -> None:
-        """Cut off what did not become durable, and never write through this descriptor again.
+        """Truncate bytes that did not become durable, and never write through this descriptor again.
 
-        After a failed fsync the system may have dropped what it could not write, and says so only once.
+        After a failed fsync, the system may have dropped the unwritten pages, and it reports the error only once.
         """
         shard, self._shard = self._shard, None
         if shard:
-            # Where it cannot be cut now, the next writer does it: the index says where the shard ends.
+            # If truncating fails now, the next writer does it: the index has the shard's end offset.
             if cut_at is not None:
                 with suppress(OSError):
                     shard.cut(cut_at)
@@ -126,7 +126,7 @@ class RecordWriter:
             try:
                 shard.seal()
             except OSError as error:
-                # The records are durable without it; the next writer goes on with the shard and tries again.
+                # The records are durable without a seal; the next writer continues the shard and tries again.
                 log.warning("shard not sealed", shard=str(shard.path), error=str(error))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""`hyperagent adapter`: ask the adapter service for a LoRA adapter."""
+"""`hyperagent adapter`: request LoRA adapters from the adapter service."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hyperagent.services import Service
 
 _READY_TIMEOUT_S = 20.0
 
-app = typer.Typer(help="Ask the adapter service for adapters.", no_args_is_help=True)
+app = typer.Typer(help="Request adapters from the adapter service.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Ask the adapter service for adapters."""
+    """Request adapters from the adapter service."""
 
 
 @app.command()
 def create(
-    prompt: Annotated[str | None, typer.Argument(help="The task's text; or give --prompt-file.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text of the task; alternatively use --prompt-file.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the task's text from this file.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="Read the system prompt from this file.")] = None,
-    tools_file: Annotated[Path | None, typer.Option(help="Read the tools, a JSON list, from this file.")] = None,
+    tools_file: Annotated[Path | None, typer.Option(help="Read the tools (a JSON list) from this file.")] = None,
     extra_file: Annotated[Path | None, typer.Option(help="Read further text, such as a repository map.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write the adapter to, for PEFT and vLLM.")] = Path("adapter"),
-    server: Annotated[str, typer.Option(help="The adapter service's address.")] = Service.ADAPTER_API.default_address,
+    server: Annotated[str, typer.Option(help="URL of the adapter service.")] = Service.ADAPTER_API.default_address,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Turn a prompt into a LoRA adapter in PEFT's format.
 
-    System prompt, tools and further text are given if, and only if, the hypernetwork was trained to read them.
+    Pass the system prompt, tools and extra text if and only if the hypernetwork was trained to read them.
     """
     from hyperagent.auth import read_token
     from hyperagent.config import parse
@@ -47,7 +47,7 @@ def create(
         if path is not None:
             body[name] = _tools(path) if name == "tools" else _text(path)
     request = parse(body, PromptBody, source="hyperagent adapter create")
-    # A service that was started a moment ago, in the same script, is still loading, and may not have made the token yet.
+    # A service that the same script has just started may still be loading, and may not have created its token yet.
     with AdapterClient(server, token="") as client:
         client.wait_until_ready(_READY_TIMEOUT_S)
     with AdapterClient(server, read_token()) as client:
@@ -58,7 +58,7 @@ def create(
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
-        raise ConfigError("give the prompt either as an argument or with --prompt-file, and not both")
+        raise ConfigError("give the prompt either as an argument or with --prompt-file, not both")
     if prompt is not None:
         return prompt
     assert prompt_file is not None

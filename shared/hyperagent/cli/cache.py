@@ -1,4 +1,4 @@
-"""`hyperagent cache`: fill the teacher's cache, check it against itself and the teacher, count it."""
+"""`hyperagent cache`: populate the teacher's cache, verify and audit it, and count its contents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hyperagent.populate.run import PopulateReport
 
-app = typer.Typer(help="Fill the teacher's cache, check it, count it, look after it.", no_args_is_help=True)
+app = typer.Typer(help="Populate, check, inspect and maintain the teacher's cache.", no_args_is_help=True)
 for command in (cache_care.ls, cache_care.plan, cache_care.repair, cache_care.gc, cache_care.compact):
     app.command()(command)
 app.command()(cache_exchange.export)
@@ -28,13 +28,13 @@ app.command(name="import")(cache_exchange.import_)
 app.command()(cache_exchange.publish)
 
 _FIRST_ANSWER_S = 10.0
-"""How long teachers have to answer at the start, when a wrong address is likelier than a restart."""
+"""Seconds that teachers have to answer at the start, when a wrong address is more likely than a restart."""
 
 
-Teachers = Annotated[list[str], typer.Option("--teacher", help="A teacher's host:port; may be given several times.")]
+Teachers = Annotated[list[str], typer.Option("--teacher", help="host:port of a teacher; repeatable.")]
 TlsCa = Annotated[
     Path | None,
-    typer.Option(help="PEM file with the certificates to trust; traffic is encrypted.", envvar="HYPERAGENT_TLS_CA"),
+    typer.Option(help="PEM file with trusted certificates; encrypts the traffic.", envvar="HYPERAGENT_TLS_CA"),
 ]
 
 
@@ -45,16 +45,16 @@ def populate(
     queue: Annotated[
         str | None,
         typer.Option(
-            help="Work queue: a file, by default beside the tokens, or a redis:// address.", envvar="HYPERAGENT_QUEUE"
+            help="Work queue: a file (default: next to the tokens file) or a redis:// URL.", envvar="HYPERAGENT_QUEUE"
         ),
     ] = None,
-    calls: Annotated[int, typer.Option(min=1, help="Trajectories that each teacher holds at once.")] = 1,
-    max_tries: Annotated[int, typer.Option(min=1, help="Failures after which a trajectory is quarantined.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Concurrent trajectories per teacher.")] = 1,
+    max_tries: Annotated[int, typer.Option(min=1, help="Failed tries before a trajectory is quarantined.")] = 5,
     lease_s: Annotated[
-        float, typer.Option(min=1, help="Seconds after which a worker that vanished loses its trajectory.")
+        float, typer.Option(min=1, help="Seconds until the trajectory of a vanished worker is reassigned.")
     ] = 60.0,
     teacher_wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds that a teacher that has gone has to come back.")
+        float, typer.Option(min=0, help="Seconds to wait for a lost teacher to come back.")
     ] = 600.0,
     file_on_teacher: Annotated[
         str | None,
@@ -64,13 +64,13 @@ def populate(
         ),
     ] = None,
     tls_ca: TlsCa = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Have teachers score trajectories into their cache; what is there already is not computed again.
+    """Have teachers score trajectories into their cache; rows that are already cached are not recomputed.
 
-    Run it on several machines with one redis:// queue, and they share the work. Run again after an interruption, it goes
-    on; run again after the end, it checks everything.
+    Several machines share the work if they use the same redis:// queue. A rerun after an interruption continues; a
+    rerun after completion checks everything.
     """
     import asyncio
 
@@ -90,9 +90,11 @@ def populate(
 def audit(
     root: Root,
     tokens: Annotated[Path, typer.Argument(help="Tokens file that the cache was populated from.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's host:port.")] = Service.TEACHER.default_address,
-    positions: Annotated[int, typer.Option("--positions", "-n", min=1, help="Positions to score again.")] = 64,
-    seed: Annotated[int, typer.Option(help="Decides which positions.")] = 0,
+    teacher: Annotated[str, typer.Option(help="host:port of the teacher.")] = Service.TEACHER.default_address,
+    positions: Annotated[
+        int, typer.Option("--positions", "-n", min=1, help="Number of positions to score again.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Seed for drawing the positions.")] = 0,
     max_kl: Annotated[float, typer.Option(min=0, help="Exit with 1 if the mean KL is above this, in nats.")] = 1e-3,
     tls_ca: TlsCa = None,
     as_json: Json = False,
@@ -109,7 +111,7 @@ def audit(
 
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
-    """Check every byte against its checksum; exits 1 and names every damaged record if there is one."""
+    """Check every byte against its checksum; list damaged records and exit with 1 if there are any."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.verify import verify as verify_cache
 
@@ -136,7 +138,7 @@ def verify(root: Root, as_json: Json = False) -> None:
 
 @app.command()
 def stats(root: Root, as_json: Json = False) -> None:
-    """Count trajectories, tokens and bytes, and say what storing has cost in nats."""
+    """Count trajectories, tokens and bytes, and print the storage distortion in nats."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.stats import count
 

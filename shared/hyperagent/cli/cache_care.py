@@ -1,4 +1,4 @@
-"""`hyperagent cache ls | plan | repair | gc | compact`: look at a cache, and look after it."""
+"""`hyperagent cache ls | plan | repair | gc | compact`: inspect and maintain a cache."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def ls(root: Root, as_json: Json = False) -> None:
 def plan(
     tokens: Tokens,
     top_k: Annotated[int, typer.Option(min=1, help="Ids kept per row.")] = 128,
-    vocab_size: Annotated[int, typer.Option(min=1, help="Of the teacher; 151,936 is Qwen3's.")] = 151_936,
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="Vocabulary size of the teacher; Qwen3 has 151,936.")
+    ] = 151_936,
     as_json: Json = False,
 ) -> None:
-    """Say what a tokens file takes in a cache, codec by codec, before anything runs."""
+    """Estimate the cache size of a tokens file for each codec, before anything runs."""
     from hyperagent.cache.format.codecs import CODECS
     from hyperagent.cache.format.size_estimate import bytes_per_row
     from hyperagent.data.files.tokens_file import read_tokens
@@ -69,7 +71,7 @@ def plan(
 
 
 def repair(root: Root, as_json: Json = False) -> None:
-    """Rebuild the index and quarantine damaged shards; exits 1 if trajectories have to be populated again."""
+    """Rebuild the index and quarantine damaged shards; exit with 1 if trajectories must be populated again."""
     from hyperagent.cache.maintenance.repair import repair as repair_cache
 
     with progress_bars() as bars:
@@ -91,11 +93,11 @@ def gc(
     root: Root,
     keep: Annotated[
         list[Path] | None,
-        typer.Option(help="Keep only the trajectories of this tokens file; may be given several times."),
+        typer.Option(help="Keep only the trajectories of this tokens file; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed writers left and, with --keep, every trajectory of no file that is named."""
+    """Remove leftovers of killed writers and, with --keep, all trajectories that are in none of the given files."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.compact import collect_garbage
     from hyperagent.data.files.tokens_file import read_tokens
@@ -108,7 +110,7 @@ def gc(
 
 
 def compact(root: Root, as_json: Json = False) -> None:
-    """Free the bytes of records that do not count any more, and seal the shards."""
+    """Free the bytes of records that are no longer live, and seal the shards."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.compact import compact as compact_cache
 

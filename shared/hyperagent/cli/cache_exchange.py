@@ -1,4 +1,4 @@
-"""`hyperagent cache export | import | publish`: a cache's rows elsewhere, and rows from elsewhere in a cache."""
+"""`hyperagent cache export | import | publish`: exchange rows with other tools, caches and object stores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hyperagent.cli.display import add_bar, print_result, progress_bars
 def export(
     root: Root,
     tokens: Tokens,
-    out: Annotated[Path, typer.Option(help="Folder to write, a file per trajectory.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, with a file per trajectory.")],
     file_format: Annotated[
-        Literal["npz", "parquet", "safetensors"], typer.Option("--format", help="What the files are.")
+        Literal["npz", "parquet", "safetensors"], typer.Option("--format", help="Format of the files.")
     ] = "safetensors",
     as_json: Json = False,
 ) -> None:
-    """Write the rows of a tokens file's trajectories for other tools; `import` takes them back."""
+    """Write the rows of a tokens file's trajectories for other tools; `import` reads them back."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.export.transfer import export as export_files
 
@@ -37,19 +37,19 @@ def export(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="Folder of another cache, or one that `export` wrote.")],
+    source: Annotated[Path, typer.Argument(help="Folder of another cache, or a folder written by `export`.")],
     root: Root,
     codec: Annotated[
         Literal["exact", "compact", "archive"] | None,
-        typer.Option(help="How a new cache stores rows; by default as the source does, or compact."),
+        typer.Option(help="Codec of a new cache; default: the source's, or compact."),
     ] = None,
     kept_mass: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="A row keeps its most likely ids up to this probability.")
+        float | None, typer.Option(min=0.01, max=1, help="Probability mass of the most likely ids to keep per row.")
     ] = None,
-    min_k: Annotated[int | None, typer.Option(min=1, help="Ids that a row keeps at least.")] = None,
+    min_k: Annotated[int | None, typer.Option(min=1, help="Minimum number of ids to keep per row.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring the rows of another cache of the same teacher, or of exported files, into a cache."""
+    """Import the rows of another cache of the same teacher, or of exported files, into a cache."""
     from hyperagent.cache.format.manifest import CacheSettings, manifest_path
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.merge import merge
@@ -61,7 +61,7 @@ def import_(
         progress = add_bar(bars, "importing", unit="trajectories")
         if manifest_path(source).exists():
             with LocalCache.open(source) as other:
-                # A cache that is there already stores rows as it does, whatever the source does.
+                # An existing cache keeps its storage settings, whatever those of the source are.
                 inherited = {} if manifest_path(root).exists() else other.settings.model_dump()
                 settings = CacheSettings(**{**inherited, **wanted})
                 with LocalCache.create_or_open(root, other.identity, settings=settings) as cache:
@@ -75,10 +75,10 @@ def import_(
 
 def publish(
     root: Root,
-    url: Annotated[str, typer.Argument(help="Where to, as fsspec names it: s3://bucket/cache, file:///mnt/cache.")],
+    url: Annotated[str, typer.Argument(help="Target as an fsspec URL: s3://bucket/cache, file:///mnt/cache.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a cache's sealed shards to an object store, from which trainers read it; run again, it copies what is new."""
+    """Copy a cache's sealed shards to an object store, from which trainers read it; a rerun copies only new shards."""
     from hyperagent.cache.local import LocalCache
     from hyperagent.cache.maintenance.publish import publish as publish_cache
 

@@ -1,4 +1,4 @@
-"""`hyperagent data`: get trajectories, look at them, choose and split them, turn them into token ids."""
+"""`hyperagent data`: download, inspect, split and tokenize trajectories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hyperagent.data.pipeline.selection import Selected
     from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport
 
-app = typer.Typer(help="Get, look at, split and tokenize trajectories.", no_args_is_help=True)
+app = typer.Typer(help="Download, inspect, split and tokenize trajectories.", no_args_is_help=True)
 app.command()(inspect)
 app.command()(show)
 app.command()(plan)
@@ -30,7 +30,7 @@ def download(
 ) -> None:
     """Fetch the pinned revision of nebius/SWE-rebench-openhands-trajectories, 2.1 GB, and check it.
 
-    A download that was interrupted goes on where it stopped. HF_ENDPOINT names a mirror of the hub.
+    An interrupted download is resumed. Set HF_ENDPOINT to use a mirror of the hub.
     """
     from hyperagent.data.files.download import download_dataset
 
@@ -40,10 +40,10 @@ def download(
 @app.command()
 def fixture(
     target: Annotated[Path, typer.Argument(help="File to write: Parquet, or JSON Lines if named *.jsonl.")],
-    seed: Annotated[int, typer.Option(min=0, help="Draws the prose.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for drawing the text.")] = 0,
     as_json: opt.Json = False,
 ) -> None:
-    """Write a small synthetic file that holds every odd trait of the data set, to try a pipeline on."""
+    """Write a small synthetic file with every irregularity of the dataset, for trying out a pipeline."""
     from hyperagent.data.fixture.generate import write_fixture
 
     cases = write_fixture(target, seed=seed)
@@ -70,7 +70,7 @@ def split(
     strict: opt.Strict = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Say which rows `data tokenize` would train on and hold out with the same options, without tokenizing."""
+    """Show which rows `data tokenize` would train on and hold out with the same options, without tokenizing."""
     from hyperagent.config import parse
     from hyperagent.data.files.side_tables import read_joined
     from hyperagent.data.pipeline.selection import Selection, select_rows
@@ -132,7 +132,7 @@ def tokenize(
     workers: opt.Workers = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Tokenize trajectories once; the teacher and the trainer both read the file this writes."""
+    """Tokenize trajectories into a file that both the teacher and the trainer read."""
     from hyperagent.config import parse
     from hyperagent.data.chat.tokenizer import ChatTokenizer
     from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeSettings, tokenize_file

@@ -1,4 +1,4 @@
-"""`hyperagent data inspect | show | plan`: look at trajectories before anything is made of them."""
+"""`hyperagent data inspect | show | plan`: inspect trajectories and estimate costs before processing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hyperagent.data.reports.show import Segment
 
 _STYLES = {"system": "magenta", "user": "green", "tool": "yellow"}
-# A recorded terminal's escape sequences would act on the reader's own terminal: they are shown by their symbols.
+# Escape sequences in recorded terminal output would affect the reader's terminal, so their symbols are shown instead.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -26,12 +26,14 @@ def inspect(
     source: opt.Source,
     tokenizer: opt.TokenizerFolder,
     plot: Annotated[Path | None, typer.Option(help="Write a histogram of lengths to this PNG file.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Count the trajectories that are longer.")] = 131_072,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Count the trajectories with more tokens than this.")
+    ] = 131_072,
     strict: opt.Strict = False,
     workers: opt.Workers = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Render, tokenize, mask and check every row, whatever its length, and write nothing."""
+    """Render, tokenize, mask and check every row, regardless of its length, without writing anything."""
     from hyperagent.data.chat.tokenizer import ChatTokenizer
     from hyperagent.data.reports.inspect import inspect_file
     from hyperagent.data.reports.plot import write_histogram
@@ -78,7 +80,7 @@ def _inspect_result(report: FileReport, *, max_tokens: int, as_json: bool) -> di
 
 def show(
     source: opt.Source,
-    row: Annotated[str, typer.Argument(help="A trajectory_id, or a row's number from 0.")],
+    row: Annotated[str, typer.Argument(help="A trajectory_id, or a row number starting at 0.")],
     tokenizer: opt.TokenizerFolder,
     view: Annotated[Literal["teacher", "condition", "student"], typer.Option(help="Whose view.")] = "teacher",
     condition: opt.Condition = None,
@@ -86,7 +88,7 @@ def show(
     extra: opt.Extra = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Show one row as its reader sees it: roles in colors, what is trained on set off."""
+    """Show one row as it is tokenized, with colored roles and the supervised text highlighted."""
     from hyperagent.config import parse
     from hyperagent.data.chat.tokenizer import ChatTokenizer
     from hyperagent.data.files.side_tables import read_joined
@@ -115,7 +117,7 @@ def _print_segments(segments: list[Segment]) -> None:
 
     text = Text()
     for segment in segments:
-        # What is trained on stands out without colors too, as underlined text.
+        # Supervised text is underlined, so it is recognizable without colors too.
         style = "bold cyan underline" if segment.supervised else _STYLES.get(segment.role, "dim")
         text.append(segment.text.translate(_VISIBLE), style=style)
     console = Console(soft_wrap=True, highlight=False)
@@ -127,10 +129,10 @@ def _print_segments(segments: list[Segment]) -> None:
 def plan(
     source: opt.Source,
     tokenizer: opt.TokenizerFolder,
-    machine: Annotated[str, typer.Option(help="Such as 8xh200 or 1xh100.")] = "8xh200",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the student over the data.")] = 20,
-    top_k: Annotated[int, typer.Option(min=1, help="Ids the cache keeps per supervised token.")] = 128,
-    sample: Annotated[int, typer.Option(min=2, help="Rows to tokenize; the rest is estimated from them.")] = 200,
+    machine: Annotated[str, typer.Option(help="Machine, such as 8xh200 or 1xh100.")] = "8xh200",
+    epochs: Annotated[int, typer.Option(min=1, help="Number of training epochs.")] = 20,
+    top_k: Annotated[int, typer.Option(min=1, help="Ids that the cache keeps per supervised token.")] = 128,
+    sample: Annotated[int, typer.Option(min=2, help="Number of rows to tokenize; the rest is extrapolated.")] = 200,
     max_tokens: opt.MaxTokens = 131_072,
     cut: opt.Cut = False,
     internalize: opt.Internalize = None,
@@ -140,7 +142,7 @@ def plan(
     workers: opt.Workers = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what distilling Qwen3-Coder-480B into Qwen3-Coder-Next with this data costs, before anything runs."""
+    """Estimate the cost of distilling Qwen3-Coder-480B into Qwen3-Coder-Next with this data, before anything runs."""
     import numpy as np
 
     from hyperagent.cache.format.codecs import COMPACT

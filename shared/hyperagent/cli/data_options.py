@@ -1,4 +1,4 @@
-"""Options that several `hyperagent data` commands share, and the settings made of them."""
+"""Options that several `hyperagent data` commands share."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ Source = Annotated[Path, typer.Argument(help="Trajectories: Parquet, or JSON Lin
 TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Folder with tokenizer.json and the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core if that pays.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Number of processes; default: one per core if the input is large enough.")
+]
 
-ResolvedOnly = Annotated[bool, typer.Option("--resolved-only", help="Only trajectories that solved their task.")]
-ExitStatus = Annotated[list[str] | None, typer.Option(help="Only this exit status, such as submit; repeatable.")]
+ResolvedOnly = Annotated[bool, typer.Option("--resolved-only", help="Use only trajectories that solved their task.")]
+ExitStatus = Annotated[list[str] | None, typer.Option(help="Use only this exit status, such as submit; repeatable.")]
 Licenses = Annotated[Path | None, typer.Option(help="Parquet or JSON Lines with instance_id and license_name.")]
-License = Annotated[list[str] | None, typer.Option(help="Only tasks under this license of --licenses; repeatable.")]
-Sample = Annotated[int | None, typer.Option(min=2, help="Take this many rows, drawn by the seed.")]
-Seed = Annotated[int, typer.Option(min=0, help="Draws the sample and what is held out.")]
+License = Annotated[
+    list[str] | None, typer.Option(help="Use only tasks with this license (see --licenses); repeatable.")
+]
+Sample = Annotated[int | None, typer.Option(min=2, help="Sample this many rows with the seed.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for the sample and the held-out split.")]
 HeldOutShare = Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of repositories to hold out.")]
 HeldOutTasksShare = Annotated[
-    float, typer.Option(min=0, max=0.99, help="Share of the other repositories' tasks to hold out too.")
+    float, typer.Option(min=0, max=0.99, help="Share of the remaining repositories' tasks to hold out.")
 ]
 By = Annotated[
-    Literal["hash", "time"], typer.Option(help="Which tasks these are: drawn by a hash, or the newest by issue number.")
+    Literal["hash", "time"], typer.Option(help="How to choose these tasks: by a hash, or the newest by issue number.")
 ]
 
 Condition = Annotated[
     list[str] | None,
     typer.Option(
-        help="What the hypernetwork reads: system, tools, task, extra; repeatable. By default the first three."
+        help="Parts the hypernetwork reads: system, tools, task, extra; repeatable. Default: the first three."
     ),
 ]
 Internalize = Annotated[
     list[str] | None,
-    typer.Option(help="What the student does not see: system, tools, task; repeatable. By default nothing."),
+    typer.Option(help="Parts hidden from the student: system, tools, task; repeatable. Default: none."),
 ]
 Extra = Annotated[Path | None, typer.Option(help="Parquet or JSON Lines with instance_id and text.")]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Longest trajectory, in tokens.")]
-MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest condition, in tokens.")]
-Cut = Annotated[bool, typer.Option("--cut", help="Cut a longer trajectory at a message instead of refusing it.")]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Maximum trajectory length in tokens.")]
+MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Maximum condition length in tokens.")]
+Cut = Annotated[bool, typer.Option("--cut", help="Truncate longer trajectories at a message instead of refusing them.")]

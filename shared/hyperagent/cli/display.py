@@ -1,4 +1,4 @@
-"""What the commands print: results on standard output, everything else on standard error."""
+"""Output of the commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def progress_bars() -> Bars:
 
 
 def add_bar(bars: Bars, description: str, *, unit: str = "") -> Progress:
-    """Add a bar and return the function that moves it; `unit` names what is counted."""
+    """Add a bar and return the function that advances it; `unit` is the name of the counted items."""
     task = bars.add_task(description, total=None, note=unit)
 
     def update(done: int, total: int) -> None:
@@ -48,7 +48,7 @@ def add_bar(bars: Bars, description: str, *, unit: str = "") -> Progress:
 
 
 def print_result(result: dict[str, Any], *, as_json: bool) -> None:
-    """A command's result: JSON for programs, aligned lines for people."""
+    """Print a command's result, as JSON for programs or as aligned lines for people."""
     if as_json:
         typer.echo(json.dumps(result, indent=2, default=str))
         return
@@ -62,7 +62,7 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def refusals(refused: Iterable[RowRefused], *, as_json: bool) -> list[Any]:
-    """Refused rows for `print_result`: objects for programs, sentences for people."""
+    """Format refused rows for `print_result`, as objects for programs or as sentences for people."""
     if as_json:
         return [{"trajectory_id": refusal.trajectory_id, "reason": refusal.reason} for refusal in refused]
     return [str(refusal) for refusal in refused]

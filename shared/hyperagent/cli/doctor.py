@@ -1,4 +1,4 @@
-"""`hyperagent doctor`: check whether this machine is ready, and name the fix where it is not."""
+"""`hyperagent doctor`: check whether this machine is ready, and suggest a fix for each problem."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _MIN_FREE_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Check:
-    """One check and its result."""
+    """Result of one check."""
 
     name: str
     state: Literal["ok", "note", "fail"]
-    """"note" is an optional thing that is absent."""
+    """Outcome; "note" means that an optional component is absent."""
     detail: str
     fix: str = ""
-    """What to do about it, when there is something."""
+    """How to fix the problem; empty if there is none."""
 
 
 def doctor(
     tokenizer: Annotated[Path | None, typer.Option(help="Also check this tokenizer folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check Python, packages, disk, ports, GPU, Redis and tokenizer; exits 1 if something must be fixed."""
+    """Check Python, packages, disk, ports, GPU, Redis and tokenizer; exit with 1 if something must be fixed."""
     checks = list(_checks(tokenizer))
     healthy = all(check.state != "fail" for check in checks)
     if as_json:
@@ -72,7 +72,7 @@ def _checks(tokenizer: Path | None) -> Iterator[Check]:
 def _python() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 11):  # noqa: UP036  # reached from a checkout on PYTHONPATH, where pip checked nothing
-        return Check("python", "fail", found, "install Python 3.11 or later and make the environment anew")
+        return Check("python", "fail", found, "install Python 3.11 or later and recreate the environment")
     return Check("python", "ok", found)
 
 
@@ -87,7 +87,7 @@ def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     detail = f"{free / 1e9:.1f} GB free here"
     if free < _MIN_FREE_BYTES:
-        return Check("disk", "fail", detail, "free some space: the demo and its caches want 5 GB")
+        return Check("disk", "fail", detail, "free some space: the demo and its caches need 5 GB")
     return Check("disk", "ok", detail)
 
 
@@ -101,7 +101,7 @@ def _port(service: Service, port: int) -> Check:
                 f"port {port}",
                 "note",
                 f"in use, by the {service} or by another program",
-                f"for a second {service} give `hyperagent serve {service} --port` another number",
+                f"for a second {service}, choose another port with `hyperagent serve {service} --port`",
             )
     return Check(f"port {port}", "ok", f"free for the {service}")
 

@@ -1,7 +1,7 @@
-"""The command's root: it gathers the subcommands and turns an error into one line and exit code 1.
+"""Root of the `hyperagent` command: collects the subcommands and turns an error into one line and exit code 1.
 
-Two entry point groups let other packages plug in: `hyperagent.serve` (a function per service) and
-`hyperagent.commands` (a function per command). So this package names no service.
+Other packages register through two entry point groups: `hyperagent.serve` (a function per service) and
+`hyperagent.commands` (a function per command). This package therefore depends on no service.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hyperagent.errors import HyperagentError
 
 
 class _InstalledServices(TyperGroup):
-    """The `serve` commands of the installed packages; a service is imported when its command is looked up."""
+    """Group of the installed packages' `serve` commands; a service is imported only when its command is looked up."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  # the signature is typer's
         return sorted(entry_points(group="hyperagent.serve").names)
@@ -45,7 +45,7 @@ _serve = typer.Typer(
 
 
 def build_app() -> typer.Typer:
-    """Return the whole command tree, with what the installed packages add to it."""
+    """Return the whole command tree, including the commands of installed packages."""
     app = typer.Typer(callback=_root, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
     app.add_typer(data.app, name="data")
     app.add_typer(cache.app, name="cache")
@@ -79,4 +79,4 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Distil a large teacher into prompt-conditioned LoRA adapters."""
+    """Distill a large teacher into prompt-conditioned LoRA adapters."""

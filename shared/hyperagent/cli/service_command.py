@@ -1,4 +1,4 @@
-"""Makes `hyperagent serve NAME` of a service's settings: an option for every field, in `--help` group by group."""
+"""Build `hyperagent serve NAME` from a service's settings, with one option per field, grouped in `--help`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Settings = TypeVar("_Settings", bound=ServiceSettings)
 def service_command(
     service: Service, settings: type[_Settings]
 ) -> Callable[[Callable[[_Settings], None]], Callable[..., None]]:
-    """Return a decorator that turns a function of the settings into a command with an option for each of them.
+    """Return a decorator that turns a function of the settings into a command with one option per setting.
 
-    The command raises ConfigError, which names every bad option, if the model refuses the values.
+    The command raises ConfigError, which lists every invalid option, if validation of the settings fails.
     """
 
     def decorate(serve: Callable[[_Settings], None]) -> Callable[..., None]:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of one of the trainer's recipes.")],
-    server: Annotated[str, typer.Option(help="The trainer's address.")] = Service.TRAINER.default_address,
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe of the trainer.")],
+    server: Annotated[str, typer.Option(help="URL of the trainer.")] = Service.TRAINER.default_address,
     num_steps: Annotated[int | None, typer.Option(help="Override the recipe's number of optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Override the recipe's trajectories per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Override the recipe's peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Override the recipe's seed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Start a training run and follow it to its end; Ctrl-C stops watching, not the run."""
+    """Start a training run and follow it until it ends; Ctrl-C stops following, not the run."""
     from hyperagent.auth import read_token
     from hyperagent.config import parse
     from hyperagent.http.run_client import RunClient

@@ -10,13 +10,13 @@ from hyperagent.services import Service
 
 
 def wait(
-    service: Annotated[Service, typer.Argument(help="Which service to wait for.")],
-    address: Annotated[str | None, typer.Option(help="host:port of the teacher, or the other services' URL.")] = None,
+    service: Annotated[Service, typer.Argument(help="Service to wait for.")],
+    address: Annotated[str | None, typer.Option(help="host:port of the teacher, or URL of another service.")] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Give up after this many seconds.")] = 60.0,
 ) -> None:
-    """Block until a service is ready; exits 1 when it is not within the timeout."""
+    """Block until a service is ready; exit with 1 if it is not ready within the timeout."""
     address = address or service.default_address
-    # The health checks are answered without a token.
+    # Health checks need no token.
     if service is Service.TEACHER:
         import asyncio
 

@@ -1,1 +1,1 @@
-"""Exports a cache to other formats and reads them."""
+"""Export of a cache to other file formats, and import."""

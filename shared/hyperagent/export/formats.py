@@ -1,12 +1,12 @@
-"""One trajectory's rows as a file: .npz, Parquet or safetensors.
+"""File formats for one trajectory's rows: .npz, Parquet and safetensors.
 
-`indices` and `values` are the names under which comparable tools keep a teacher's top k. Legend of shape suffixes: T tokens,
-N supervised positions, K ids per row, M temperatures besides 1.
+`indices` and `values` are the names that comparable tools use for a teacher's top k. Legend of shape suffixes: T tokens,
+N supervised positions, K ids per row, M temperatures other than 1.
 
     npz, safetensors   token_ids u32 [T], positions u32 [N], indices i32 [N, K], values [N, K], tail_logmass f32 [N],
                        target_logprob f32 [N], tail_logsumexps f32 [N, M]; `values`, the log-probabilities, are float16
-                       in .npz and float32 in safetensors; a row that keeps fewer ids ends in its first id with a value of -inf
-    parquet            a row per token: token_id, and, where it is supervised, indices, values and tail_logsumexps as
+                       in .npz and float32 in safetensors; a shorter row is padded with its first id and a value of -inf
+    parquet            a row per token: token_id and, if it is supervised, indices, values and tail_logsumexps as
                        lists, tail_logmass and target_logprob
 """
 
@@ -29,31 +29,31 @@ from hyperagent.topk import TopKRows
 
 @dataclass(frozen=True, eq=False)
 class ExportedTrajectory:
-    """All that a cache needs to take a trajectory in."""
+    """Everything a cache needs to store a trajectory."""
 
     token_ids: NDArray[np.uint32]
-    """[T]."""
+    """Token ids, shape [T]."""
     rows: TopKRows
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How one trajectory becomes a file's bytes, and back."""
+    """Encoder and decoder of one trajectory's file."""
 
     suffix: str
     encode: Callable[[ExportedTrajectory], bytes]
     read_arrays: Callable[[bytes, int], dict[str, Any]]
-    """Of a file's bytes and K; raises whatever its library does."""
+    """Function from a file's bytes and K to arrays; raises any error of its library."""
 
     def decode(self, content: bytes, top_k: int) -> ExportedTrajectory:
-        """What `encode` was given, but for rounding.
+        """Return what `encode` was given, up to rounding.
 
         Raises:
-            DataError: the bytes are not such a file, or an array is missing or of another shape or type.
+            DataError: the bytes are not a file of this format, or an array is missing or has a wrong shape or type.
         """
         try:
             arrays = self.read_arrays(content, top_k)
-        except Exception as error:  # damaged bytes make these libraries raise nearly anything
+        except Exception as error:  # Damaged bytes make these libraries raise almost any error.
             raise DataError(f"it cannot be read: {' '.join(str(error).split())}") from error
         return _from_arrays(arrays)
 
@@ -94,7 +94,7 @@ def _to_parquet(trajectory: ExportedTrajectory) -> bytes:
         return pa.array(values_T, mask=~supervised_T)
 
     def lists(values: NDArray[np.generic], counts_T: NDArray[np.int64]) -> pa.Array:
-        # A token without a row is null, and takes no values.
+        # A token without a row is null and has no values.
         offsets = pa.array(np.concatenate([[0], np.cumsum(counts_T)]).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array(~supervised_T))
 
@@ -141,7 +141,7 @@ def _from_parquet(content: bytes, top_k: int) -> dict[str, Any]:
 def _matrix(lists: pa.ListArray) -> NDArray[Any]:
     widths = np.unique(np.diff(lists.offsets.to_numpy()))
     if len(widths) > 1:
-        raise ValueError(f"rows have tails at from {widths[0]} to {widths[-1]} temperatures")
+        raise ValueError(f"rows have tails at {widths[0]} to {widths[-1]} temperatures")
     width = int(widths[0]) if len(widths) else 0
     return np.asarray(lists.flatten().to_numpy()).reshape(len(lists), width)
 
@@ -164,7 +164,7 @@ def _arrays(trajectory: ExportedTrajectory, values: type[np.floating]) -> dict[s
         "token_ids": trajectory.token_ids,
         "positions": rows.positions,
         "indices": rows.ids.astype(np.int32),
-        # What float16 cannot hold must not turn into the -inf that marks padding.
+        # Values below the range of float16 must not become -inf, which marks padding.
         "values": np.where(np.isneginf(rows.logprobs), -np.inf, np.maximum(rows.logprobs, lowest)).astype(values),
         "tail_logmass": rows.tail_logmass,
         "target_logprob": rows.target_logprob,
@@ -173,10 +173,10 @@ def _arrays(trajectory: ExportedTrajectory, values: type[np.floating]) -> dict[s
 
 
 def _from_arrays(arrays: dict[str, Any]) -> ExportedTrajectory:
-    """The trajectory of the arrays; rows' ids in their order again, which rounding may have upset.
+    """Build the trajectory from its arrays and restore the order of ids within rows, which rounding may have changed.
 
     Raises:
-        DataError: an array is missing, or of another shape or type.
+        DataError: an array is missing or has a wrong shape or type.
     """
     for name, dimensions in _DIMENSIONS.items():
         if name not in arrays:
@@ -192,7 +192,7 @@ def _from_arrays(arrays: dict[str, Any]) -> ExportedTrajectory:
         order_NK = np.lexsort((ids_NK, -logprobs_NK), axis=1)
         ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
         logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
-        # Sorting by id within a tie has moved what marks padding.
+        # Sorting ties by id has moved the padding ids.
         ids_NK = np.where(np.isneginf(logprobs_NK), ids_NK[:, :1], ids_NK)
     rows = TopKRows(
         positions=arrays["positions"].astype(np.uint32),

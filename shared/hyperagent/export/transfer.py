@@ -1,7 +1,7 @@
-"""A cache's trajectories as a folder of files.
+"""Export of a cache's trajectories to a folder of files, and import.
 
 FOLDER/export.json         format, the teacher's identity and fingerprint, the data's identity
-FOLDER/<key>.<suffix>      a trajectory each, see `hyperagent.export.formats`
+FOLDER/<key>.<suffix>      one trajectory; see `hyperagent.export.formats`
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import count_tokens_rows, read_data_identity, read_tokens
 from hyperagent.errors import ConfigError, CorruptRecord, DataError, HyperagentError, NotFound
 from hyperagent.export.formats import FORMATS, ExportedTrajectory
-from hyperagent.files import write_atomically
 from hyperagent.identity import DataIdentity, TeacherIdentity
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import write_atomically
 
 DESCRIPTION = "export.json"
 
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """What has been written, or read."""
+    """Counts of an export or import."""
 
     trajectories: int
     supervised_tokens: int
@@ -32,7 +32,7 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class ExportDescription:
-    """What `export.json` tells."""
+    """Contents of `export.json`."""
 
     format: str
     identity: TeacherIdentity
@@ -42,14 +42,14 @@ class ExportDescription:
 def export(
     cache: LocalCache, tokens: Path, folder: Path, *, file_format: str, progress: Progress = no_progress
 ) -> ExchangeReport:
-    """Write the trajectories of a tokens file, each with its rows; run again, it writes the same files again.
+    """Write the trajectories of a tokens file with their rows; a rerun writes the same files again.
 
     Raises:
         IdentityMismatch: the cache was not populated from this tokens file.
         ConfigError: the folder holds another export.
-        DataError: the cache lacks a trajectory; names it.
-        CorruptRecord: a record is damaged; says which and how to mend it.
-        StorageError: the file system refused; files that were written stay.
+        DataError: the cache lacks a trajectory; the message names it.
+        CorruptRecord: a record is damaged; the message says which and how to restore it.
+        StorageError: a file operation failed; files written before are kept.
     """
     data = read_data_identity(tokens)
     cache.require_data(data)
@@ -61,7 +61,7 @@ def export(
     }
     content = json.dumps(description, indent=2).encode() + b"\n"
     if (folder / DESCRIPTION).exists() and (folder / DESCRIPTION).read_bytes() != content:
-        raise ConfigError(f"{folder} holds the export of another cache, data or format; name another folder")
+        raise ConfigError(f"{folder} holds the export of another cache, data or format; choose another folder")
     write_atomically(folder / DESCRIPTION, content)
     target = FORMATS[file_format]
     total, rows, size = count_tokens_rows(tokens), 0, 0
@@ -83,11 +83,11 @@ def export(
 
 
 def read_description(folder: Path) -> ExportDescription:
-    """What a folder that `export` wrote says of itself.
+    """Read the description of a folder written by `export`.
 
     Raises:
-        ConfigError: there is none.
-        CorruptRecord: it is damaged.
+        ConfigError: the folder has no description.
+        CorruptRecord: the description is damaged.
     """
     path = folder / DESCRIPTION
     try:
@@ -101,16 +101,16 @@ def read_description(folder: Path) -> ExportDescription:
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptRecord(f"{path} is damaged: {' '.join(str(error).split())}; export again") from error
     if not is_whole:
-        raise CorruptRecord(f"{path} is damaged: its fingerprint or format does not fit; export again")
+        raise CorruptRecord(f"{path} is damaged: its fingerprint or format is wrong; export again")
     return ExportDescription(file_format, identity, data)
 
 
 def import_files(folder: Path, cache: LocalCache, progress: Progress = no_progress) -> ExchangeReport:
-    """Put every trajectory of an exported folder into the cache of its teacher; what is there already stays.
+    """Import every trajectory of an exported folder into the cache of its teacher; existing ones are kept.
 
     Raises:
-        DataError: a file is damaged or its rows are not distributions; names the file. What was put in stays.
-        StorageError: the file system refused; what was put in stays.
+        DataError: a file is damaged or its rows are not distributions; the message names it. Earlier imports are kept.
+        StorageError: a file operation failed; trajectories imported before are kept.
     """
     description = read_description(folder)
     source = FORMATS[description.format]
@@ -128,13 +128,13 @@ def import_files(folder: Path, cache: LocalCache, progress: Progress = no_progre
             )
             key = cache.key(trajectory.token_ids, trajectory.rows.positions)
             if key != path.stem:
-                raise DataError(f"its tokens and positions are those of {key}")
+                raise DataError(f"its tokens and positions belong to {key}")
         except (HyperagentError, OSError) as error:
             raise DataError(f"{path} was not imported: {error}; export it again, or remove it") from error
         cache.put(trajectory.token_ids, trajectory.rows)
         rows += trajectory.rows.num_rows
         size += len(content)
-    # Only now is all of it there.
+    # Recorded last, once the import is complete.
     cache.record_data(description.data)
     progress(len(paths), len(paths))
     return ExchangeReport(len(paths), rows, size)

@@ -1,1 +1,1 @@
-"""What every REST service shares: problem details, bearer auth, limits, serving, and the client."""
+"""Shared parts of the REST services: problem details, bearer authentication, limits, serving, and clients."""

@@ -1,4 +1,4 @@
-"""The adapter service's client: a prompt in, a LoRA adapter in PEFT's format out."""
+"""Client of the adapter service, which turns a prompt into a LoRA adapter in PEFT's format."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from pathlib import Path
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import new_directory
 from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, PromptBody
 from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
+from hyperagent.storage.files import new_directory
 
 _FILES = (MODEL_FILE, CONFIG_FILE)
 _PAGE = 100
 
 
 class AdapterClient(ApiClient):
-    """A connection to one adapter service; raises what `ApiClient` does."""
+    """Connection to one adapter service; raises the same errors as `ApiClient`."""
 
     def create(self, prompt: PromptBody) -> AdapterBody:
-        """Return the adapter for a prompt; the service makes it if it has none.
+        """Return the adapter for a prompt; the service generates it unless it is already stored.
 
         Raises:
             InvalidRequest: the prompt is empty, or its parts are not those that the hypernetwork reads.
             LimitExceeded: the prompt is longer than the hypernetwork reads.
-            Busy: the service has as many prompts as it accepts.
+            Busy: the service's queue of prompts is full.
         """
         return self.send(_create(prompt))
 
     def adapters(self, *, limit: int = _PAGE, after: str | None = None) -> AdaptersBody:
-        """Return up to `limit` adapters in the order of their ids, from the first id above `after` on."""
+        """Return up to `limit` adapters in ascending order of id, starting with the first id above `after`."""
         return self.send(_list(limit, after))
 
     def download(self, adapter: AdapterBody, folder: Path) -> None:
-        """Write the adapter's two files to `folder`, which is replaced as a whole or left as it is.
+        """Download the adapter's two files to `folder`, which is replaced atomically or stays unchanged.
 
         Raises:
-            CorruptRecord: a file does not have the digest that the service names.
-            StorageError: the file system refused.
+            CorruptRecord: a file's digest differs from the one that the service gives.
+            StorageError: a file operation failed.
         """
         _save(adapter, {name: self.send(_file(adapter, name)) for name in _FILES}, folder)
 
 
 class AsyncAdapterClient(AsyncApiClient):
-    """`AdapterClient` for an event loop."""
+    """Asynchronous version of `AdapterClient`."""
 
     async def create(self, prompt: PromptBody) -> AdapterBody:
         """See `AdapterClient.create`."""
@@ -60,7 +60,7 @@ class AsyncAdapterClient(AsyncApiClient):
 
 
 def _create(prompt: PromptBody) -> Call[AdapterBody]:
-    # A part that is null and one that is left out are two things to the service.
+    # The service distinguishes a part that is null from one that is omitted.
     return Call("POST", "/v1/adapters", json_of(AdapterBody), body=prompt.model_dump(exclude_unset=True))
 
 

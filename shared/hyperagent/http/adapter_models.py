@@ -1,4 +1,4 @@
-"""What the adapter service reads and answers; the service and its client share these models."""
+"""Request and response models of the adapter service, shared by the service and its client."""
 
 from __future__ import annotations
 
@@ -11,61 +11,65 @@ from hyperagent.config import StrictModel
 
 
 class StoredAdapter(StrictModel):
-    """What `adapter.json` holds."""
+    """Contents of `adapter.json`."""
 
     id: str
     created_at: datetime
     prompt_tokens: int
-    """Length of the prompt it was made for; the prompt itself is not kept."""
+    """Length in tokens of the prompt that the adapter was generated for; the prompt itself is not stored."""
     rank: int
     bytes: int
-    """Size of `adapter_model.safetensors`."""
+    """Size of `adapter_model.safetensors` in bytes."""
     sha256: dict[str, str]
-    """Digest (hex) of each of the two files, by name."""
+    """SHA-256 digests (hex) of the two files by name."""
     base_model: str
-    """The student it belongs to."""
+    """Student model that the adapter applies to."""
     bundle: str
-    """Fingerprint of the bundle that made it."""
+    """Fingerprint of the bundle that generated the adapter."""
     data: str
     """Fingerprint of the data that the bundle was trained on."""
 
 
 class PromptBody(StrictModel):
-    """What to make an adapter for."""
+    """Prompt to generate an adapter for."""
 
-    prompt: str = Field(description="The task's text.")
-    system: str | None = Field(None, description="The system prompt; only if the hypernetwork reads it.")
-    tools: list[dict[str, Any]] | None = Field(None, description="Tools, as in a chat completion; likewise.")
-    extra: str | None = Field(None, description="Further text, such as a repository map; likewise.")
+    prompt: str = Field(description="Text of the task.")
+    system: str | None = Field(None, description="System prompt; only if the hypernetwork reads it.")
+    tools: list[dict[str, Any]] | None = Field(
+        None, description="Tools, as in a chat completion; only if the hypernetwork reads them."
+    )
+    extra: str | None = Field(
+        None, description="Further text, such as a repository map; only if the hypernetwork reads it."
+    )
 
     def parts(self) -> dict[str, Any]:
-        """What was sent, null or not, by the condition's names."""
+        """Return the parts that were sent, null ones included, by their names in the condition."""
         return {"task" if name == "prompt" else name: getattr(self, name) for name in self.model_fields_set}
 
 
 class AdapterBody(StoredAdapter):
-    """An adapter, and where its files are."""
+    """An adapter and links to its files."""
 
     links: dict[str, str]
-    """Addresses of the adapter and of its two files."""
+    """Links to the adapter and its two files."""
 
 
 class AdaptersBody(BaseModel):
     adapters: list[AdapterBody]
-    next: str | None = Field(description="Address of the next page; null on the last one.")
+    next: str | None = Field(description="Link to the next page; null on the last page.")
 
 
 class BundleBody(BaseModel):
-    """What makes the adapters."""
+    """Description of the bundle that generates the adapters."""
 
     fingerprint: str
     base_model: str
     student_weights: str
     teacher: str
-    data: str = Field(description="Fingerprint of the data it was trained on.")
-    condition: tuple[str, ...] = Field(description="What a request must hold; the task is its prompt.")
+    data: str = Field(description="Fingerprint of the data that the hypernetwork was trained on.")
+    condition: tuple[str, ...] = Field(description="Parts that a request must contain; the task is sent as `prompt`.")
     rank: int
     alpha: float
-    num_layers: int = Field(description="Linear layers that an adapter changes.")
+    num_layers: int = Field(description="Linear layers that an adapter modifies.")
     max_prompt_tokens: int
     step: int = Field(description="Optimizer steps the hypernetwork was trained for.")

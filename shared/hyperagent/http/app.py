@@ -1,8 +1,8 @@
-"""A REST application with everything in place but its routes.
+"""Construction of a REST application with everything except its routes.
 
-Errors leave as problem details, every path but the public ones asks for the bearer token, bodies are limited and
-requests are measured. There is no page at /docs: a browser could not send the token, and the page would load its
-scripts from elsewhere. The schema is at /openapi.json.
+Errors are returned as problem details, every path except the public ones requires the bearer token, body size is
+limited, and requests are measured. There is no page at /docs, because a browser could not send the token and the page
+would load scripts from other sites. The schema is at /openapi.json.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def create_app(
     max_body_bytes: int = 1 << 20,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
-    """An application to add routes to; they raise the project's errors and never handle them.
+    """Create an application to which routes are added; routes raise the project's errors and never handle them.
 
     Args:
-        token: what callers must send as `Authorization: Bearer`.
-        public_paths: answered without it, besides the health checks: a page's files, and never anybody's data.
-        max_body_bytes: the largest body a request may have.
+        token: token that callers must send as `Authorization: Bearer`.
+        public_paths: paths served without the token in addition to the health checks; only static files, never data.
+        max_body_bytes: maximum size of a request body.
     """
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -80,20 +80,20 @@ def create_app(
             Exception: _answer_defect,
         },
     )
-    # The socket is accepted from only once the application has started, so whoever gets an answer finds it ready.
+    # Connections are accepted only after startup has finished, so any response means that the service is ready.
     app.get("/healthz")(_healthy)
     app.get("/readyz")(_healthy)
 
     @app.get("/metrics", response_class=Response)
     def metrics() -> Response:
-        """Metrics in Prometheus' text format."""
+        """Return metrics in Prometheus' text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 def _healthy() -> dict[str, str]:
-    """Whether the service answers."""
+    """Report that the service is running."""
     return {"status": "ok"}
 
 
@@ -107,7 +107,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 async def _answer_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    refusal = InvalidRequest(f"the request is wrong: {_describe(error.errors())}; correct it and send it again")
+    refusal = InvalidRequest(f"the request is invalid: {_describe(error.errors())}; correct it and send it again")
     return problem_response(problem_of(refusal, instance=instance_of(request.scope)))
 
 
@@ -116,16 +116,16 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     path = instance_of(request.scope)
     detail, headers = error.detail, dict(error.headers or {})
     if error.status_code == HTTPStatus.NOT_FOUND:
-        detail = f"there is nothing at {path}; /openapi.json lists what there is"
+        detail = f"there is nothing at {path}; see /openapi.json for the available paths"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        detail = f"{path} does not take {request.method[:20]}; /openapi.json lists what it takes"
+        detail = f"{path} does not support {request.method[:20]}; see /openapi.json for the supported methods"
         headers["Allow"] = ", ".join(_methods_of(request))
     problem = http_problem(error.status_code, detail, instance=path)
     return problem_response(problem, headers=headers)
 
 
 def _methods_of(request: Request) -> list[str]:
-    """All that the path takes (RFC 9110, section 15.5.6): Starlette names the methods of the first route that fits alone."""
+    """Return all methods of the path (RFC 9110, section 15.5.6); Starlette reports those of the first matching route only."""
     routes = request.app.router.routes
     return [
         method
@@ -135,17 +135,17 @@ def _methods_of(request: Request) -> list[str]:
 
 
 async def _answer_defect(request: Request, _error: Exception) -> Response:
-    # The server logs the traceback; a caller must not see it.
+    # The server logs the traceback; the caller must not see it.
     problem = http_problem(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "the service met a defect of its own; its log says more",
+        "an internal error occurred; see the service's log",
         instance=instance_of(request.scope),
     )
     return problem_response(problem)
 
 
 def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Names the first wrong fields; never shows a value, and cuts names, which a caller can make as long as values."""
+    """Describe the first invalid fields without their values, and truncate names, which callers can make arbitrarily long."""
     described = [
         f"{'.'.join(map(str, error['loc']))[:_MAX_FIELD_CHARACTERS]}: {error['msg'][:_MAX_REASON_CHARACTERS]}"
         for error in errors[:_MAX_NAMED_FIELDS]

@@ -1,7 +1,7 @@
-"""Calling one of the REST services; its problems come back as the errors they were raised as.
+"""Clients of the REST services; problem details are raised as the errors that caused them.
 
-A request is described once, as a `Call`, and sent by `ApiClient` or by its asynchronous twin `AsyncApiClient`. The
-clients of the two services are built on them: `run_client` and `adapter_client`.
+A request is described once, as a `Call`, and sent by `ApiClient` or `AsyncApiClient`. The clients of the two services,
+`run_client` and `adapter_client`, are built on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hyperagent.http.problems import MEDIA_TYPE, Problem, error_of
 
 _CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 600.0
-"""Making an adapter of a long prompt takes minutes on a busy CPU, and nothing is sent meanwhile."""
+"""Generating an adapter for a long prompt takes minutes on a busy CPU, during which nothing is sent."""
 _POLL_S = 0.1
 _POLL_TIMEOUT_S = 2.0
 
@@ -33,20 +33,20 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Call(Generic[_Answer]):
-    """One request, and how its answer is read."""
+    """A request and the function that parses its response."""
 
     method: str
     path: str
     read: Callable[[bytes], _Answer]
-    """Turns the body of the answer into a value; raises ValueError if it is not what was asked for."""
+    """Function that parses the response body; raises ValueError if the body is not as expected."""
     body: object = None
-    """Sent as JSON unless it is None."""
+    """Request body, sent as JSON; None for no body."""
     query: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def json_of(model: type[_Model]) -> Callable[[bytes], _Model]:
-    """Return the `read` of a call whose answer is JSON of this model."""
+    """Return a `read` function for a JSON response of the given model."""
     return model.model_validate_json
 
 
@@ -54,25 +54,27 @@ _READY = Call("GET", "/readyz", bytes)
 
 
 class _Connection:
-    """What both clients share: the address, the token, and what an answer means."""
+    """Shared part of both clients: URL, token and interpretation of responses."""
 
     def __init__(self, base_url: str, token: str) -> None:
-        """Remember where the service is; `token` may be empty for `wait_until_ready`.
+        """Set up the URL and the token; the token may be empty for `wait_until_ready`.
 
         Raises:
-            ConfigError: the address is not an http or https URL.
+            ConfigError: `base_url` is not an http or https URL.
         """
         try:
             url = httpx.URL(base_url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{base_url!r} is not an address: {error}; use one like http://127.0.0.1:8703") from error
+            raise ConfigError(
+                f"{base_url!r} is not a valid address: {error}; use one like http://127.0.0.1:8703"
+            ) from error
         if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"{base_url!r} is not an address; use one like http://127.0.0.1:8703")
+            raise ConfigError(f"{base_url!r} is not a valid address; use one like http://127.0.0.1:8703")
         self._url = str(url).rstrip("/")
         self._options: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
-            "trust_env": False,  # a proxy named in the environment must not see loopback traffic and its token
+            "trust_env": False,  # A proxy from the environment must not see loopback traffic and its token.
         }
 
     @contextmanager
@@ -98,14 +100,14 @@ class _Connection:
             return call.read(response.content)
         except ValueError as error:
             raise ServiceError(
-                f"{response.url} did not answer with the expected JSON; check that {self._url} is the right service, "
-                "and of this release"
+                f"{response.url} did not answer with the expected JSON; check that {self._url} is the right service "
+                "and release"
             ) from error
 
     def _error(self, response: httpx.Response) -> HyperagentError:
         if response.status_code == HTTPStatus.UNAUTHORIZED:
             return ConfigError(
-                f"{self._url} does not know this access token; set HYPERAGENT_TOKEN to the service's "
+                f"{self._url} does not accept this access token; set HYPERAGENT_TOKEN to the service's "
                 "(it keeps its own in ~/.hyperagent/token)"
             )
         if response.headers.get("Content-Type", "") == MEDIA_TYPE:
@@ -120,11 +122,11 @@ class _Connection:
 
 
 class ApiClient(_Connection):
-    """A connection to one service; a context manager, for one thread.
+    """Connection to one service; a context manager; not thread-safe.
 
-    Every method raises, besides the errors it names, what the service answered with, and:
-        ServiceError: nothing answers, or what answers is no such service.
-        ConfigError: the service does not know the token.
+    In addition to the errors it documents, every method raises the error that the service reported, and:
+        ServiceError: nothing answers, or the server is not such a service.
+        ConfigError: the service does not accept the token.
     """
 
     def __enter__(self) -> Self:
@@ -137,16 +139,16 @@ class ApiClient(_Connection):
         self._client.close()
 
     def send(self, call: Call[_Answer], *, timeout_s: float = _ANSWER_TIMEOUT_S) -> _Answer:
-        """Send a request and return what its answer says."""
+        """Send a request and return its parsed response."""
         with self._transport_errors():
             response = self._client.send(_build(self._client, call, timeout_s))
         return self._read(call, response)
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the service says that it is ready.
+        """Wait until the service reports that it is ready.
 
         Raises:
-            ServiceError: it was not within `timeout_s` seconds.
+            ServiceError: it was not ready within `timeout_s` seconds.
         """
         waiting = _Waiting(self._url, timeout_s)
         while True:
@@ -160,7 +162,7 @@ class ApiClient(_Connection):
 
 
 class AsyncApiClient(_Connection):
-    """`ApiClient` for an event loop; an async context manager."""
+    """Asynchronous version of `ApiClient`; an async context manager."""
 
     async def __aenter__(self) -> Self:
         self._client = httpx.AsyncClient(**self._options)
@@ -172,16 +174,16 @@ class AsyncApiClient(_Connection):
         await self._client.aclose()
 
     async def send(self, call: Call[_Answer], *, timeout_s: float = _ANSWER_TIMEOUT_S) -> _Answer:
-        """Send a request and return what its answer says."""
+        """Send a request and return its parsed response."""
         with self._transport_errors():
             response = await self._client.send(_build(self._client, call, timeout_s))
         return self._read(call, response)
 
     async def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the service says that it is ready.
+        """Wait until the service reports that it is ready.
 
         Raises:
-            ServiceError: it was not within `timeout_s` seconds.
+            ServiceError: it was not ready within `timeout_s` seconds.
         """
         waiting = _Waiting(self._url, timeout_s)
         while True:
@@ -195,7 +197,7 @@ class AsyncApiClient(_Connection):
 
 
 class _Waiting:
-    """The time that a service has to become ready."""
+    """Deadline for a service to become ready."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
@@ -203,12 +205,12 @@ class _Waiting:
         self._deadline = time.monotonic() + timeout_s
 
     def attempt_timeout_s(self) -> float:
-        """Return how long the next attempt may take."""
+        """Return the timeout in seconds of the next attempt."""
         self._left_s = self._deadline - time.monotonic()
         return min(max(self._left_s, _POLL_S), _POLL_TIMEOUT_S)
 
     def require_time_left(self, error: HyperagentError) -> None:
-        """Raise ServiceError, with the error of the last attempt as the reason, if that attempt was the last one."""
+        """Raise ServiceError with the last attempt's error as the reason if no time is left for another one."""
         if self._left_s <= _POLL_S:
             raise ServiceError(f"{self._url} was not ready within {self._timeout_s:g} s: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it, as plain ASGI so that bodies are never buffered on the way."""
+"""Middleware that runs before the routes, in plain ASGI so that bodies are not buffered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperagent.auth import is_authorized
 from hyperagent.http.problems import MEDIA_TYPE, Problem, http_problem
 
 OPEN_PATHS = ("/healthz", "/readyz")
-"""Answered without a token: what a container's health check asks for."""
+"""Paths served without a token, for containers' health checks."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -26,17 +26,17 @@ _MAX_INSTANCE_CHARACTERS = 200
 
 
 def instance_of(scope: Scope) -> str:
-    """The request's path as a problem's `instance`, cut where nobody reads on."""
+    """Return the request's path as a problem's `instance`, truncated to a readable length."""
     return quote(scope["path"])[:_MAX_INSTANCE_CHARACTERS]
 
 
 def problem_response(problem: Problem, *, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The HTTP answer that carries `problem`."""
+    """Return the HTTP response for `problem`."""
     return JSONResponse(problem.model_dump(), status_code=problem.status, headers=headers, media_type=MEDIA_TYPE)
 
 
 class MeasureRequests:
-    """Counts requests and times them, by the route's template: a path would give every adapter a series of its own."""
+    """Count and time requests by route template, because full paths would create a time series per adapter."""
 
     def __init__(self, app: ASGIApp, *, registry: CollectorRegistry) -> None:
         self._app = app
@@ -66,7 +66,7 @@ class MeasureRequests:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            # The router puts the route it chose into the scope.
+            # The router adds the matched route to the scope.
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._requests.labels(method, route, status).inc()
@@ -74,13 +74,13 @@ class MeasureRequests:
 
 
 class RequireToken:
-    """Refuses whoever does not carry the bearer token (RFC 6750)."""
+    """Refuse requests without the bearer token (RFC 6750)."""
 
     def __init__(self, app: ASGIApp, *, token: str, public_paths: Collection[str]) -> None:
         """Guard `app`.
 
         Args:
-            public_paths: answered to everybody, as the health checks are.
+            public_paths: paths served without the token, like the health checks.
         """
         self._app = app
         self._token = token
@@ -94,7 +94,7 @@ class RequireToken:
             return await self._app(scope, receive, send)
         problem = http_problem(
             HTTPStatus.UNAUTHORIZED,
-            "the request does not carry this service's access token; send Authorization: Bearer TOKEN",
+            "the request lacks this service's access token; send Authorization: Bearer TOKEN",
             instance=instance_of(scope),
         )
         challenge = 'Bearer realm="hyperagent"' + ("" if header is None else ', error="invalid_token"')
@@ -102,7 +102,7 @@ class RequireToken:
 
 
 class LimitBody:
-    """Refuses a body above the limit: at once when it says its length, else when the limit is passed."""
+    """Refuse a body above the limit: at once if its length is declared, otherwise as soon as the limit is exceeded."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
@@ -112,7 +112,7 @@ class LimitBody:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         detail = (
-            f"the request's body is larger than {self._max_body_bytes} bytes, the most this service reads; shorten it"
+            f"the request's body is larger than {self._max_body_bytes} bytes, the maximum for this service; shorten it"
         )
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
@@ -125,7 +125,7 @@ class LimitBody:
             message = await receive()
             received_bytes += len(message.get("body", b""))
             if received_bytes > self._max_body_bytes:
-                # The one kind of exception that FastAPI lets out of its body parsing unchanged.
+                # HTTPException is the only kind that FastAPI's body parsing passes on unchanged.
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
             return message
 
@@ -133,18 +133,18 @@ class LimitBody:
 
 
 class RequireHost:
-    """Refuses requests for names that are not the service's own.
+    """Refuse requests for host names that are not the service's own.
 
-    A web page can point a name of its own at 127.0.0.1 (DNS rebinding) and so reach a loopback service from the
-    browser that shows it. Its requests still carry that name in Host; an IP address there cannot have been rebound.
+    A web page can resolve its own host name to 127.0.0.1 (DNS rebinding) and thereby reach a loopback service from the
+    browser that shows it. Its requests still have that name in Host; an IP address there cannot have been rebound.
     """
 
     def __init__(self, app: ASGIApp, *, any_address: bool, names: Collection[str]) -> None:
         """Guard `app`.
 
         Args:
-            any_address: accept every IP address rather than loopback ones only.
-            names: accepted besides `localhost`.
+            any_address: accept every IP address, not only loopback addresses.
+            names: host names accepted in addition to `localhost`.
         """
         self._app = app
         self._any_address = any_address
@@ -158,7 +158,7 @@ class RequireHost:
             return await self._app(scope, receive, send)
         problem = http_problem(
             HTTPStatus.MISDIRECTED_REQUEST,
-            f"this service does not go by the name {host[:100]!r}; use localhost or its IP address, "
+            f"this service is not reachable under the name {host[:100]!r}; use localhost or its IP address, "
             "or add the name to its allowed hosts",
             instance=instance_of(scope),
         )

@@ -1,8 +1,8 @@
-"""The one table between the project's errors and HTTP, in both directions.
+"""Conversion between the project's errors and HTTP problem details, in both directions.
 
-An error travels as problem details (RFC 9457, `application/problem+json`). The `type` of one of ours is a URN that
-names its class, so that a client raises the very class the service did; what HTTP itself refuses (no such path, a
-body that is too large) has the type `about:blank`, as the RFC asks, and is known by its status.
+An error is sent as problem details (RFC 9457, `application/problem+json`). The `type` of the project's errors is a URN
+with the name of the class, so that a client raises the same class as the service; errors of HTTP itself (no such path,
+a body that is too large) have the type `about:blank`, as the RFC requires, and are identified by their status.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     type: str = "about:blank"
-    """What kind of problem it is."""
+    """URN of the kind of problem."""
     title: str
-    """The kind, for people."""
+    """Short description of the kind of problem."""
     status: int
-    """The HTTP status."""
+    """HTTP status code."""
     detail: str
-    """What happened, why, and how to mend it, in one line."""
+    """What happened, why, and how to fix it, in one line."""
     instance: str
     """Path of the request."""
 
 
 _SERVICE_ERROR = "urn:hyperagent:problem:service-error"
 
-# The first class that fits decides, so a class stands before its base.
+# The first matching class is used, so a class precedes its base class.
 _KINDS: tuple[tuple[type[HyperagentError], HTTPStatus, str, str], ...] = (
     (Busy, HTTPStatus.SERVICE_UNAVAILABLE, "urn:hyperagent:problem:busy", "Busy"),
     (NotFound, HTTPStatus.NOT_FOUND, "urn:hyperagent:problem:not-found", "Not found"),
@@ -70,18 +70,18 @@ _ERROR_OF_TYPE: dict[str, type[HyperagentError]] = {
 
 
 def problem_of(error: HyperagentError, *, instance: str) -> Problem:
-    """What a caller is told of `error`."""
+    """Return the problem details that describe `error` to a caller."""
     status, type_uri, title = next(row[1:] for row in _KINDS if isinstance(error, row[0]))
     return Problem(type=type_uri, title=title, status=status, detail=one_line(str(error)), instance=instance)
 
 
 def http_problem(status: int, detail: str, *, instance: str) -> Problem:
-    """A problem of HTTP itself, which has no class among the project's errors."""
+    """Return the problem details of an HTTP error that has no class among the project's errors."""
     return Problem(title=HTTPStatus(status).phrase, status=status, detail=one_line(detail), instance=instance)
 
 
 def error_of(problem: Problem) -> HyperagentError:
-    """The error that a service's answer stands for."""
+    """Return the error that a service's response represents."""
     kind = _ERROR_OF_TYPE.get(problem.type)
     if kind is None:
         kind = _error_of_status(problem.status)
@@ -89,7 +89,7 @@ def error_of(problem: Problem) -> HyperagentError:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks, and no longer than a person reads."""
+    """Return `text` without line breaks, truncated to a readable length."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_DETAIL_CHARACTERS else line[: _MAX_DETAIL_CHARACTERS - 1] + "…"
 

@@ -1,4 +1,4 @@
-"""The trainer's client: start training runs, watch and steer them."""
+"""Client of the trainer: start, monitor and control training runs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _FOLLOW_POLL_S = 0.5
 
 
 class RunClient(ApiClient):
-    """A connection to one trainer; raises what `ApiClient` does."""
+    """Connection to one trainer; raises the same errors as `ApiClient`."""
 
     def recipes(self) -> list[str]:
-        """Return the names of the recipes that can be run."""
+        """Return the names of the available recipes."""
         return self.send(_RECIPES).recipes
 
     def start(self, request: RunRequest, *, idempotency_key: str | None = None) -> RunBody:
-        """Start a run, or queue it behind the one that trains; the same key with the same request starts one run only.
+        """Start a run or queue it after the active one; repeating a request with the same key starts only one run.
 
         Raises:
             NotFound: there is no such recipe.
-            Conflict: too many runs wait, or the key came with another request before.
+            Conflict: the queue is full, or the key was used with a different request.
         """
         return self.send(_start(request, idempotency_key))
 
     def runs(self) -> list[RunBody]:
-        """Return every run, the newest first."""
+        """Return all runs, newest first."""
         return self.send(_LIST).runs
 
     def get(self, run_id: str) -> RunBody:
@@ -41,35 +41,35 @@ class RunClient(ApiClient):
         return self.send(_get(run_id))
 
     def metrics(self, run_id: str, *, since: str = "0") -> MetricsBody:
-        """Return the run's metrics from `since` on: the `next` of an earlier answer, or a number of lines to leave out."""
+        """Return the run's metrics from `since` on, which is `next` of an earlier response or a number of lines to skip."""
         return self.send(_metrics(run_id, since))
 
     def stop(self, run_id: str) -> RunBody:
-        """Have the run save a checkpoint and end; its state says when it has.
+        """Request that the run save a checkpoint and stop; its state changes once it has stopped.
 
         Raises:
-            Conflict: it neither trains nor waits.
+            Conflict: the run is neither training nor queued.
         """
         return self.send(_command(run_id, "stop"))
 
     def pause(self, run_id: str) -> RunBody:
-        """Have the run save a checkpoint before its next step and wait.
+        """Request that the run save a checkpoint before its next step and pause.
 
         Raises:
-            Conflict: it does not train.
+            Conflict: the run is not training.
         """
         return self.send(_command(run_id, "pause"))
 
     def checkpoint(self, run_id: str) -> RunBody:
-        """Have the run save a checkpoint before its next step.
+        """Request that the run save a checkpoint before its next step.
 
         Raises:
-            Conflict: it does not train.
+            Conflict: the run is not training.
         """
         return self.send(_command(run_id, "checkpoint"))
 
     def resume(self, run_id: str) -> RunBody:
-        """End the run's pause, or continue a stopped or failed run from its last checkpoint.
+        """Unpause the run, or continue a stopped or failed run from its last checkpoint.
 
         Raises:
             Conflict: there is nothing to continue.
@@ -77,7 +77,7 @@ class RunClient(ApiClient):
         return self.send(_command(run_id, "resume"))
 
     def follow(self, run_id: str, *, poll_s: float = _FOLLOW_POLL_S) -> Iterator[RunBody]:
-        """Yield the run now and every `poll_s` seconds, last of all in its final state."""
+        """Yield the run now and every `poll_s` seconds until its final state has been yielded."""
         while True:
             run = self.get(run_id)
             yield run
@@ -87,10 +87,10 @@ class RunClient(ApiClient):
 
 
 class AsyncRunClient(AsyncApiClient):
-    """`RunClient` for an event loop."""
+    """Asynchronous version of `RunClient`."""
 
     async def recipes(self) -> list[str]:
-        """Return the names of the recipes that can be run."""
+        """Return the names of the available recipes."""
         return (await self.send(_RECIPES)).recipes
 
     async def start(self, request: RunRequest, *, idempotency_key: str | None = None) -> RunBody:
@@ -98,7 +98,7 @@ class AsyncRunClient(AsyncApiClient):
         return await self.send(_start(request, idempotency_key))
 
     async def runs(self) -> list[RunBody]:
-        """Return every run, the newest first."""
+        """Return all runs, newest first."""
         return (await self.send(_LIST)).runs
 
     async def get(self, run_id: str) -> RunBody:
@@ -126,7 +126,7 @@ class AsyncRunClient(AsyncApiClient):
         return await self.send(_command(run_id, "resume"))
 
     async def follow(self, run_id: str, *, poll_s: float = _FOLLOW_POLL_S) -> AsyncIterator[RunBody]:
-        """Yield the run now and every `poll_s` seconds, last of all in its final state."""
+        """Yield the run now and every `poll_s` seconds until its final state has been yielded."""
         while True:
             run = await self.get(run_id)
             yield run

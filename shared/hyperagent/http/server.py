@@ -1,7 +1,7 @@
-"""Serving an application: the port first, then the application, then a clean end on SIGTERM.
+"""Serve an application: bind the port first, then start the application, and shut down cleanly on SIGTERM.
 
-The socket is bound and listening before anything else starts, so a busy port is known at once; until the
-application is ready, a client's connection waits.
+The socket is bound and listening before anything else starts, so a busy port is reported at once; connections wait
+until the application is ready.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from hyperagent.net import listening_ip
 
 _BACKLOG = 128
 _STOP_GRACE_S = 10
-"""What requests in progress have to end after SIGTERM."""
+"""Seconds that requests in progress have to finish after SIGTERM."""
 
 _log = structlog.get_logger()
 
 
 @contextmanager
 def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.socket]:
-    """A socket that holds its port while the block runs, in which SIGTERM and SIGINT exit with code 0.
+    """Bind a listening socket for the block, in which SIGTERM and SIGINT exit with code 0.
 
     Args:
-        allow_remote: permit an address that other machines can reach.
+        allow_remote: permit addresses that are reachable from other machines.
 
     Raises:
-        ConfigError: other machines could reach the address and that is not permitted, or there is no such address.
-        ServiceError: the port cannot be had.
+        ConfigError: the address does not exist, or it is reachable from other machines and that is not permitted.
+        ServiceError: the port is not available.
     """
 
     def leave(_number: int, _frame: FrameType | None) -> None:
@@ -55,10 +55,10 @@ def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.so
 
 
 def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = ()) -> None:
-    """Answer on a listening socket until a signal ends it; requests in progress get to end.
+    """Serve on a listening socket until a signal arrives, then finish the requests in progress.
 
     Args:
-        allowed_hosts: names the service answers to besides localhost and IP addresses.
+        allowed_hosts: host names accepted in addition to localhost and IP addresses.
     """
     address = listener.getsockname()
     any_address = not ipaddress.ip_address(address[0]).is_loopback
@@ -82,7 +82,7 @@ def _listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
     address = (str(ip), port)
     listener = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        # Takes the port over from connections that are still closing, never from another listener.
+        # Allows binding while old connections are still closing, but never while another listener has the port.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)

@@ -1,1 +1,1 @@
-"""What trainer and adapter service must agree on: targets, hypernetwork, LoRA injection, PEFT files, bundle."""
+"""The model code that trainer and adapter service share: targets, hypernetwork, LoRA injection, PEFT files, bundle."""

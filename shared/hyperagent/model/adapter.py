@@ -1,4 +1,4 @@
-"""An adapter in memory: the two LoRA factors of every layer it changes."""
+"""Hold an adapter in memory: the two LoRA factors of every layer it changes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LoRAPair:
-    """The two factors of one layer's delta, scale * b @ a; with a leading batch axis when they belong to a batch."""
+    """The two factors of one layer's delta, scale * b @ a, with a leading batch axis for a batch of adapters."""
 
     a: Tensor
-    """[(B,) R, I]."""
+    """Factor A, shape [(B,) R, I]."""
     b: Tensor
-    """[(B,) O, R]."""
+    """Factor B, shape [(B,) O, R]."""
 
 
 AdapterWeights = dict[str, LoRAPair]

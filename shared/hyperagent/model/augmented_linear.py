@@ -1,10 +1,11 @@
-"""A linear layer and its LoRA delta as one matrix product, for dtypes that would lose the delta in a second one.
+"""Compute a linear layer and its LoRA delta in one matrix product, for dtypes that lose accuracy in a separate addition.
 
     y = x W' + s (x A') B' = [x | x A'] [W | s B]'
 
-A bfloat16 product is rounded to 8 significant bits once it is complete. A delta that is added afterwards falls on those 8 bits: where it
-is 0.4 % of the output, as early in training, rounding leaves 3 % of it out, the same 3 % in every step. Here the delta is
-among the terms that the product sums in float32, so it is rounded with the output and arrives whole on average.
+A complete bfloat16 product is rounded to 8 significant bits, and a delta that is added afterwards is rounded to those 8
+bits too: where it is 0.4 % of the output, as early in training, rounding drops 3 % of it, the same 3 % in every step. Here
+the delta is among the terms that the product sums in float32, so it is rounded together with the output and complete on
+average.
 
 Legend of shape suffixes: B samples, T tokens, I and O input and output features, R rank, K = I + R, N tokens of one block.
 """
@@ -19,26 +20,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens per product, by type of device: [x | x A'] is a copy of x, made for so many at a time. The fastest on a CPU of 512 to 8,192;
-on a GPU, not yet measured, so many that starting a product costs little beside it."""
+"""Tokens per product, by device type: [x | x A'] copies x, one block of tokens at a time. The fastest of 512 to 8,192 on a
+CPU; not yet measured on a GPU, where it is large enough for the launch of a product to cost little in comparison."""
 
 
 def augmented_linear(
     x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_BRI: Tensor, b_BOR: Tensor, *, scale: float, zero: bool
 ) -> Tensor:
-    """[B, T, O]: x @ weight.T + bias + scale * x @ a.T @ b.T, rounded once, in the dtype of x.
+    """Return x @ weight.T + bias + scale * x @ a.T @ b.T, shape [B, T, O], rounded once, in the dtype of x.
 
-    Gradients reach x, a and b; the weight and the bias are frozen, and may be of a wider dtype than x.
+    Gradients reach x, a and b; the weight and the bias are frozen and may have a wider dtype than x.
 
     Args:
-        zero: whether b is all zero. The product is then the frozen layer's own, the same bits: one over K instead of I
-            terms may sum in another order. Gradients are what they are for any other b.
+        zero: whether b is all zero. The product then has the same bits as the frozen layer's own, whereas one over K
+            instead of I terms may sum in another order. Gradients are computed as for any other b.
     """
     return _AugmentedLinear.apply(x_BTI, weight_OI, bias_O, a_BRI.to(x_BTI.dtype), b_BOR.to(x_BTI.dtype), scale, zero)
 
 
 class _AugmentedLinear(torch.autograd.Function):
-    """Saves x, the frozen weight, both factors, and x A', which is R / I of x."""
+    """Saves x, the frozen weight, both factors and x A', which has R / I of the size of x."""
 
     @staticmethod
     def forward(
@@ -75,7 +76,7 @@ class _AugmentedLinear(torch.autograd.Function):
 
 
 def _product(x_BTI: Tensor, low_BTR: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scaled_b_BOR: Tensor) -> Tensor:
-    """[B, T, O]: [x | low] @ [weight | b].T + bias, sample by sample and block by block."""
+    """Return [x | low] @ [weight | b].T + bias, shape [B, T, O], computed by sample and by block of tokens."""
     num, tokens, inputs = x_BTI.shape
     outputs, rank = scaled_b_BOR.shape[1:]
     y_BTO = x_BTI.new_empty(num, tokens, outputs)
@@ -84,7 +85,7 @@ def _product(x_BTI: Tensor, low_BTR: Tensor, weight_OI: Tensor, bias_O: Tensor |
     step = _BLOCK_TOKENS[x_BTI.device.type]
     block_NK = x_BTI.new_empty(min(tokens, step), inputs + rank)
     for sample in range(num):
-        # Only these columns differ between samples, so the weight is copied once for all of them.
+        # Only these columns differ between samples, so the weight is copied once for all samples.
         weight_OK[:, inputs:] = scaled_b_BOR[sample]
         for start in range(0, tokens, step):
             x_NI = x_BTI[sample, start : start + step]

@@ -1,4 +1,4 @@
-"""What encoder and generator are built of: pre-normalized residual attention and MLP.
+"""Building blocks of encoder and generator: pre-normalized residual attention and MLP.
 
 Legend of shape suffixes: B samples, Q queries, C context vectors, D width.
 """
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
-    """A projection without bias that keeps the size of what it reads.
+    """Return a projection without bias whose outputs have the same scale as its inputs.
 
-    Standard deviation 1/sqrt(in). PyTorch's own start is 1/sqrt(3 in), and what a prompt contributes passes some ten
-    projections: it would reach the generator's features a hundred times smaller than the queries that are the same for
-    every prompt, and those would be learned first.
+    The weights have a standard deviation of 1/sqrt(in). PyTorch's default is 1/sqrt(3 in). A prompt's contribution passes
+    about ten projections, so with that default it would reach the generator's features a hundred times smaller than the
+    queries, which are the same for every prompt and would be learned first.
     """
     made = nn.Linear(in_features, out_features, bias=False)
     nn.init.normal_(made.weight, std=1 / math.sqrt(in_features))
@@ -44,12 +44,12 @@ class Attention(nn.Module):
         mask_BC: Tensor | None = None,
         places_CD: Tensor | None = None,
     ) -> Tensor:
-        """x plus what it reads.
+        """Return x plus the attention's output, shape [B, Q, D].
 
         Args:
             mask_BC: True where a context vector may be read.
-            places_CD: where each context vector stands; it is added to keys and not to values (DETR, arXiv:2005.12872,
-                section 3.2), so that it decides what is read without being read itself.
+            places_CD: position features of the context vectors, added to keys and not to values (DETR, arXiv:2005.12872,
+                section 3.2), so that they decide what is read without being read themselves.
         """
 
         def heads(t: Tensor) -> Tensor:
@@ -77,12 +77,12 @@ class FeedForward(nn.Module):
         self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x plus the MLP's output, at every position by itself."""
+        """Return x plus the MLP's output, computed at every position independently."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """[length, width] position features (Attention Is All You Need, arXiv:1706.03762, section 3.5)."""
+    """Return position features [length, width] (Attention Is All You Need, arXiv:1706.03762, section 3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
     angle = torch.arange(length, device=device)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=-1)

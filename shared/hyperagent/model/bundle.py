@@ -1,10 +1,10 @@
-"""The bundle: all that turning a prompt into an adapter needs, as a rule without the student.
+"""Write and read bundles: everything needed to turn a prompt into an adapter, usually without the student.
 
-bundle.json               manifest: who it belongs to, shapes, and a digest of every file below
+bundle.json               manifest: the student and teacher it belongs to, shapes, and digests of the files
 hypernetwork.safetensors  the hypernetwork's weights, with the static adapter that it started from, if any
-embeddings.safetensors    the student's frozen embedding table, where that is what the hypernetwork reads
+embeddings.safetensors    the student's frozen embedding table, if the hypernetwork reads embeddings
 tokenizer/                the student's tokenizer files
-README.md                 the model card, without a digest
+README.md                 the model card, which has no digest
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
-from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.config import EMBEDDINGS
@@ -32,27 +31,28 @@ from hyperagent.model.featurizer import EmbeddingFeaturizer, PromptFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.static_lora import StaticLoRA
+from hyperagent.storage.files import new_directory
 
 FORMAT_VERSION = 3
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class BundleManifest(NetworkManifest):
-    """What `bundle.json` holds."""
+    """The content of `bundle.json`."""
 
     format_version: int = FORMAT_VERSION
     base_model: str
     """Name or path of the student, written into every adapter."""
     teacher: str
-    """Fingerprint of the teacher it learned from."""
+    """Fingerprint of the teacher that the hypernetwork learned from."""
     condition: tuple[str, ...]
-    """The parts of a trajectory that it reads (`hyperagent.data.pipeline.views.Part`)."""
+    """Parts of a trajectory that the hypernetwork reads (`hyperagent.data.pipeline.views.Part`)."""
     max_prompt_tokens: int = Field(ge=1)
-    """Longest prompt it was trained to read, in tokens."""
+    """Longest prompt that the hypernetwork was trained to read, in tokens."""
     step: int = Field(ge=0)
-    """Optimizer steps it was trained for."""
+    """Number of optimizer steps that the hypernetwork was trained for."""
     files: dict[str, str] = Field(default_factory=dict)
-    """BLAKE3 (hex) of every file but this and the model card, by path inside the bundle."""
+    """BLAKE3 digest (hex) of every file except `bundle.json` and the model card, by path inside the bundle."""
 
     @property
     def rank(self) -> int:
@@ -65,12 +65,12 @@ class BundleManifest(NetworkManifest):
     @model_validator(mode="after")
     def _holds_a_hypernetwork(self) -> BundleManifest:
         if self.mode == "static":
-            raise ValueError("a static adapter needs no bundle: it is a PEFT folder already")
+            raise ValueError("a static adapter needs no bundle, since it is already a PEFT folder; use that folder")
         return self
 
 
 class Bundle:
-    """A loaded bundle; generates adapters on the CPU."""
+    """A loaded bundle, which generates adapters on the CPU."""
 
     def __init__(
         self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, featurizer: PromptFeaturizer
@@ -78,13 +78,13 @@ class Bundle:
         self.manifest = manifest
         self.tokenizer_folder = folder / "tokenizer"
         self.fingerprint = blake3(canonical_json(manifest.model_dump(mode="json"))).hexdigest()
-        """Digest of the manifest, and so of every file."""
+        """Digest of the manifest, and thereby of every file whose digest is in it."""
         self._hypernetwork = hypernetwork
         self._featurizer = featurizer
 
     @torch.inference_mode()
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterWeights:
-        """The adapter for one prompt of P token ids: a [R, I] and b [O, R] float32 per layer.
+        """Return the adapter for one prompt of P token ids: float32 a [R, I] and b [O, R] per layer.
 
         Raises:
             InvalidRequest: the prompt is empty or has an id outside the embedding table.
@@ -98,7 +98,8 @@ class Bundle:
             )
         if int(prompt_ids.max()) >= self._featurizer.num_ids:
             raise InvalidRequest(
-                f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._featurizer.num_ids} rows"
+                f"prompt id {int(prompt_ids.max())} is outside the embedding table of {self._featurizer.num_ids} rows; "
+                "tokenize with the bundle's tokenizer"
             )
         ids_1P = torch.from_numpy(prompt_ids.astype(np.int64))[None]
         batched = self._hypernetwork(self._featurizer(ids_1P), torch.ones(ids_1P.shape, dtype=torch.bool))
@@ -114,18 +115,19 @@ def save_bundle(
     tokenizer_folder: Path,
     card: str,
 ) -> BundleManifest:
-    """Write a bundle, whole or not at all; returns the manifest with the files' digests.
+    """Write a bundle, completely or not at all, and return the manifest with the files' digests.
 
     Args:
-        embeddings: the student's table; written if it is what the hypernetwork reads.
-        card: the model card, Markdown.
+        embeddings: the student's embedding table; written if the hypernetwork reads embeddings.
+        tokenizer_folder: folder of the student's tokenizer files.
+        card: the model card in Markdown.
 
     Raises:
         ConfigError: a tokenizer file is missing.
-        StorageError: the file system refused.
+        StorageError: the file system refuses.
     """
     if missing := [name for name in TOKENIZER_FILES if not (tokenizer_folder / name).is_file()]:
-        raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks {', '.join(missing)}")
+        raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks {', '.join(missing)}; copy the student's")
     with new_directory(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
         (temporary / "hypernetwork.safetensors").write_bytes(save(weights))
@@ -141,7 +143,7 @@ def save_bundle(
             for p in sorted(temporary.rglob("*"))
             if p.is_file()
         }
-        # Not among the files with a digest: people add to it.
+        # The model card has no digest because users edit it.
         (temporary / "README.md").write_text(card, encoding="utf-8")
         manifest = manifest.model_copy(update={"files": files})
         (temporary / "bundle.json").write_text(
@@ -154,12 +156,12 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
     """Read a bundle and check every file against its digest.
 
     Args:
-        featurizer: for a hypernetwork that reads hidden states, `make_featurizer` of the student; one that reads
-            embeddings has its table in the bundle.
+        featurizer: `make_featurizer` of the student, for a hypernetwork that reads hidden states; not needed for one
+            that reads embeddings, whose table is in the bundle.
 
     Raises:
-        ConfigError: there is no bundle, it has an unknown format version, or it needs the student and none is here.
-        CorruptRecord: a file is missing or is not the one that was written.
+        ConfigError: there is no bundle, it has an unknown format version, or it needs the student's featurizer.
+        CorruptRecord: a file is missing, or differs from the one that was written.
     """
     try:
         raw = json.loads((folder / "bundle.json").read_bytes())
@@ -169,13 +171,13 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
         ) from error
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
-            f"{folder}/bundle.json is not of format version {FORMAT_VERSION}; export it again with this release"
+            f"{folder}/bundle.json does not have format version {FORMAT_VERSION}; export it again with this release"
         )
     manifest = parse(raw, BundleManifest, source=str(folder / "bundle.json"))
     reads = manifest.hypernetwork.featurizer
     if reads != EMBEDDINGS and featurizer is None:
         raise ConfigError(
-            f"the hypernetwork in {folder} reads {reads} of the student, which is not here; "
+            f"the hypernetwork in {folder} reads {reads} of the student, which was not loaded; "
             f"train one with `featurizer: {EMBEDDINGS}` to make adapters without the student"
         )
     contents = {name: _checked(folder / name, digest) for name, digest in manifest.files.items()}
@@ -191,13 +193,13 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
 
 
 def hypernetwork_of(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
-    """The hypernetwork with its weights, frozen.
+    """Return the frozen hypernetwork of a manifest with the given weights.
 
     Raises:
-        KeyError, RuntimeError: they are of another one.
+        KeyError, RuntimeError: the weights belong to another hypernetwork.
     """
     config, layers = manifest.hypernetwork, manifest.layers
-    # The static adapter is among the weights; until they are loaded, any of its shape holds its place.
+    # The weights include the static adapter; until they are loaded, one of the same shape takes its place.
     place = StaticLoRA(layers, rank=config.rank, alpha=config.alpha).adapter()
     made = AgenticHyperNetwork(
         config,
@@ -215,5 +217,5 @@ def _checked(path: Path, digest: str) -> bytes:
     except OSError as error:
         raise CorruptRecord(f"the bundle lacks {path}: {error.strerror}; copy or export it again") from error
     if blake3(content).hexdigest() != digest:
-        raise CorruptRecord(f"{path} is not the file the bundle was made with; copy or export it again")
+        raise CorruptRecord(f"{path} is not the file that the bundle was made with; copy or export it again")
     return content

@@ -1,4 +1,4 @@
-"""What a manifest and a recipe say about a hypernetwork and its target layers; imports no torch."""
+"""Define the configuration of a hypernetwork and its target layers for manifests and recipes; imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperagent.errors import ConfigError
 
 EMBEDDINGS = "embeddings"
 FEATURIZER_PATTERN = rf"^({EMBEDDINGS}|hidden@[1-9][0-9]*)$"
-"""What a featurizer may be called."""
+"""Pattern of valid featurizer names."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"width": 64, "num_latents": 8, "encoder_blocks": 2, "generator_blocks": 1, "num_heads": 4},
@@ -25,9 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class HyperNetworkConfig(StrictModel):
-    """Shape of the hypernetwork; without any field given, that of the preset `base`.
+    """Shape of the hypernetwork; the defaults are those of the preset `base`.
 
-    Every other preset is a `preset:` among the fields, which may change single ones of it.
+    The field `preset:` selects another preset, and the fields given next to it change single values.
 
     Parameters, with E the student's hidden size, M layers and S slots (R ranks, or 1 with the flat head):
 
@@ -46,32 +46,32 @@ class HyperNetworkConfig(StrictModel):
     """
 
     width: int = Field(1024, ge=16, multiple_of=16)
-    """D, size of the hidden vectors."""
+    """D: size of the hidden vectors."""
     num_latents: int = Field(64, ge=1)
-    """L, vectors the prompt is pooled into."""
+    """L: number of vectors that the prompt is pooled into."""
     encoder_blocks: int = Field(4, ge=1)
-    """Perceiver blocks of the encoder."""
+    """Number of Perceiver blocks of the encoder."""
     generator_blocks: int = Field(3, ge=1)
-    """Blocks of the generator: each reads the latents and mixes across layers and ranks."""
+    """Number of blocks of the generator; each reads the latents and mixes across layers and ranks."""
     num_heads: int = Field(16, ge=1)
-    """Attention heads; must divide the width."""
+    """Number of attention heads; must divide the width."""
     head: Literal["per_rank", "flat"] = "per_rank"
-    """Whether a head makes one rank from each of a layer's R features, or all R from its only one."""
+    """Whether a head generates one rank from each of a layer's R features, or all R ranks from its single feature."""
     head_grouping: Literal["shape", "kind"] = "shape"
-    """Which layers share heads: those of equal shape, or those of equal name inside their decoder layers."""
+    """Which layers share heads: layers of equal shape, or layers of equal name inside their decoder layers."""
     featurizer: str = Field(EMBEDDINGS, pattern=FEATURIZER_PATTERN)
-    """What it reads of a prompt: "embeddings", or "hidden@K" (`hyperagent.model.featurizer`)."""
+    """Features of a prompt that the encoder reads: "embeddings" or "hidden@K" (`hyperagent.model.featurizer`)."""
     rank: int = Field(16, ge=1)
-    """R, rank of the generated adapters."""
+    """R: rank of the generated adapters."""
     alpha: float = Field(32.0, gt=0)
     """LoRA's alpha; the delta is scaled by alpha / rank, as in PEFT."""
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HyperNetworkConfig:
-        """The preset of that name with some fields changed.
+        """Return the preset with that name and some fields changed.
 
         Raises:
-            ValidationError: there is none of that name, or a field is wrong.
+            ValidationError: there is no preset of that name, or a field is wrong.
         """
         return cls.model_validate({"preset": name, **changes})
 
@@ -89,7 +89,9 @@ class HyperNetworkConfig(StrictModel):
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> HyperNetworkConfig:
         if self.width % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}")
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide width={self.width}; choose a divisor of the width"
+            )
         return self
 
     @property
@@ -108,16 +110,16 @@ class LayerInfo:
 
     @property
     def depth(self) -> int:
-        """Index of its decoder layer."""
+        """Index of the decoder layer that contains it."""
         return int(self._place()[1])
 
     @property
     def kind(self) -> str:
-        """Path inside its decoder layer, such as "self_attn.q_proj"."""
+        """Path inside the decoder layer, such as "self_attn.q_proj"."""
         return self._place()[2]
 
     def _place(self) -> re.Match[str]:
         place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", self.name)
         if place is None:
-            raise ConfigError(f"{self.name!r} is no module of a decoder layer: its name lacks `layers.<index>.`")
+            raise ConfigError(f"{self.name!r} is not a module of a decoder layer: its name lacks `layers.<index>.`")
         return place

@@ -1,7 +1,7 @@
-"""What a hypernetwork reads of a prompt: vectors of the frozen student, one per token.
+"""Turn a prompt into the features that a hypernetwork reads: vectors of the frozen student, one per token.
 
-    embeddings   rows of the embedding table, 0.6 GB for the 80B student: a service can make adapters without the rest
-    hidden@K     hidden states after the first K decoder layers: words in context, at the price of those layers
+    embeddings   rows of the embedding table, 0.6 GB for the 80B student: a service needs no other part of the student
+    hidden@K     hidden states after the first K decoder layers: words in context, at the cost of running those layers
 
 Legend of shape suffixes: B samples, P prompt tokens, E hidden size of the student, V rows of the embedding table.
 """
@@ -21,18 +21,18 @@ from hyperagent.model.config import EMBEDDINGS, FEATURIZER_PATTERN
 
 
 class PromptFeaturizer(Protocol):
-    """Turns prompt ids into features, without a gradient."""
+    """Computes features of prompt ids, without a gradient."""
 
     num_ids: int
-    """Rows of the student's embedding table: ids at or above it cannot be read."""
+    """Number of rows of the student's embedding table; ids at or above it are invalid."""
 
     def __call__(self, ids_BP: Tensor) -> Tensor:
-        """[B, P, E] features of int64 ids. A prompt's padding stands on its right, where nothing before it sees it."""
+        """Return the features [B, P, E] of int64 ids; padding is on the right, where causal layers do not see it."""
         ...
 
 
 class EmbeddingFeaturizer:
-    """Rows of the student's embedding table."""
+    """Looks up rows of the student's embedding table, as float32."""
 
     def __init__(self, table_VE: Tensor) -> None:
         self._table_VE = table_VE.detach()
@@ -43,15 +43,15 @@ class EmbeddingFeaturizer:
 
 
 class HiddenStateFeaturizer:
-    """Hidden states of the bare student's first layers, which it shares and does not copy."""
+    """Computes hidden states with the student's first layers, which it shares and does not copy, as float32."""
 
     def __init__(self, student: PreTrainedModel, num_layers: int) -> None:
         decoder = student.get_decoder()
         if num_layers > len(decoder.layers):
             raise ConfigError(
-                f"the featurizer hidden@{num_layers} needs {num_layers} decoder layers, the student has {len(decoder.layers)}"
+                f"the featurizer hidden@{num_layers} needs {num_layers} decoder layers, but the student has {len(decoder.layers)}"
             )
-        # A decoder with fewer layers and no final norm. Its modules are the student's; only the containers are new.
+        # A decoder with fewer layers and no final norm. It shares the student's modules; only the containers are new.
         early = copy.copy(decoder)
         early._modules = {
             **decoder._modules,
@@ -71,10 +71,10 @@ class HiddenStateFeaturizer:
 
 
 def make_featurizer(name: str, student: PreTrainedModel) -> PromptFeaturizer:
-    """The featurizer of that name on a loaded student.
+    """Return the featurizer with that name for a loaded student.
 
     Raises:
-        ConfigError: there is none of that name, or the student has too few layers for it.
+        ConfigError: there is no featurizer of that name, or the student has too few layers for it.
     """
     if re.fullmatch(FEATURIZER_PATTERN, name) is None:
         raise ConfigError(f"there is no featurizer {name!r}; choose {EMBEDDINGS} or hidden@K with K decoder layers")

@@ -1,4 +1,4 @@
-"""The hypernetwork: one prompt in, one LoRA adapter for every target layer out, in one forward pass.
+"""Define the hypernetwork, which turns one prompt into a LoRA adapter for all target layers in one forward pass.
 
     prompt features [B, P, E] ──> PromptEncoder ──> latents [B, L, D] ──> ShapeGroupedLoRAGenerator ──> A, B per layer
 
@@ -6,9 +6,9 @@ Legend of shape suffixes: B samples, P prompt tokens, E hidden size of the stude
 M target layers, S slots per layer, R rank, I and O a layer's input and output size.
 
 The encoder pools by cross-attention from a fixed set of latents (Perceiver IO, arXiv:2107.14795), so its cost is
-linear in P. The generator asks one query per layer and slot, a slot being one rank, and turns each answer into one
-row of A and one column of B; layers of a group share a head, so parameters grow with the number of groups, not of
-layers. Start and scale, and what of them was measured: docs/hypernetwork.md.
+linear in P. The generator has one query per layer and slot, where a slot is one rank, and turns each resulting feature
+into one row of A and one column of B; the layers of a group share a head, so parameters grow with the number of groups,
+not of layers. docs/hypernetwork.md explains initialization and scale, with measurements.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 from hyperagent.model.static_lora import StaticLoRA
 
 _MAX_L1 = 32.0
-"""Largest L1 norm of a feature that a head reads, and so the most, times the learning rate, that one step of Adam
-moves an entry of B, whatever the width: |step| <= lr * sum |f| <= lr * sqrt(D) * |f|_2."""
+"""Largest L1 norm of a feature that a head reads. Times the learning rate, it bounds the change of an entry of B in one
+step of Adam, regardless of the width: |step| <= lr * sum |f| <= lr * sqrt(D) * |f|_2."""
 
 
 class _EncoderBlock(nn.Module):
-    """Latents read the prompt, mix among themselves, and think."""
+    """Latents read the prompt, attend to each other and pass an MLP."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -58,19 +58,19 @@ class PromptEncoder(nn.Module):
         self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> Tensor:
-        """Latents [B, L, D] of prompt features; `mask_BP` is True at real tokens.
+        """Return the latents [B, L, D] of prompt features; `mask_BP` is True at real tokens.
 
         Raises:
-            InvalidRequest: the mask is of another shape, or a prompt has no real token.
+            InvalidRequest: the mask has another shape, or a prompt has no real token.
         """
         if mask_BP.shape != embeddings_BPE.shape[:2]:
             raise InvalidRequest(
-                f"a prompt mask of shape {list(mask_BP.shape)} does not belong to features of shape {list(embeddings_BPE.shape)}"
+                f"a prompt mask of shape {list(mask_BP.shape)} does not match features of shape {list(embeddings_BPE.shape)}"
             )
         if not mask_BP.any(1).all():
-            raise InvalidRequest("a prompt has no real token: its mask is False throughout; give it one at least")
+            raise InvalidRequest("a prompt has no real token: its mask is False throughout; give it at least one")
         tokens_BPD = self.input(self.norm_input(embeddings_BPE))
-        # The table's rows carry no order (sinusoidal: defined for every length).
+        # Embedding rows carry no order; sinusoidal positions are defined for every length.
         places_PD = sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2], tokens_BPD.device)
         latents_BLD = self.latents.expand(tokens_BPD.shape[0], -1, -1)
         for block in self.blocks:
@@ -79,9 +79,9 @@ class PromptEncoder(nn.Module):
 
 
 class _GeneratorBlock(nn.Module):
-    """Queries read the latents, mix across layers and, where there is more than one, slots, and think.
+    """Queries read the latents, attend across layers and, if there are several, across slots, and pass an MLP.
 
-    The two mixing attentions are factorized, over M vectors and over S, as one over all M S would be quadratic in them.
+    The attention is factorized into one over M layers and one over S slots, since one over all M S would be quadratic in M S.
     """
 
     def __init__(self, width: int, num_heads: int, *, num_slots: int) -> None:
@@ -104,16 +104,16 @@ class _GeneratorBlock(nn.Module):
 
 
 class ShapeGroupedLoRAGenerator(nn.Module):
-    """Turns latents into the factors of every target layer."""
+    """Generates the factors of every target layer from the latents."""
 
     def __init__(self, config: HyperNetworkConfig, layers: Sequence[LayerInfo], *, zero_a: bool) -> None:
-        """`zero_a` starts A's heads at zero as well, for what is added to a static adapter."""
+        """Create the generator; `zero_a` initializes A's heads to zero too, for factors added to a static adapter."""
         super().__init__()
         width, self.rank = config.width, config.rank
         num_slots = config.rank if config.head == "per_rank" else 1
         self.layers = tuple(layers)
-        # Of unit size, so that the features of two layers or two ranks start out far apart: similar features would
-        # make every rank's row of A and column of B the same, an adapter of rank 1 whatever R is.
+        # Queries have unit scale, so that the features of two layers or two ranks start far apart: similar features would
+        # give every rank the same row of A and column of B, an adapter of rank 1 regardless of R.
         self.queries = nn.Parameter(torch.randn(len(layers), num_slots, width))
         self.blocks = nn.ModuleList(
             _GeneratorBlock(width, config.num_heads, num_slots=num_slots) for _ in range(config.generator_blocks)
@@ -135,18 +135,18 @@ class ShapeGroupedLoRAGenerator(nn.Module):
             nn.init.zeros_(self.b_heads[group].weight)  # type: ignore[arg-type]
 
     def forward(self, latents_BLD: Tensor) -> AdapterWeights:
-        """Factors a [B, R, I] and b [B, O, R] of every target layer."""
+        """Return factors a [B, R, I] and b [B, O, R] of every target layer."""
         return self.factors(self.features(latents_BLD))
 
     def features(self, latents_BLD: Tensor) -> Tensor:
-        """[B, M, S, D]: what the heads read, each of L2 norm `feature_norm`, so that no prompt makes a large adapter."""
+        """Return the heads' inputs [B, M, S, D], each with L2 norm `feature_norm`, so that no prompt gets a large adapter."""
         x_BMSD = self.queries.expand(len(latents_BLD), -1, -1, -1)
         for block in self.blocks:
             x_BMSD = block(x_BMSD, latents_BLD)
         return F.normalize(self.norm(x_BMSD), dim=-1) * self.feature_norm
 
     def factors(self, features_BMSD: Tensor) -> AdapterWeights:
-        """What the heads make of `features`: a [B, R, I] and b [B, O, R] of every target layer."""
+        """Apply the heads to `features` and return a [B, R, I] and b [B, O, R] of every target layer."""
         num = len(features_BMSD)
         weights: AdapterWeights = {}
         for group, members in self._members.items():
@@ -159,7 +159,7 @@ class ShapeGroupedLoRAGenerator(nn.Module):
 
 
 class AgenticHyperNetwork(nn.Module):
-    """Prompt features in, LoRA factors out; from zero, or on top of a static adapter."""
+    """Maps prompt features to LoRA factors, starting from zero or on top of a static adapter."""
 
     def __init__(
         self,
@@ -169,16 +169,18 @@ class AgenticHyperNetwork(nn.Module):
         *,
         warm_start: AdapterWeights | None = None,
     ) -> None:
-        """A hypernetwork at its start.
+        """Create an untrained hypernetwork.
 
         Args:
-            embedding_size: E.
+            config: shape of the hypernetwork.
+            layers: target layers of the student.
+            embedding_size: E, size of the prompt features.
             warm_start: a static adapter A0 [R, I], B0 [O, R] of every layer, to which the generated factors are
                 added: A = A0 + dA(prompt), B = B0 + dB(prompt), of the same rank, with dA = dB = 0 at the start.
-                It stays as it is, so that whatever is gained is the prompt's doing.
+                It stays frozen, so that any improvement comes from the prompt.
 
         Raises:
-            ConfigError: the static adapter is for other layers or of another rank.
+            ConfigError: the static adapter is for other layers or has another rank.
         """
         super().__init__()
         self.config = config
@@ -197,18 +199,18 @@ class AgenticHyperNetwork(nn.Module):
         return self.config.scale
 
     def b_parameters(self) -> list[nn.Parameter]:
-        """What makes B, which starts at zero."""
+        """Return the parameters that make B, which start at zero."""
         return list(self.generator.b_heads.parameters())
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:
-        """Factors a [B, R, I] and b [B, O, R] of every target layer for B prompts.
+        """Return factors a [B, R, I] and b [B, O, R] of every target layer for B prompts.
 
         Args:
-            embeddings_BPE: what the config's featurizer makes of the prompts.
+            embeddings_BPE: features of the prompts from the config's featurizer.
             mask_BP: bool, True at real tokens.
 
         Raises:
-            InvalidRequest: the mask does not fit, or a prompt has no real token.
+            InvalidRequest: the mask does not match the features, or a prompt has no real token.
         """
         weights = self.generator(self.encoder(embeddings_BPE, mask_BP))
         if self.base is None:
@@ -218,7 +220,7 @@ class AgenticHyperNetwork(nn.Module):
 
 
 def _group(layer: LayerInfo, config: HyperNetworkConfig) -> str:
-    """Which heads a layer uses; a module's name, so without dots."""
+    """Return the name of a layer's group of heads, without dots since it is a module's name."""
     if config.head_grouping == "shape":
         return f"{layer.in_features}x{layer.out_features}"
     return layer.kind.replace(".", "-")

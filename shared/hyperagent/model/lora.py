@@ -1,15 +1,15 @@
-"""Applying generated LoRA factors to a frozen student without touching its modules.
+"""Apply generated LoRA factors to a frozen student without changing its modules.
 
-Within the context, each target layer's `forward` is an attribute of the instance that stands before the class's own.
-Parameter names and the state dict stay the student's, and nothing remains once the context is left. The factors may
-carry a graph: gradients flow through them to whatever generated them.
+Within the context, each target layer's `forward` is an instance attribute that overrides the method of its class.
+Parameter names and the state dict do not change, and nothing remains after the context. The factors may carry a graph:
+gradients flow through them to the network that generated them.
 
-How the delta is added depends on the dtype that the layer's product has, be it the weights' or autocast's:
+How the delta is added depends on the dtype of the layer's product, which is that of the weights or of autocast:
 
-    float32, float64    the frozen product, then the delta added to it in place: `make_batched_lora_hook`
+    float32, float64    the frozen product, to which the delta is added in place: `make_batched_lora_hook`
     bfloat16, float16   one product for both: `augmented_linear`
 
-The first is the faster on float32, where adding costs no accuracy; docs/adapter.md has the figures.
+The first is faster in float32, where the addition costs no accuracy; docs/adapter.md has the figures.
 
 Legend of shape suffixes: B samples, T tokens, I and O input and output features, R rank.
 """
@@ -31,9 +31,9 @@ ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
-    """A forward hook that adds scale * x @ a.T @ b.T to the output in place, with factors of each sample's own.
+    """Return a forward hook that adds scale * x @ a.T @ b.T to the output in place, with separate factors per sample.
 
-    The hooked layer's input must be [B, T, I] with the factors' B: padding at the end of a sample then changes
+    The hooked layer's input must be [B, T, I] with the factors' B; padding at the end of a sample then changes
     nothing before it. With b = 0 the output keeps its bits.
 
     Raises (in the hook):
@@ -53,10 +53,10 @@ def make_batched_lora_hook(pair: LoRAPair, scale: float) -> ForwardHook:
 
 
 class HookBasedLoRAInjector:
-    """Puts adapters on a student for the length of a `with` block."""
+    """Applies adapters to a student for the duration of a `with` block."""
 
     def __init__(self, student: nn.Module, *, scale: float) -> None:
-        """Remember the student; `scale` is alpha / rank."""
+        """Look up the student's modules; `scale` is alpha / rank."""
         self._modules = dict(student.named_modules())
         self._scale = scale
 
@@ -64,18 +64,18 @@ class HookBasedLoRAInjector:
     def inject(self, weights: AdapterWeights) -> Iterator[None]:
         """Apply one adapter per sample of the batch while the block runs.
 
-        A layer's input is [B, T, I], or the same flattened to [B T, I] as mixture-of-experts blocks do; one adapter
-        spans a whole sample, so sequences that are packed into one sample share it.
+        A layer's input is [B, T, I], or flattened to [B T, I] as in mixture-of-experts blocks; one adapter applies to a
+        whole sample, so sequences that are packed into one sample share it.
 
         Under activation checkpointing (non-reentrant) the backward pass belongs inside the block too: it runs the
-        layers again, and after the block they are bare, at which torch raises CheckpointError.
+        layers again, and after the block they have no adapter, at which torch raises CheckpointError.
 
         Args:
             weights: a [B, R, I] and b [B, O, R] of the layers to adapt, in any floating dtype, on the layers' device.
 
         Raises:
-            InvalidRequest: a factor names a module that is no plain linear layer of the student, or does not fit it
-                in shape, dtype or device; the layers' adapters differ in number; a layer has an adapter on already.
+            InvalidRequest: a factor names a module that is not a plain linear layer of the student, or does not match
+                it in shape, dtype or device; the layers' adapters differ in number; a layer already has an adapter.
                 Within the block: a layer's input does not divide into as many samples as there are adapters.
         """
         self._check(weights)
@@ -91,14 +91,14 @@ class HookBasedLoRAInjector:
         counts = set()
         for name, pair in weights.items():
             module = self._modules.get(name)
-            # A subclass may compute something else than x @ W.T, which is what stands in for it.
+            # A subclass may compute something other than x @ W.T, which the adapted forward computes.
             if type(module) is not nn.Linear:
                 raise InvalidRequest(
-                    f"the student has no linear layer {name!r}: the adapter was made for another student"
+                    f"the student has no linear layer {name!r}: the adapter was made for another student; use that one"
                 )
             if "forward" in vars(module):
                 raise InvalidRequest(
-                    f"layer {name} has an adapter on already, or another wrapper of its forward; leave that first"
+                    f"layer {name} already has an adapter or another wrapper of its forward; leave that context first"
                 )
             _check_pair(name, pair, module)
             counts.add(len(pair.a))
@@ -116,7 +116,8 @@ def _check_pair(name: str, pair: LoRAPair, module: nn.Linear) -> None:
         )
     if (pair.a.shape[2], pair.b.shape[1]) != (module.in_features, module.out_features):
         raise InvalidRequest(
-            f"the adapter maps {pair.a.shape[2]} to {pair.b.shape[1]} features at {name}, the student {module.in_features} to {module.out_features}"
+            f"the adapter maps {pair.a.shape[2]} to {pair.b.shape[1]} features at {name}, but the student maps "
+            f"{module.in_features} to {module.out_features}; use the student that the adapter was made for"
         )
     for factor in (pair.a, pair.b):
         if not factor.is_floating_point() or factor.device != module.weight.device:
@@ -127,7 +128,7 @@ def _check_pair(name: str, pair: LoRAPair, module: nn.Linear) -> None:
 
 
 def _adapted_forward(module: nn.Linear, pair: LoRAPair, scale: float, *, zero: bool) -> Callable[[Tensor], Tensor]:
-    """What stands in for the layer's own forward."""
+    """Return the function that replaces the layer's own forward."""
     add_delta = make_batched_lora_hook(pair, scale)
 
     def forward(x: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def _adapted_forward(module: nn.Linear, pair: LoRAPair, scale: float, *, zero: b
 
 
 def _by_sample(x: Tensor, num: int) -> Tensor:
-    """The layer's input as [B, T, I]."""
+    """Return the layer's input as [B, T, I]."""
     if x.dim() == 2 and len(x) % num == 0:
         return x.unflatten(0, (num, -1))
     if x.dim() == 3 and len(x) == num:
@@ -156,7 +157,7 @@ def _by_sample(x: Tensor, num: int) -> Tensor:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which `F.linear` multiplies by this weight: autocast leaves float64 alone."""
+    """Return the dtype in which `F.linear` multiplies by this weight; autocast does not convert float64."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)

@@ -1,4 +1,4 @@
-"""What a trained network belongs to: the part of their manifests that checkpoint and bundle share."""
+"""Define the part of their manifests that checkpoints and bundles share."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from hyperagent.identity import DataIdentity
 from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 
 Mode = Literal["from_zero", "warm_start", "static"]
-"""A hypernetwork whose adapter starts at zero, one that starts from a static adapter, or a static adapter itself."""
+"""A hypernetwork whose adapter starts at zero, a hypernetwork that starts from a static adapter, or a static adapter."""
 
 
 class NetworkManifest(StrictModel):
-    """Everything that decides what a network's weights mean."""
+    """Everything needed to interpret a network's weights."""
 
     student_weights: str
-    """`identity.weights_fingerprint` of the student."""
+    """Fingerprint of the student's weights (`identity.weights_fingerprint`)."""
     data: DataIdentity
-    """What it was trained on; the tokenizer's and chat template's digests are in it."""
+    """Identity of the training data, with the digests of tokenizer and chat template."""
     mode: Mode = "from_zero"
     warm_start: str | None = None
-    """Digest (BLAKE3, hex) of the static adapter's weights file that it started from."""
+    """Digest (BLAKE3, hex) of the weights file of the static adapter that the network started from."""
     hypernetwork: HyperNetworkConfig
-    """Rank, alpha and, unless static, shape and featurizer."""
+    """Rank and alpha and, unless the mode is static, shape and featurizer."""
     layers: tuple[LayerInfo, ...]
-    """The targets, in the order of the network."""
+    """Target layers, in the order of the student's layers."""
 
     @model_validator(mode="after")
     def _warm_start_has_its_adapter(self) -> NetworkManifest:
         if (self.mode == "warm_start") != (self.warm_start is not None):
-            raise ValueError(f"mode {self.mode!r} does not go with the static adapter {self.warm_start}")
+            raise ValueError(
+                f"mode {self.mode!r} contradicts the static adapter {self.warm_start}; only warm_start has one"
+            )
         return self

@@ -1,11 +1,11 @@
-"""An adapter as the two files of PEFT's format, which PEFT and vLLM both load.
+"""Write and read an adapter as the two files of PEFT's format, which PEFT and vLLM both load.
 
 Format: `adapter_config.json` holds a `LoraConfig`, `adapter_model.safetensors` holds
 `base_model.model.<module>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]
 (https://huggingface.co/docs/peft/developer_guides/checkpoint).
 
-What is read must be what this project writes, a plain LoRA of linear layers: PEFT's format has many variants under the same
-two file names, and one that is taken for another gives other numbers without any error.
+Only the kind of adapter that this project writes can be read: a plain LoRA of linear layers. PEFT's format has many
+variants under the same two file names, and confusing them gives wrong numbers without any error.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _WITHOUT_EFFECT = {
     "target_modules",
     "task_type",
 }
-"""Settings that are read on their own, act in training only, or mean nothing without another one."""
+"""Settings that are read separately, matter only in training, or have no effect without another setting."""
 _PLAIN: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
-    # Ways to draw A; the others change the base weights, to which the factors then belong.
+    # These only initialize A; other values also change the base weights, to which the factors then belong.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-"""What the other settings may be, beside null, false and empty."""
+"""Allowed values of the other settings in addition to null, false and empty."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ def encode_adapter(
     """Serialize one adapter.
 
     Args:
-        base_model: name of the student it belongs to.
-        origin: fingerprints of what it was made by; kept in the metadata of `adapter_model.safetensors`, since PEFT
-            and vLLM take no unknown names in `adapter_config.json`.
+        weights: float a [R, I] and b [O, R] by full module name.
+        base_model: name of the student that the adapter belongs to.
+        alpha: LoRA's alpha; the delta is scaled by alpha / rank.
+        origin: fingerprints of the artifacts that made the adapter; stored in the metadata of
+            `adapter_model.safetensors`, since PEFT and vLLM reject unknown names in `adapter_config.json`.
 
     Raises:
         InvalidRequest: there are no factors, or their ranks differ.
@@ -85,7 +87,7 @@ def encode_adapter(
     for name, pair in weights.items():
         if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
             raise CorruptRecord(
-                f"the adapter's factors at {name} are not finite; the hypernetwork's checkpoint is broken"
+                f"the adapter's factors at {name} are not finite; train or export the hypernetwork again"
             )
         tensors[_PREFIX + name + _A] = pair.a.detach().contiguous()
         tensors[_PREFIX + name + _B] = pair.b.detach().contiguous()
@@ -99,7 +101,7 @@ def encode_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        # Full names: a suffix such as "out_proj" could also match a layer the adapter does not change.
+        # Full names, since a suffix such as "out_proj" could also match a layer that the adapter does not change.
         "target_modules": sorted(weights),
     }
     model = _with_ordered_metadata(save(tensors, metadata={"format": "pt", **origin}))
@@ -107,9 +109,9 @@ def encode_adapter(
 
 
 def _with_ordered_metadata(content: bytes) -> bytes:
-    """A safetensors file whose metadata stand in order: the library writes them in one that changes from call to call.
+    """Return a safetensors file with sorted metadata; the library writes them in an order that changes between calls.
 
-    Equal adapters are then equal files, as their digests and ETags promise. The layout is an 8-byte little-endian
+    Equal adapters are then equal files, which digests and ETags rely on. The layout is an 8-byte little-endian
     length and a JSON header of that length, padded with spaces (https://github.com/huggingface/safetensors#format).
     """
     length = int.from_bytes(content[:8], "little")
@@ -122,24 +124,24 @@ def _with_ordered_metadata(content: bytes) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class ImportedAdapter:
-    """What a PEFT folder holds."""
+    """The content of a PEFT folder."""
 
     weights: AdapterWeights
-    """a [R, I] and b [O, R] by full module name, in name order, in the file's dtype."""
+    """Factors a [R, I] and b [O, R] by full module name, in name order, in the file's dtype."""
     rank: int
     alpha: float
     base_model: str
-    """Name of the student it belongs to; empty if the folder does not say."""
+    """Name of the student that the adapter belongs to; empty if the folder does not name it."""
     fingerprint: str
-    """BLAKE3 (hex) of `adapter_model.safetensors`."""
+    """BLAKE3 digest (hex) of `adapter_model.safetensors`."""
 
 
 def read_adapter(folder: Path) -> ImportedAdapter:
     """Read one adapter, written by `encode_adapter` or by PEFT's `save_pretrained`.
 
     Raises:
-        ConfigError: there is no such adapter, or it is of a kind other than plain LoRA on linear layers, such as
-            rsLoRA, DoRA, with biases, with whole modules, or with ranks that differ between layers.
+        ConfigError: there is no such adapter, or it is not plain LoRA on linear layers but, for example, rsLoRA, DoRA,
+            with biases, with whole modules, or with ranks that differ between layers.
         CorruptRecord: a file is damaged, or the two contradict each other.
     """
     source = folder / CONFIG_FILE
@@ -149,7 +151,7 @@ def read_adapter(folder: Path) -> ImportedAdapter:
     except ValueError as error:
         raise CorruptRecord(f"{source} is not JSON: {error}; save the adapter again") from error
     if not isinstance(config, dict):
-        raise CorruptRecord(f"{source} holds no settings but a {type(config).__name__}; save the adapter again")
+        raise CorruptRecord(f"{source} holds a {type(config).__name__} instead of settings; save the adapter again")
     rank, alpha = _plain_lora(config, source)
     try:
         tensors = load(model_bytes)
@@ -176,23 +178,29 @@ def _content(path: Path) -> bytes:
 
 
 def _plain_lora(config: dict[str, Any], source: Path) -> tuple[int, float]:
-    """Rank and alpha of a config that asks for nothing else."""
+    """Return rank and alpha of a config, or refuse one that is not plain LoRA."""
     if config.get("peft_type") != "LORA" or config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ConfigError(
-            f"{source} is of type {config.get('peft_type')!r} for {config.get('task_type')!r}; give a LORA adapter for CAUSAL_LM"
+            f"{source} has type {config.get('peft_type')!r} for {config.get('task_type')!r}; give a LORA adapter for CAUSAL_LM"
         )
     for name, value in config.items():
-        # A setting that this release does not know is harmless only where it is not set.
+        # An unknown setting is harmless only if it is not set.
         if name not in _WITHOUT_EFFECT and value and value not in _PLAIN.get(name, ()):
             raise ConfigError(f"{source} sets {name} to {value!r}; give an adapter that is plain LoRA without it")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise CorruptRecord(f"{source} has the rank r = {rank!r}, which is no positive integer; save the adapter again")
+        raise CorruptRecord(
+            f"{source} has the rank r = {rank!r}, which is not a positive integer; save the adapter again"
+        )
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha > 0):
-        raise CorruptRecord(f"{source} has lora_alpha = {alpha!r}, no positive number; save the adapter again")
+        raise CorruptRecord(
+            f"{source} has lora_alpha = {alpha!r}, which is not a positive number; save the adapter again"
+        )
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
-        raise CorruptRecord(f"{source} names {base_model!r} as its base model; save the adapter again")
+        raise CorruptRecord(
+            f"{source} names {base_model!r} as its base model, which is not a string; save the adapter again"
+        )
     return rank, float(alpha)
 
 
@@ -202,7 +210,7 @@ def _pairs(tensors: dict[str, Tensor], rank: int, source: Path) -> AdapterWeight
     if differing := sorted(expected ^ set(tensors)):
         raise CorruptRecord(
             f"{source} {'lacks' if differing[0] in expected else 'has the unknown'} tensor {differing[0]}; "
-            f"every layer has one {_PREFIX}<module>{_A} and one {_B} and there is nothing else"
+            f"give a file with one {_PREFIX}<module>{_A} and one {_B} per layer and nothing else"
         )
     if not names:
         raise CorruptRecord(f"{source} has no factors; save the adapter again")
@@ -224,22 +232,24 @@ def _pairs(tensors: dict[str, Tensor], rank: int, source: Path) -> AdapterWeight
 
 
 def _check_targets(targets: object, weights: AdapterWeights, source: Path) -> None:
-    """Refuse a list of target modules that selects other layers than there are factors for.
+    """Check that the target modules select exactly the layers that have factors.
 
-    As in PEFT, a string is a regular expression for the whole name, and an entry of a list a name or its last parts.
+    As in PEFT, a string is a regular expression for the whole name, and a list entry is a name or its last parts.
     """
     if isinstance(targets, str):
         try:
             unmatched = [name for name in weights if re.fullmatch(targets, name) is None]
         except re.error as error:
-            raise CorruptRecord(f"{source} has target_modules {targets!r}, no regular expression: {error}") from error
+            raise CorruptRecord(
+                f"{source} has target_modules {targets!r}, not a regular expression: {error}; save the adapter again"
+            ) from error
         idle: list[str] = []
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         chosen = {name: {t for t in targets if name == t or name.endswith(f".{t}")} for name in weights}
         unmatched = [name for name, by in chosen.items() if not by]
         idle = sorted(set(targets) - set().union(*chosen.values()))
     else:
-        raise CorruptRecord(f"{source} has target_modules {targets!r}, no list of names; save the adapter again")
+        raise CorruptRecord(f"{source} has target_modules {targets!r}, not a list of names; save the adapter again")
     if unmatched or idle:
         what = f"there are factors for {unmatched[0]}" if unmatched else f"there are no factors for {idle[0]}"
         raise CorruptRecord(f"{source} and {MODEL_FILE} disagree on the target_modules: {what}; save the adapter again")

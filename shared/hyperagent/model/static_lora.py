@@ -1,4 +1,4 @@
-"""One adapter for every prompt, as plain parameters: what a hypernetwork has to beat, and what it may start from.
+"""Train one adapter for all prompts as plain parameters: a baseline and an optional start for hypernetworks.
 
 Legend of shape suffixes: B samples, R rank, I and O a layer's input and output size.
 """
@@ -17,16 +17,16 @@ from hyperagent.model.config import LayerInfo
 
 
 class StaticLoRA(nn.Module):
-    """A LoRA adapter that is trained itself; called as a hypernetwork is, and blind to the prompt.
+    """A trainable LoRA adapter with the interface of a hypernetwork, which ignores the prompt.
 
-    It starts as PEFT's does: A from kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(I), and B zero.
+    It is initialized as in PEFT: A from kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(I), and B zero.
     """
 
     def __init__(self, layers: Sequence[LayerInfo], *, rank: int, alpha: float) -> None:
         super().__init__()
         self.scale = alpha / rank
         self.layers = tuple(layers)
-        # In the order of the layers: a parameter's name cannot hold the dots of a module's.
+        # Lists in the order of the layers, because a parameter's name cannot contain the dots of a module's name.
         self.a = nn.ParameterList(torch.empty(rank, layer.in_features) for layer in layers)
         self.b = nn.ParameterList(torch.zeros(layer.out_features, rank) for layer in layers)
         for a_RI in self.a:
@@ -34,10 +34,10 @@ class StaticLoRA(nn.Module):
 
     @classmethod
     def of(cls, weights: AdapterWeights, layers: Sequence[LayerInfo], *, rank: int, alpha: float) -> StaticLoRA:
-        """The module that holds an adapter's factors: a [R, I] and b [O, R], copied as float32.
+        """Return a module with an adapter's factors, a [R, I] and b [O, R], copied as float32.
 
         Raises:
-            ConfigError: the adapter is for other layers, of another rank or shape, or not finite.
+            ConfigError: the adapter is for other layers, has another rank or shape, or is not finite.
         """
         if surplus := sorted(set(weights) ^ {layer.name for layer in layers}):
             raise ConfigError(
@@ -60,15 +60,15 @@ class StaticLoRA(nn.Module):
         return made
 
     def adapter(self) -> AdapterWeights:
-        """The adapter itself: a [R, I] and b [O, R] of every layer."""
+        """Return the adapter: a [R, I] and b [O, R] of every layer."""
         return {layer.name: LoRAPair(a, b) for layer, a, b in zip(self.layers, self.a, self.b, strict=True)}
 
     def b_parameters(self) -> list[nn.Parameter]:
-        """What makes B, which starts at zero."""
+        """Return the parameters that make B, which start at zero."""
         return list(self.b)
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:  # noqa: ARG002
-        """Factors a [B, R, I] and b [B, O, R] of every layer, the same for each of B prompts."""
+        """Return factors a [B, R, I] and b [B, O, R] of every layer, the same for each of B prompts."""
         num = embeddings_BPE.shape[0]
         return {
             name: LoRAPair(pair.a.expand(num, -1, -1), pair.b.expand(num, -1, -1))

@@ -1,10 +1,9 @@
-"""Which linear layers of the student an adapter changes.
+"""Find the linear layers of the student that an adapter changes.
 
-Qwen3-Next mixes two kinds of decoder layer, and only one of four has `q_proj`; the others are Gated DeltaNet
-layers with `in_proj_qkvz` and `out_proj` (transformers, `modeling_qwen3_next.py`). A list of attention names
-alone would leave three quarters of the student untouched without any error, so discovery is strict: every
-decoder layer must be reached, every name must be found, and every layer must have the shape that the student's
-config gives it.
+Qwen3-Next mixes two kinds of decoder layers, and only one in four has `q_proj`; the others are Gated DeltaNet layers
+with `in_proj_qkvz` and `out_proj` (transformers, `modeling_qwen3_next.py`). A list of attention names alone would leave
+three quarters of the student unchanged without any error, so discovery is strict: every decoder layer must be reached,
+every name must be found, and every layer must have the shape that follows from the student's config.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Shape = tuple[int, int]
 
 
 def _attention(config: Any, *, query_gate: bool = False) -> dict[str, Shape]:
-    """Projections of (grouped-query) softmax attention; a gated one has its output gate inside q_proj."""
+    """Return the projections of (grouped-query) softmax attention; with a gate, q_proj includes the output gate."""
     query, key = attention_widths(config)
     return {
         "self_attn.q_proj": (config.hidden_size, 2 * query if query_gate else query),
@@ -53,7 +52,7 @@ def _qwen3_next_shapes(config: Any) -> dict[str, Shape]:
     return (
         _attention(config, query_gate=True)
         | {
-            # Query, key, value and output gate z in one, interleaved by key head.
+            # Query, key, value and output gate z in one projection, interleaved by key head.
             "linear_attn.in_proj_qkvz": (config.hidden_size, 2 * key + 2 * value),
             "linear_attn.in_proj_ba": (config.hidden_size, 2 * config.linear_num_value_heads),
             "linear_attn.out_proj": (value, config.hidden_size),
@@ -65,17 +64,17 @@ def _qwen3_next_shapes(config: Any) -> dict[str, Shape]:
 @dataclass(frozen=True)
 class _Architecture:
     shapes: Callable[[Any], Mapping[str, Shape]]
-    """Of every projection that may be adapted, by path inside a decoder layer, from the model's config."""
+    """Function from the config to the shapes of all projections that may be adapted, by path inside a decoder layer."""
     targets: tuple[str, ...]
-    """Those adapted by default."""
+    """Paths of the projections that are adapted by default."""
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LLAMA_LIKE = _Architecture(_dense_shapes, _ATTENTION)
 
 ARCHITECTURES: dict[str, _Architecture] = {
-    # in_proj_ba steers the recurrence's decay with 64 outputs, and not every server applies an adapter to it; the
-    # shared expert adds a third to the adapter. Both are there by choice.
+    # Not adapted by default: in_proj_ba, whose 64 outputs control the recurrence's decay and which not every server
+    # applies an adapter to, and the shared expert, which adds a third to the adapter's size.
     "qwen3_next": _Architecture(_qwen3_next_shapes, (*_ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.out_proj")),
     "qwen3_moe": _Architecture(_attention, _ATTENTION),
     "qwen3": _LLAMA_LIKE,
@@ -83,13 +82,13 @@ ARCHITECTURES: dict[str, _Architecture] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
 }
-"""Students that can be adapted, by `model_type`."""
+"""Supported student architectures, by `model_type`."""
 
 _NEVER = (
     (
         r"(.*\.)?mlp\.(gate|router|shared_expert_gate)(\..*)?",
-        "it decides which experts a token is sent to, or how much of the shared one it gets: routing must stay the "
-        "student's own, and the router is not a linear layer but a module with a weight and a top-k",
+        "it decides which experts a token is sent to, or the weight of the shared expert: routing must stay that of the "
+        "student, and the router is not a linear layer but a module with a weight and a top-k",
     ),
     (
         r"(.*\.)?mlp\.experts(\..*)?",
@@ -97,24 +96,24 @@ _NEVER = (
         "routed to it",
     ),
 )
-"""What is never adapted whatever the student, with the reason."""
+"""Patterns of modules that are never adapted in any student, each with the reason."""
 
 
 def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | None = None) -> list[LayerInfo]:
-    """Find the student's target layers, in the order of the network.
+    """Find the student's target layers, in the order of its layers.
 
     Args:
-        targets: paths inside a decoder layer, such as "self_attn.q_proj"; by default those of the model's type.
+        targets: paths inside a decoder layer, such as "self_attn.q_proj"; by default those of the model type.
 
     Raises:
-        ConfigError: the model type is unknown, a path is not one that may be adapted, stands twice or matches no
-            layer, a decoder layer has none of the paths or only some of those of one of its parts, or a match is
-            not a plain linear layer of the shape that the config implies.
+        ConfigError: the model type is unknown, a path may not be adapted, is listed twice or matches no layer, a
+            decoder layer has none of the paths or only some of the paths within one of its parts, or a match is not
+            a plain linear layer of the shape that the config implies.
     """
     model_type = str(student.config.model_type)
     if model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"students of type {model_type!r} are not known, and so neither their projections; known: {', '.join(ARCHITECTURES)}"
+            f"students of type {model_type!r} are not supported; use one of type {', '.join(ARCHITECTURES)}"
         )
     shapes = ARCHITECTURES[model_type].shapes(student.config)
     targets = ARCHITECTURES[model_type].targets if targets is None else tuple(targets)
@@ -123,7 +122,7 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
     found: list[LayerInfo] = []
     for index, layer in enumerate(student.get_decoder().layers):
         modules = dict(layer.named_modules())
-        # Those of the layer's own parts: an attention layer need not have the projections of a DeltaNet one.
+        # Only the targets in parts that the layer has: an attention layer has no projections of a DeltaNet layer.
         here = [path for path in targets if path.rpartition(".")[0] in modules]
         if not here:
             raise ConfigError(
@@ -141,7 +140,7 @@ def discover_target_layers(student: PreTrainedModel, targets: Sequence[str] | No
 
 
 def num_adapter_parameters(layers: Iterable[LayerInfo], rank: int) -> int:
-    """Numbers in one adapter of these layers."""
+    """Return the number of parameters of one adapter for these layers."""
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
@@ -157,20 +156,22 @@ def _check_names(targets: Sequence[str], shapes: Mapping[str, Shape], model_type
                 f"the {model_type} student has no projection {path} that can be adapted; choose from {', '.join(shapes)}"
             )
         if targets.count(path) > 1:
-            raise ConfigError(f"target {path} stands twice in the list; name it once")
+            raise ConfigError(f"target {path} is listed twice; list it once")
 
 
 def _layer_info(name: str, module: nn.Module | None, shape: Shape) -> LayerInfo:
     if module is None:
-        raise ConfigError(f"the student lacks {name}, which every layer of its kind must have; check its weights")
-    # A subclass (quantized, or adapted already) may compute something else than x @ W.T.
+        raise ConfigError(
+            f"the student lacks {name}, which every decoder layer of this kind must have; check its weights"
+        )
+    # A subclass (quantized or already adapted) may compute something other than x @ W.T.
     if type(module) is not nn.Linear:
         raise ConfigError(
             f"target {name} is a {type(module).__name__}, not a plain linear layer; load the student without quantization or adapters"
         )
     if (module.in_features, module.out_features) != shape:
         raise ConfigError(
-            f"target {name} maps {module.in_features} to {module.out_features} features where the student's config "
-            f"implies {shape[0]} to {shape[1]}; give the config that belongs to the weights"
+            f"target {name} maps {module.in_features} to {module.out_features} features, but the student's config "
+            f"implies {shape[0]} to {shape[1]}; use the config that belongs to the weights"
         )
     return LayerInfo(name, *shape)

@@ -1,1 +1,1 @@
-"""Fills a cache from one or many teachers, through a work queue."""
+"""Populating a cache from one or more teachers through a work queue."""

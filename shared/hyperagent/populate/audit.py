@@ -1,4 +1,4 @@
-"""Does the cache still say what the teacher says? Random positions are scored again and compared."""
+"""Audit of a cache: score random positions again with the live teacher and compare the rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hyperagent.wire.client import TeacherClient
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of absolute differences over positions."""
+    """Quantiles of absolute differences over positions."""
 
     mean: float
     p50: float
@@ -30,18 +30,18 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """How far cached rows are from the live teacher's."""
+    """Differences between cached rows and those of the live teacher."""
 
     positions: int
     trajectories: int
     top_k_overlap: float
-    """Share of cached ids that the live rows keep too."""
+    """Fraction of cached ids that the live rows keep too."""
     kl_nats: Quantiles
-    """KL(cached || live) per position, over the ids that both keep and one bucket for the rest."""
+    """KL(cached || live) per position in nats, over the ids that both keep and one bucket for the rest."""
     logprob_difference: Quantiles
-    """Of ids that both keep."""
+    """Differences of the log-probabilities of ids that both keep."""
     target_difference: Quantiles
-    """Of the log-probability of the token that really stands there."""
+    """Differences of the log-probability of the actual next token."""
 
 
 async def audit(
@@ -56,7 +56,7 @@ async def audit(
     """Score `num_positions` random cached positions again.
 
     Raises:
-        IdentityMismatch: the teacher is not the cache's.
+        IdentityMismatch: the teacher is not the one that populated the cache.
         DataError: no trajectory of the file is in the cache.
         CorruptRecord: a record is damaged.
     """
@@ -115,7 +115,7 @@ def compare(pairs: list[tuple[TopKRows, TopKRows]]) -> AuditReport:
 
 
 def _coarse_kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """KL of two distributions given on some ids [n], what is left of each being one bucket more."""
+    """Return the KL of two distributions given on some ids [n], with the remaining mass of each in one extra bucket."""
     smallest = float(np.finfo(np.float32).eps)
     rest_p = max(1.0 - float(np.exp(p).sum()), smallest)
     rest_q = max(1.0 - float(np.exp(q).sum()), smallest)
@@ -123,7 +123,7 @@ def _coarse_kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 
 def _cached_rows(cache: LocalCache, tokens: Path) -> tuple[list[int], NDArray[np.int64]]:
-    """Rows of the tokens file that are in the cache, and the supervised positions of each."""
+    """Return the rows of the tokens file that are in the cache, and the supervised positions of each."""
     rows, counts = [], []
     for row, trajectory in enumerate(read_tokens(tokens)):
         if cache.contains(cache.key(trajectory.token_ids, trajectory.positions)):
@@ -135,7 +135,7 @@ def _cached_rows(cache: LocalCache, tokens: Path) -> tuple[list[int], NDArray[np
 
 
 def _choose(counts: NDArray[np.int64], num_positions: int, seed: int) -> dict[int, NDArray[np.int64]]:
-    """Place among the cached trajectories -> indices of its positions, every position being equally likely."""
+    """Draw positions uniformly; return, by index of the cached trajectory, the indices of its drawn positions."""
     total = int(counts.sum())
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(num_positions, total), replace=False))
     ends = np.cumsum(counts)

@@ -1,7 +1,8 @@
-"""The work queue's contract: trajectories to be scored, shared by many processes and nodes.
+"""Interface of the work queue: trajectories to be scored, shared by many processes and nodes.
 
-Delivery is at least once. Doing an item twice does no harm, since an item is its content and the cache is addressed
-by content. An item that fails goes to the back of the queue; one that fails too often is quarantined with its reason.
+Delivery is at least once. Processing an item twice is harmless, because items are identified by their content and the
+cache is content-addressed. A failed item returns to the end of the queue; one that fails too often is quarantined with
+the reason.
 """
 
 from __future__ import annotations
@@ -15,37 +16,37 @@ VANISHED = "its worker vanished"
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One trajectory to be scored."""
+    """A trajectory to be scored."""
 
     item_id: str
-    """Digest (hex) of its content."""
+    """Digest (hex) of the trajectory's content."""
     row: int
-    """Where it stands in the tokens file."""
+    """Row number in the tokens file."""
     trajectory_id: str
     num_tokens: int
     num_rows: int
-    """Supervised rows."""
+    """Number of supervised rows."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An item that a worker holds for the time of a lease."""
+    """An item that a worker holds for the duration of a lease."""
 
     item: WorkItem
     tries: int
-    """This one included."""
+    """Number of tries, including this one."""
     worker: str
     handle: str
-    """What tells this claim from a later one of the same item."""
+    """Value that distinguishes this claim from later claims of the same item."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of an item."""
+    """Result of an item."""
 
     item: WorkItem
     outcome: str
-    """An `Outcome` of the wire: written, present or refused."""
+    """Outcome as in the teacher's protocol: written, present or refused."""
     reason: str = ""
     cache_key: str = ""
     record_digest: str = ""
@@ -62,7 +63,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class QueueCounts:
-    """Where a round stands."""
+    """Progress of a round."""
 
     pending: int
     claimed: int
@@ -70,51 +71,54 @@ class QueueCounts:
     quarantined: int
     tokens_total: int
     tokens_over: int
-    """Of items finished or quarantined."""
+    """Number of tokens in finished or quarantined items."""
 
     @property
     def is_over(self) -> bool:
-        """Nothing is left to do."""
+        """Whether nothing is left to do."""
         return self.pending == self.claimed == 0
 
 
 class WorkQueue(Protocol):
-    """Safe to use from several threads; each worker has a name of its own.
+    """Thread-safe work queue; each worker uses a unique name.
 
-    Every method raises `StorageError` or `ServiceError` when what it is kept in refuses.
+    Every method raises `StorageError` or `ServiceError` if the underlying storage fails.
     """
 
     def fill(self, items: Iterable[WorkItem]) -> None:
-        """Add what is not there. A round in progress is joined; if all is over a new one begins first, with every item
-        pending again: who fills the cache again wants it checked."""
+        """Add new items, joining a round in progress.
+
+        If the previous round is over, a new one begins with every item pending again, so that filling a complete cache
+        again checks it.
+        """
 
     def claim(self, worker: str) -> Claim | None:
-        """The next item: one whose lease ran out, or a pending one; None if there is none now."""
+        """Claim the next item, which is one with an expired lease or a pending one; return None if there is none now."""
 
     def renew(self, claim: Claim) -> bool:
-        """Extend the lease; False if the claim is no longer held."""
+        """Extend the lease; return False if the claim is no longer held."""
 
     def finish(self, claim: Claim, finished: Finished) -> None:
-        """The item is over, even if the claim has lapsed: whoever did it, the content is the same."""
+        """Mark the item as finished, even if the claim has expired, because the result is the same for every worker."""
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """Return the item to the end of the queue, or quarantine it if it has failed too often.
 
         Returns:
-            Whether it is quarantined; False too if the claim is no longer held, and nothing changes then.
+            Whether the item was quarantined; also False, without any change, if the claim is no longer held.
         """
 
     def give_back(self, claim: Claim) -> None:
-        """Back into the queue; the try does not count."""
+        """Return the item to the queue without counting the try."""
 
     def counts(self) -> QueueCounts:
         """Where the round stands."""
 
     def finished(self) -> Iterator[Finished]:
-        """What is finished, by row."""
+        """Iterate over the finished items in the order of their rows."""
 
     def quarantined(self) -> list[Quarantined]:
-        """List the quarantined items, by row."""
+        """Return the quarantined items in the order of their rows."""
 
     def close(self) -> None:
-        """Let go of what it is kept in."""
+        """Close the underlying storage."""

@@ -1,14 +1,14 @@
 """The work queue in Redis: a stream with a consumer group, for workers on many nodes.
 
-    {prefix}todo    stream of item ids; a claim is an entry that its consumer has not acknowledged
-    {prefix}items   item id -> the item, JSON
-    {prefix}tries   item id -> claims so far
-    {prefix}done    item id -> what became of it, JSON
-    {prefix}aside   item id -> tries and reason of a quarantined item, JSON
-    {prefix}tokens  total, over
+    {prefix}todo         stream of item ids; a claim is an entry that its consumer has not acknowledged
+    {prefix}items        item id -> the item, JSON
+    {prefix}tries        item id -> claims so far
+    {prefix}done         item id -> its result, JSON
+    {prefix}quarantined  item id -> tries and reason of a quarantined item, JSON
+    {prefix}tokens       total, over
 
-Every step that changes two of them is one Lua script, so a client that is killed leaves nothing half done. Leases are
-idle times that Redis itself measures.
+Every step that changes two keys is one Lua script, so a killed client leaves no partial change. Leases are based on the
+idle times that Redis measures.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, Qu
 
 _GROUP = "teachers"
 _ITEMS_PER_CALL = 1000
-_KEYS = ("todo", "items", "tries", "done", "aside", "tokens")
+_KEYS = ("todo", "items", "tries", "done", "quarantined", "tokens")
 
-# Begins a new round if everything is over.
+# Begins a new round if all items are finished or quarantined.
 _BEGIN = """
 if redis.call('HLEN', KEYS[2]) <= redis.call('HLEN', KEYS[4]) + redis.call('HLEN', KEYS[5]) then
   redis.call('DEL', unpack(KEYS))
   redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 end
 """
-# Id, item and tokens of each that may be new.
+# Arguments: id, item and tokens of each candidate.
 _ADD = """
 for i = 1, #ARGV, 3 do
   if redis.call('HSETNX', KEYS[2], ARGV[i], ARGV[i + 1]) == 1 then
@@ -46,7 +46,7 @@ for i = 1, #ARGV, 3 do
   end
 end
 """
-# Group, entry, worker: is the entry the worker's?
+# Arguments: group, entry, worker. Checks whether the worker holds the entry.
 _HELD = """
 local function held()
   local entry = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1]
@@ -65,7 +65,7 @@ redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[2], 'JUSTID')
 return 1
 """
 )
-# ... item id, result, tokens.
+# Further arguments: item id, result, tokens.
 _FINISH = (
     _HELD
     + """
@@ -75,7 +75,7 @@ if redis.call('HSETNX', KEYS[4], ARGV[4], ARGV[5]) == 1 then
 end
 """
 )
-# ... item id, tries and reason, tokens.
+# Further arguments: item id, tries and reason, tokens.
 _QUARANTINE = (
     _HELD
     + """
@@ -86,7 +86,7 @@ redis.call('HINCRBY', KEYS[6], 'over', ARGV[6])
 return 1
 """
 )
-# ... item id, change of its tries.
+# Further arguments: item id, change of its number of tries.
 _PUT_BACK = (
     _HELD
     + """
@@ -103,10 +103,10 @@ class RedisQueue:
     """A `WorkQueue` in Redis 7 or later."""
 
     def __init__(self, url: str, *, name: str, max_tries: int, lease_s: float) -> None:
-        """Connect.
+        """Connect to Redis and create the consumer group.
 
         Args:
-            name: tells this population from others in the same Redis.
+            name: distinguishes this population from others in the same Redis.
             max_tries: how often an item may fail before it is quarantined.
             lease_s: how long a claim is held without being renewed.
 
@@ -117,13 +117,13 @@ class RedisQueue:
         # The braces keep all keys on one node of a Redis cluster.
         self._keys = [f"hyperagent:populate:{{{name}}}:{key}" for key in _KEYS]
         self._todo, self._items, self._tries, self._done, self._quarantined, self._tokens = self._keys
-        # The library's annotations leave open whether it is the asynchronous client.
+        # The library's annotations do not distinguish the synchronous from the asynchronous client.
         self._redis: Any
         with self._refusals():
             self._redis = redis.Redis.from_url(
                 url, protocol=3, socket_timeout=10.0, socket_connect_timeout=5.0, decode_responses=True
             )
-            with suppress(redis.ResponseError):  # it is there already
+            with suppress(redis.ResponseError):  # The group exists already.
                 self._redis.xgroup_create(self._todo, _GROUP, id="0", mkstream=True)
         self._scripts: dict[str, Callable[..., Any]] = {
             text: self._redis.register_script(text) for text in (_BEGIN, _ADD, _RENEW, _FINISH, _QUARANTINE, _PUT_BACK)
@@ -143,7 +143,7 @@ class RedisQueue:
             while (entry := self._next_entry(worker)) is not None:
                 handle, item_id = entry
                 item = WorkItem(**json.loads(str(self._redis.hget(self._items, item_id))))
-                if self._redis.hexists(self._done, item_id):  # finished under a claim that had lapsed
+                if self._redis.hexists(self._done, item_id):  # The item was finished under an expired claim.
                     self._redis.xack(self._todo, _GROUP, handle)
                     self._redis.xdel(self._todo, handle)
                     continue
@@ -212,7 +212,7 @@ class RedisQueue:
         self._redis.close()
 
     def _next_entry(self, worker: str) -> tuple[str, str] | None:
-        """Entry and item id: of a claim that lapsed, or of the next item."""
+        """Return the entry and the item id of an expired claim, or of the next item."""
         _, lapsed, _ = self._redis.xautoclaim(self._todo, _GROUP, worker, self._lease_ms, "0-0", count=1)
         if lapsed:
             handle, fields = lapsed[0]
@@ -246,8 +246,8 @@ class RedisQueue:
         try:
             yield
         except (redis.RedisError, ValueError) as error:
-            place = urlsplit(self._url)  # the whole of it may hold a password
+            place = urlsplit(self._url)  # The whole URL may contain a password.
             raise ServiceError(
                 f"the queue in Redis at {place.hostname}:{place.port} cannot be used: {' '.join(str(error).split())}; "
-                "check the address, and that Redis runs"
+                "check the address and that Redis is running"
             ) from error

@@ -1,4 +1,4 @@
-"""Filling the cache from a tokens file, with one teacher or many."""
+"""Populate the cache from a tokens file with one or more teachers."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class PopulateReport:
-    """What a round has come to, whoever worked in it."""
+    """Result of a round over all workers."""
 
     written: int
     present: int
     refused: tuple[str, ...]
-    """Trajectory and reason of each that cannot be scored."""
+    """Trajectories that cannot be scored, each with the reason."""
     quarantined: tuple[str, ...]
-    """Trajectory, tries and last reason of each that failed too often."""
+    """Trajectories that failed too often, each with the number of tries and the last reason."""
     supervised_tokens: int
     digest: str
-    """`cache_digest` of the records of this population."""
+    """`cache_digest` of this population's trajectories."""
 
 
 @dataclass(frozen=True)
 class PopulatePlan:
-    """What a population would be, before anything runs."""
+    """Estimate of a population before anything runs."""
 
     trajectories: int
     tokens: int
     supervised_tokens: int
     cache_bytes: dict[str, int]
-    """Of all rows, by codec."""
+    """Bytes of all rows in the cache, by codec."""
     too_long: tuple[str, ...]
-    """Trajectories that the teacher would refuse for their length."""
+    """Trajectories that the teacher would refuse because of their length."""
 
 
 async def find_teachers(clients: Sequence[TeacherClient], *, wait_s: float) -> TeacherFacts:
-    """Wait for all teachers; they must be one and the same, with the lowest of their limits.
+    """Wait for all teachers, require that they are identical, and return their identity with the lowest limits.
 
     Raises:
-        ServiceError: one does not answer.
-        IdentityMismatch: two differ.
+        ServiceError: a teacher does not answer.
+        IdentityMismatch: two teachers differ.
     """
     await asyncio.gather(*(client.wait_until_serving(wait_s) for client in clients))
     facts = await asyncio.gather(*(client.get_teacher() for client in clients))
@@ -78,10 +78,10 @@ async def find_teachers(clients: Sequence[TeacherClient], *, wait_s: float) -> T
 def open_queue(
     place: str, *, data: DataIdentity, teacher: TeacherIdentity, max_tries: int, lease_s: float
 ) -> WorkQueue:
-    """The queue in a file or, for a redis:// address, in Redis, of one file's rows by one teacher.
+    """Open the queue for one tokens file and one teacher, in a file or, for a redis:// URL, in Redis.
 
     Raises:
-        StorageError, ConfigError, ServiceError: it cannot be used.
+        StorageError, ConfigError, ServiceError: the queue cannot be used.
     """
     name = blake3(bytes.fromhex(data.fingerprint + teacher.fingerprint)).hexdigest()
     if place.startswith(("redis://", "rediss://", "unix://")):
@@ -90,7 +90,7 @@ def open_queue(
 
 
 def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
-    """Count what a population would do.
+    """Estimate what a population would do.
 
     Raises:
         DataError: the file cannot be used.
@@ -111,7 +111,7 @@ def plan(tokens: Path, teacher: TeacherFacts) -> PopulatePlan:
 
 
 def work_items(tokens: Path) -> Iterator[WorkItem]:
-    """Every trajectory of a tokens file; equal ones share their id."""
+    """Yield every trajectory of a tokens file as a work item; equal ones have the same id."""
     for row, trajectory in enumerate(read_tokens(tokens)):
         digest = blake3(len(trajectory.token_ids).to_bytes(8, "little"))
         digest.update(trajectory.token_ids.astype("<u4", copy=False).tobytes())
@@ -131,17 +131,17 @@ async def populate(
     teacher_wait_s: float,
     on_counts: Callable[[QueueCounts], None] = lambda _counts: None,
 ) -> PopulateReport:
-    """Work, beside whoever shares the queue, until all of it is over.
+    """Process the queue, together with any other processes that share it, until all of it is done.
 
-    A teacher that is lost is done without as long as another one is there.
+    The loss of a teacher is tolerated as long as another one remains.
 
     Args:
-        calls_per_teacher: trajectories that a teacher holds at once.
+        calls_per_teacher: number of concurrent trajectories per teacher.
         lease_s, teacher_wait_s: see `Worker`.
         on_counts: called with the queue's counts twice a second.
 
     Raises:
-        HyperagentError: what ended the last worker, if something is left to do.
+        HyperagentError: the error that ended the last worker, if items are left.
     """
     data = await asyncio.to_thread(read_data_identity, tokens)
     await asyncio.to_thread(lambda: queue.fill(work_items(tokens)))
@@ -176,14 +176,14 @@ async def populate_file_on_teacher(
 
     Args:
         tokens: the caller's copy; only its identity and its number of rows are read.
-        name: of the teacher's copy, relative to the teacher's `--data-dir`.
+        name: path of the teacher's copy, relative to the teacher's `--data-dir`.
         progress: called with (trajectories done, trajectories).
 
     Raises:
         NotFound: the teacher has no such file.
-        InvalidRequest: the teacher reads no files, or the name leads out of its data folder.
+        InvalidRequest: the teacher reads no files, or the name is outside its data folder.
         IdentityMismatch: the teacher's file is not `tokens`, or its tokenizer is another.
-        ServiceError: the teacher is gone; what it has written stays, and running again goes on from there.
+        ServiceError: the teacher is gone; the rows written so far are kept, and a rerun continues from there.
         StorageError: the teacher cannot write to its cache.
     """
     data = await asyncio.to_thread(read_data_identity, tokens)

@@ -1,7 +1,7 @@
-"""The work queue in an SQLite file: for workers on one machine (SQLite's locks are not safe on network file systems).
+"""Work queue in an SQLite file, for workers on one machine (SQLite's locks are not safe on network file systems).
 
-Every change is one transaction that takes the write lock at once, so two workers never see the same pending item.
-Leases are times of the machine's clock, which its processes share.
+Every change is one transaction that takes the write lock at its start, so two workers never see the same pending item.
+Leases use the machine's clock, which all its processes share.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.populate.queue import VANISHED, Claim, Finished, Quarantined, QueueCounts, WorkItem
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 _VERSION = 1
 _QUARANTINED = "set_aside"
-"""The state's name in files of version 1."""
+"""Name of the quarantined state in files of version 1."""
 _SCHEMA = f"""
 CREATE TABLE items (
     queue TEXT NOT NULL,
@@ -46,25 +46,25 @@ class SqliteQueue:
     """A `WorkQueue` in a file."""
 
     def __init__(self, path: Path, *, name: str, max_tries: int, lease_s: float) -> None:
-        """Open the file, or make it.
+        """Open the file; create it if it does not exist.
 
         Args:
-            name: tells this population from others in the same file.
+            name: distinguishes this population from others in the same file.
             max_tries: how often an item may fail before it is quarantined.
             lease_s: how long a claim is held without being renewed.
 
         Raises:
-            ConfigError: the file is of another version.
-            StorageError: it is no SQLite file, or the file system refuses.
+            ConfigError: the file has another version.
+            StorageError: it is not an SQLite file, or a file operation failed.
         """
         self._name, self._max_tries, self._lease_s = name, max_tries, lease_s
-        # Losing the last moments to a power cut means doing some items again, which is what happens anyway.
+        # Losing the last changes in a power failure only means repeating some items, which is harmless.
         self._database = Database.open_or_create(
             path,
             schema=_SCHEMA,
             version=_VERSION,
             what="the queue",
-            remedy="remove the file: what is in the cache stays there",
+            remedy="remove the file; the rows in the cache are kept",
             synchronous=False,
         )
 

@@ -1,8 +1,8 @@
-"""One worker: takes trajectories from the queue and has one teacher put their rows into its cache.
+"""Worker that takes trajectories from the queue and has one teacher write their rows into its cache.
 
-What goes wrong is told apart by whose fault it may be. A teacher that is full, starting or shutting down has not
-begun: the item goes back. A call that breaks while an item is with the teacher counts as one of the item's tries,
-since it may be the item that kills the teacher. An error that every item would meet ends the worker.
+Failures are distinguished by their possible cause. If the teacher is full, starting or shutting down, it has not begun
+and the item is given back. A call that breaks while the teacher has an item counts as one of the item's tries, since
+the item itself may crash the teacher. An error that affects every item ends the worker.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hyperagent.populate.queue import Claim, Finished, WorkQueue
 from hyperagent.wire.client import TeacherClient, Trajectory
 
 _IDLE_S = 0.5
-"""Pause before asking again a teacher that is full, or a queue whose items are all with others."""
+"""Pause in seconds before retrying a teacher that is full, or a queue whose items are all claimed."""
 
 _log = structlog.get_logger()
 
 
 class Worker:
-    """Empties a queue with one teacher, one trajectory at a time."""
+    """Process a queue with one teacher, one trajectory at a time."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class Worker:
         lease_s: float,
         teacher_wait_s: float,
     ) -> None:
-        """Name the parts.
+        """Initialize the worker.
 
         Args:
-            lease_s: the queue's; a claim is renewed three times within it.
-            teacher_wait_s: how long a teacher that has gone may take to come back.
+            lease_s: lease of the queue in seconds; a claim is renewed three times within it.
+            teacher_wait_s: seconds to wait for a lost teacher to come back.
         """
         self._queue = queue
         self._tokens = tokens
@@ -54,16 +54,16 @@ class Worker:
         self._data = data
         self._lease_s = lease_s
         self._teacher_wait_s = teacher_wait_s
-        # In the order sent. The client may ask for the next trajectory before the answer to the last is looked at.
+        # In the order sent. The client may request the next trajectory before the last answer is processed.
         self._claims: deque[Claim] = deque()
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     async def run(self) -> None:
-        """Work until everything in the queue is over.
+        """Work until every item in the queue is finished or quarantined.
 
         Raises:
-            ServiceError: the teacher is gone for too long, or the queue is.
-            IdentityMismatch, ConfigError, StorageError: the teacher refuses everything.
+            ServiceError: the teacher or the queue has been unavailable for too long.
+            IdentityMismatch, ConfigError, StorageError: the teacher refuses every item.
         """
         async with self._renewing():
             try:
@@ -75,7 +75,7 @@ class Worker:
                 await self._release()
 
     async def _one_call(self) -> None:
-        """Send trajectories until there is none to claim, or the call fails."""
+        """Send trajectories until there are none to claim or the call fails."""
         try:
             async with aclosing(self._teacher.populate(self._claimed(), data=self._data)) as outcomes:
                 async for outcome in outcomes:
@@ -91,10 +91,10 @@ class Worker:
                     )
                     await asyncio.to_thread(self._queue.finish, claim, finished)
         except (Busy, NotServing) as error:
-            _log.info("the teacher takes nothing now", teacher=self._teacher.address, reason=str(error))
+            _log.info("teacher accepts no trajectories now", teacher=self._teacher.address, reason=str(error))
             await self._release()
         except (ServiceError, CorruptRecord) as error:
-            # The teacher works on one trajectory at a time, so a second one has not been begun.
+            # The teacher processes one trajectory at a time, so the others have not been started.
             if self._claims:
                 claim = self._claims.popleft()
                 if await asyncio.to_thread(self._queue.fail, claim, str(error)):

@@ -215,6 +215,6 @@ def test_whatever_answers_costs_half_a_second_and_no_more(tmp_path: Path, handle
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the Redis URL is wrong") as refusal:
+    with pytest.raises(ConfigError, match="the Redis URL is invalid") as refusal:
         HotTier.connect("localhost://:secret@h:6379")
     assert "secret" not in str(refusal.value)

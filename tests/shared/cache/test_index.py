@@ -74,7 +74,7 @@ def test_an_index_of_another_version_is_refused(tmp_path: Path, version: int) ->
 def test_an_index_that_another_locks_for_too_long_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hyperagent.sqlite._WAIT_S", 0.1)
+    monkeypatch.setattr("hyperagent.storage.sqlite._WAIT_S", 0.1)
     Index.create(tmp_path / "index.sqlite").close()
     one, other = Index.open(tmp_path / "index.sqlite"), Index.open(tmp_path / "index.sqlite")
     with one.transaction(), pytest.raises(StorageError, match="could not use the cache's index"), other.transaction():

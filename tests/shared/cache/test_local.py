@@ -281,7 +281,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes | None) -> 
     path.write_bytes(path.read_bytes()[:50] if damage is None else damage)
     with structlog.testing.capture_logs() as logged, LocalCache.open(tmp_path) as cache:
         assert verify(cache) == before
-    assert [line["event"] for line in logged] == ["damaged index is made again"]
+    assert [line["event"] for line in logged] == ["rebuilding damaged index"]
 
 
 def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[[Path, int], None]) -> None:
@@ -292,11 +292,11 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
     assert at is not None
     (shard,) = shard_paths(tmp_path / "shards")
     flip_byte(shard, at.offset + 200)
-    (tmp_path / ".aside-0-x").write_bytes(b"half")
+    (tmp_path / ".partial-0-x").write_bytes(b"half")
 
     with LocalCache.open(tmp_path) as cache:
         with pytest.raises(
-            CorruptRecord, match=r"byte \d+ is damaged: its checksum does not fit; run `hyperagent cache"
+            CorruptRecord, match=r"byte \d+ is damaged: its checksum does not match; run `hyperagent cache"
         ):
             cache.get(keys[1])
         with structlog.testing.capture_logs() as logged:
@@ -307,12 +307,12 @@ def test_damage_is_named_refused_and_mended(tmp_path: Path, flip_byte: Callable[
         assert seen[-1][0] <= seen[-1][1] == shard.stat().st_size
         assert (report.trajectories, report.incomplete) == (2, (keys[1],))
         assert [(found.path, found.offset) for found in report.damaged] == [(shard, at.offset)]
-        assert [left.name for left in report.leftovers] == [".aside-0-x"]
+        assert [left.name for left in report.leftovers] == [".partial-0-x"]
 
         cache.put(TOKENS + 1, random_rows(11, 8, seed=1))
-        mended = verify(cache)
-        assert (mended.trajectories, mended.digest) == (3, before.digest)
-        assert [(found.path, found.offset) for found in mended.damaged] == [(shard, at.offset)]
+        repaired = verify(cache)
+        assert (repaired.trajectories, repaired.digest) == (3, before.digest)
+        assert [(found.path, found.offset) for found in repaired.damaged] == [(shard, at.offset)]
         assert count(cache).dead_bytes == at.length
 
 
@@ -484,7 +484,7 @@ def test_a_shard_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
         assert cache.contains(key)
         assert not cache.is_intact(key)
         (damage,) = verify(cache).damaged
-        assert "the shard is gone, and with it 2 records" in damage.reason
+        assert "the shard is missing, and with it 2 records" in damage.reason
     shard.mkdir()
     with LocalCache.open(tmp_path) as cache, pytest.raises(StorageError, match="could not read"):
         cache.get(key)

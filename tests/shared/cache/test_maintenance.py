@@ -48,7 +48,7 @@ def test_repair_keeps_what_is_whole_and_quarantines_the_rest(
     shard = next(path for path in shard_paths(tmp_path / "shards") if path.stem == at.shard)
     flip_byte(shard, at.offset + 150)
     (tmp_path / "index.sqlite").write_bytes(b"not an index")
-    (tmp_path / "shards" / ".aside-left.open").write_bytes(b"x")
+    (tmp_path / "shards" / ".partial-left.open").write_bytes(b"x")
 
     report = repair(tmp_path)
 
@@ -106,7 +106,7 @@ def test_repair_of_a_shard_that_was_being_written(tmp_path: Path, flip_byte: Cal
 def test_nothing_is_removed_while_somebody_reads(tmp_path: Path) -> None:
     keys = make(tmp_path)
     with LocalCache.open(tmp_path) as reader:
-        with pytest.raises(Conflict, match="somebody has it open; stop trainers and teachers"):
+        with pytest.raises(Conflict, match="another process has it open; first stop the trainers and teachers"):
             LocalCache.open(tmp_path, exclusive=True)
         with pytest.raises(Conflict, match="is in use"):
             repair(tmp_path)
@@ -158,7 +158,7 @@ def test_garbage_is_what_no_trajectory_needs(tmp_path: Path) -> None:
         partial.add(rows.part(slice(10)))
         partial.flush()
         blocks = count(cache).blocks
-    (tmp_path / ".aside-left").write_bytes(b"x")
+    (tmp_path / ".partial-left").write_bytes(b"x")
     with LocalCache.open(tmp_path, exclusive=True) as cache:
         report = collect_garbage(cache, None)
         assert (report.trajectories_removed, report.blocks_removed, report.leftovers_removed) == (0, 1, 1)
@@ -199,7 +199,7 @@ def test_a_shard_of_another_teacher_is_named_and_its_records_do_not_count(tmp_pa
     (foreign,) = shard_paths(tmp_path / "other" / "shards")
     shutil.copy(foreign, tmp_path / "cache" / "shards")
     with LocalCache.open(tmp_path / "cache") as cache:
-        assert ("it is of another teacher", foreign.name) in {
+        assert ("it belongs to another teacher", foreign.name) in {
             (damage.reason, damage.path.name) for damage in verify(cache).damaged
         }
     (tmp_path / "cache" / "index.sqlite").unlink()
@@ -256,7 +256,7 @@ def test_repair_that_is_refused_is_one_clear_error(
     keys = make(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(repair_module, "rebuild_index", refuse)
-        with pytest.raises(StorageError, match="could not make the index again: Input/output error"):
+        with pytest.raises(StorageError, match="could not rebuild the index: Input/output error"):
             repair(tmp_path)
     damaged = next(path for path in shard_paths(tmp_path / "shards") if path.suffix == SEALED)
     flip_byte(damaged, 200)

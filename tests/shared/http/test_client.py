@@ -172,7 +172,7 @@ def test_who_hangs_up_is_a_service_error(connect: Client) -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8703", "localhost", "ftp://localhost", "http://", "http://[::1", ""])
 def test_what_is_no_address_is_refused_at_once(connect: Client, url: str) -> None:
-    with pytest.raises(ConfigError, match="is not an address"):
+    with pytest.raises(ConfigError, match="is not a valid address"):
         connect(url, "t")
 
 

@@ -1,4 +1,4 @@
-"""What a bundle refuses to be loaded from, and what a failed export leaves."""
+"""Test what a bundle refuses to load and what a failed export leaves."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_generating_leaves_nothing_behind_for_the_next_prompt(folder: Path) -> N
 
 @pytest.mark.parametrize("bit", [0x01, 0x02, 0x10, 0x80])
 def test_no_flipped_bit_of_the_manifest_passes_for_the_same_bundle(bit: int, folder: Path) -> None:
-    """The manifest has no digest of its own, yet its fingerprint, which every adapter carries, covers all of it."""
+    """The manifest has no separate digest, but its fingerprint, which every adapter carries, covers all of it."""
     path = folder / "bundle.json"
     whole = path.read_bytes()
     true = load_bundle(folder).fingerprint
@@ -105,10 +105,10 @@ def test_a_flipped_byte_anywhere_is_refused(name: str, folder: Path, flip_byte: 
     for index in [0, 7, 8, len(whole) // 3, len(whole) // 2, len(whole) - 1]:
         (folder / name).write_bytes(whole)
         flip_byte(folder / name, index)
-        with pytest.raises(CorruptRecord, match=f"{name} is not the file the bundle was made with"):
+        with pytest.raises(CorruptRecord, match=f"{name} is not the file that the bundle was made with"):
             load_bundle(folder)
     (folder / name).write_bytes(whole[:-1])
-    with pytest.raises(CorruptRecord, match="is not the file the bundle was made with"):
+    with pytest.raises(CorruptRecord, match="is not the file that the bundle was made with"):
         load_bundle(folder)
 
 
@@ -150,7 +150,7 @@ def test_a_bundle_that_reads_hidden_states_needs_the_student(tokenizer: ChatToke
     config = CONFIG.model_copy(update={"featurizer": "hidden@1"})
     save(tmp_path / "bundle", tokenizer, config=config, hypernetwork=AgenticHyperNetwork(config, LAYERS, 16))
     assert not (tmp_path / "bundle" / "embeddings.safetensors").exists()
-    with pytest.raises(ConfigError, match=r"reads hidden@1 of the student, which is not here; train one with `feat"):
+    with pytest.raises(ConfigError, match=r"reads hidden@1 of the student, which was not loaded; train one with `feat"):
         load_bundle(tmp_path / "bundle")
     featurizer = make_featurizer("hidden@1", student)
     ids = np.arange(9, dtype=np.uint32)
@@ -176,7 +176,7 @@ def test_a_bundle_holds_the_static_adapter_it_started_from(tokenizer: ChatTokeni
     assert torch.equal(made[LAYERS[0].name].a, base[LAYERS[0].name].a)
     assert torch.equal(made[LAYERS[0].name].b, base[LAYERS[0].name].b)
     assert (bundle.manifest.mode, bundle.manifest.warm_start) == ("warm_start", "ab" * 32)
-    # A manifest that says otherwise than the weights.
+    # A manifest that contradicts the weights.
     save(tmp_path / "bundle", tokenizer, hypernetwork=network)
     with pytest.raises(CorruptRecord, match="does not fit its manifest"):
         load_bundle(tmp_path / "bundle")
@@ -185,8 +185,8 @@ def test_a_bundle_holds_the_static_adapter_it_started_from(tokenizer: ChatTokeni
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"mode": "warm_start"}, "mode 'warm_start' does not go with the static adapter None"),
-        ({"mode": "from_zero", "warm_start": "ab"}, "mode 'from_zero' does not go with the static adapter ab"),
+        ({"mode": "warm_start"}, "mode 'warm_start' contradicts the static adapter None"),
+        ({"mode": "from_zero", "warm_start": "ab"}, "mode 'from_zero' contradicts the static adapter ab"),
         ({"mode": "static"}, "a static adapter needs no bundle"),
         ({"mode": "cold"}, "'from_zero', 'warm_start' or 'static'"),
     ],

@@ -1,4 +1,4 @@
-"""What a hypernetwork can read of a prompt."""
+"""Test the features of a prompt that a hypernetwork can read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_student_is_shared_and_stays_as_it_is(student: PreTrainedModel) -> N
     assert torch.equal(student(input_ids=IDS).logits, before)
     assert list(student.state_dict()) == names
     assert (student.config.num_hidden_layers, len(student.get_decoder().layers)) == (4, 4)
-    # No copy: what changes in the student changes in what is read of it.
+    # The featurizer makes no copy: a change in the student changes its features.
     table = student.get_input_embeddings().weight
     was = features(IDS)
     with torch.no_grad():
@@ -88,5 +88,5 @@ def test_names_that_mean_nothing_are_refused(name: str, student: PreTrainedModel
 
 
 def test_more_layers_than_there_are_are_refused(student: PreTrainedModel) -> None:
-    with pytest.raises(ConfigError, match="hidden@5 needs 5 decoder layers, the student has 4"):
+    with pytest.raises(ConfigError, match="hidden@5 needs 5 decoder layers, but the student has 4"):
         make_featurizer("hidden@5", student)

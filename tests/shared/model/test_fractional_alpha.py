@@ -1,4 +1,4 @@
-"""An alpha that is no whole number reaches the bundle, PEFT's files, PEFT itself, and what is read back."""
+"""Test that a fractional alpha reaches the bundle, PEFT's files, PEFT itself and the adapter that is read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hypernetwork by itself: what it reads of a prompt, how it starts, and which shapes it accepts."""
+"""Test the hypernetwork alone: what it reads of a prompt, its initialization and the shapes it accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(**changes: Any) -> HyperNetworkConfig:
 
 @pytest.fixture
 def network() -> AgenticHyperNetwork:
-    """With heads for B that are not zero, as after training."""
+    """Return a hypernetwork whose heads of B are not zero, as after training."""
     torch.manual_seed(0)
     made = AgenticHyperNetwork(config(), LAYERS, EMBEDDING_SIZE)
     for head in made.generator.b_heads.parameters():
@@ -56,14 +56,14 @@ def test_one_pair_of_factors_for_every_layer_in_its_shape(network: AgenticHyperN
     for layer in LAYERS:
         assert weights[layer.name].a.shape == (3, 4, layer.in_features)
         assert weights[layer.name].b.shape == (3, layer.out_features, 4)
-    # Layers of one shape share their heads, and still get factors of their own.
+    # Layers of one shape share their heads but still get different factors.
     assert len(network.generator.a_heads) == 3
     assert not torch.allclose(weights["layers.0.in"].a, weights["layers.1.in"].a, atol=1e-2)
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone(network: AgenticHyperNetwork) -> None:
     prompts = [torch.randn(length, EMBEDDING_SIZE) for length in (1, 7, 12)]
-    # What stands in the padding is noise, not zeros, which could hide a mask that is not applied.
+    # The padding is noise rather than zeros, which could hide a mask that is not applied.
     batch, mask = torch.randn(3, 12, EMBEDDING_SIZE) * 50, torch.zeros(3, 12, dtype=torch.bool)
     for number, prompt in enumerate(prompts):
         batch[number, : len(prompt)] = prompt
@@ -89,7 +89,7 @@ def test_a_long_prompt_stays_finite(network: AgenticHyperNetwork) -> None:
 
 
 def test_it_starts_as_peft_does() -> None:
-    """B zero, A with the spread of PEFT's kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(I)."""
+    """B is zero, and A has the spread of PEFT's kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(I)."""
     torch.manual_seed(1)
     network = AgenticHyperNetwork(config(rank=32), LAYERS, EMBEDDING_SIZE)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_the_delta_is_scaled_as_in_peft() -> None:
 
 
 def real_layers() -> list[LayerInfo]:
-    """The default targets of the 48-layer student; tests/shared/model/test_targets.py holds them against the model."""
+    """Return the default targets of the 48-layer student; tests/shared/model/test_targets.py compares them with the model."""
     attention = [("q_proj", 2048, 8192), ("k_proj", 2048, 512), ("v_proj", 2048, 512), ("o_proj", 4096, 2048)]
     delta = [("in_proj_qkvz", 2048, 12_288), ("out_proj", 4096, 2048)]
     return [
@@ -162,7 +162,7 @@ def test_presets_are_named_in_recipes_and_changed_field_by_field() -> None:
     changed = HyperNetworkConfig.model_validate({"preset": "tiny", "rank": 8})
     assert changed == HyperNetworkConfig.preset("tiny", rank=8)
     assert (changed.width, changed.rank) == (64, 8)
-    # What is written into a manifest is the shape itself, so that a preset may change without changing old bundles.
+    # A manifest stores the shape itself, so that a preset may change without changing old bundles.
     assert HyperNetworkConfig.model_validate(changed.model_dump()) == changed
     assert "preset" not in changed.model_dump()
     with pytest.raises(ValidationError, match="there is no preset 'huge'; choose from tiny, small, base, flat"):
@@ -194,7 +194,7 @@ def test_layers_share_heads_by_shape_or_by_kind() -> None:
 
 
 def test_no_prompt_makes_a_factor_larger_than_its_heads_allow(network: AgenticHyperNetwork) -> None:
-    """Row by row: |head f| <= sigma_max(head) |f|, and |f| is the same for every prompt."""
+    """For each row, |head f| <= sigma_max(head) |f|, and |f| is the same for every prompt."""
     wild = torch.cat([torch.randn(2, 7, EMBEDDING_SIZE) * scale for scale in (1e-6, 1.0, 1e6)])
     weights = network(wild, ones(6, 7))
     generator = network.generator
@@ -208,10 +208,10 @@ def test_no_prompt_makes_a_factor_larger_than_its_heads_allow(network: AgenticHy
 @pytest.mark.parametrize("width", [64, 256, 1024])
 @pytest.mark.parametrize("head", ["per_rank", "flat"])
 def test_the_first_step_of_adam_moves_the_output_by_a_sane_amount(width: int, head: str) -> None:
-    """Standard deviation of the delta's output for unit-variance inputs, after one step at a learning rate of 1e-4.
+    """Check the standard deviation of the delta's output for unit-variance inputs after one step at a learning rate of 1e-4.
 
-    Plain LoRA's is 0.0005 for a gradient of random signs. It must not depend on the width, so that neither must the
-    learning rate.
+    Plain LoRA's is 0.0005 for a gradient of random signs. It must not depend on the width, so that the learning rate
+    need not depend on it either.
     """
     torch.manual_seed(3)
     layers = [LayerInfo(f"layers.{i}.wide", 512, 384) for i in range(4)]
@@ -230,7 +230,7 @@ def test_the_first_step_of_adam_moves_the_output_by_a_sane_amount(width: int, he
 
 
 def gradient_sizes(network: AgenticHyperNetwork, prompts: torch.Tensor) -> dict[str, float]:
-    """Root mean square of each parameter's gradient, of a loss that is a random linear function of every layer's output."""
+    """Return the root mean square of each parameter's gradient for a random linear function of every layer's output."""
     generator = torch.Generator().manual_seed(5)
     network.zero_grad()
     weights = network(prompts, ones(*prompts.shape[:2]))
@@ -259,7 +259,7 @@ def test_gradients_reach_b_at_once_and_everything_after_one_step(preset: str, ch
     sizes = gradient_sizes(network, prompts)
     of_b = [size for name, size in sizes.items() if name.startswith(sides["b"])]
     assert min(of_b) > 0
-    # From the narrowest projection to the widest, none learns a hundred times faster than another.
+    # No projection, narrow or wide, learns a hundred times faster than another.
     assert max(of_b) < 100 * min(of_b)
     assert not any(size for name, size in sizes.items() if not name.startswith(sides["b"]))
     optimizer.step()
@@ -272,7 +272,7 @@ def test_gradients_reach_b_at_once_and_everything_after_one_step(preset: str, ch
 
 
 def test_the_first_gradient_of_b_depends_on_the_prompt() -> None:
-    """Or the first steps would learn a static adapter, which conditioning then has to unlearn."""
+    """Otherwise the first steps would learn a static adapter, which conditioning would have to unlearn."""
     torch.manual_seed(4)
     network = AgenticHyperNetwork(config(width=256), LAYERS, EMBEDDING_SIZE)
     gradients = []
@@ -287,7 +287,5 @@ def test_a_prompt_without_a_real_token_is_refused(network: AgenticHyperNetwork) 
     mask[1] = False
     with pytest.raises(InvalidRequest, match="a prompt has no real token"):
         network(torch.randn(2, 5, EMBEDDING_SIZE), mask)
-    with pytest.raises(
-        InvalidRequest, match=r"mask of shape \[2, 4\] does not belong to features of shape \[2, 5, 24\]"
-    ):
+    with pytest.raises(InvalidRequest, match=r"mask of shape \[2, 4\] does not match features of shape \[2, 5, 24\]"):
         network(torch.randn(2, 5, EMBEDDING_SIZE), ones(2, 4))

@@ -1,4 +1,4 @@
-"""The injection against float64, sample by sample, and against what other libraries make of the same factors.
+"""Compare the injection with float64, sample by sample, and with other libraries that use the same factors.
 
 Legend of shape suffixes: B samples, T tokens, I and O input and output features, R rank.
 """
@@ -29,7 +29,7 @@ from hyperagent.model.targets import discover_target_layers
 SCALE = 2.0
 RANK = 4
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""What the injection's own sums may add to the noise of the bare student, in units of the largest value."""
+"""Error that the injection may add to the rounding noise of the bare student, relative to the largest value."""
 LENGTHS = (40, 33, 21, 40, 7, 28, 1, 16)
 
 
@@ -40,7 +40,7 @@ def make_student(name: str, **changes: object) -> PreTrainedModel:
 
 
 def make_adapters(student: PreTrainedModel, num: int, seed: int = 1, *, b_std: float = 0.1) -> AdapterWeights:
-    """Leaves a [B, R, I] and b [B, O, R] for the student's usual targets."""
+    """Return leaf tensors a [B, R, I] and b [B, O, R] for the student's default targets."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, std: float) -> Tensor:
@@ -78,7 +78,7 @@ def student(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def assert_close_to_size(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The largest difference, in units of the largest value."""
+    """Return the largest difference, relative to the largest value."""
     assert float((actual - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
 
 
@@ -97,7 +97,7 @@ def batching_noise(student: PreTrainedModel, ids_BT: Tensor, lengths: Sequence[i
 
 
 class _Layer:
-    """One linear layer, a batch for it, and the float64 oracle."""
+    """One linear layer, a batch of inputs for it and the float64 oracle."""
 
     def __init__(self, dtype: torch.dtype, *, samples: int, bias: bool, shape: tuple[int, int, int] = (37, 48, 80)):
         num_tokens, inputs, outputs = shape
@@ -115,7 +115,7 @@ class _Layer:
             return self.net(x)
 
     def exact(self) -> list[Tensor]:
-        """y and the gradients of x, a and b: x @ W' + s x A' B', sample by sample, in float64."""
+        """Return y = x @ W' + s x A' B' and the gradients of x, a and b, computed by sample in float64."""
         layer = self.net[0]
         leaves = [t.detach().double().requires_grad_() for t in (self.x, self.pair.a, self.pair.b)]
         rows = []
@@ -181,13 +181,13 @@ def test_a_long_sample_is_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def delivered(y: Tensor, base: Tensor, delta: Tensor) -> float:
-    """How much of the true delta is in y, by projection; all arguments but y in float64."""
+    """Return the share of the true delta that is in y, by projection; all arguments except y are float64."""
     return float(((y.detach().double() - base) * delta).sum() / delta.square().sum())
 
 
 @pytest.mark.parametrize("how", ["weights in bfloat16", "autocast", "bias"])
 def test_a_small_delta_arrives_whole_in_bfloat16(how: str) -> None:
-    """Where the delta is 0.4 % of the output, PEFT's layer loses 3 % of it."""
+    """With a delta of 0.4 % of the output, PEFT's layer loses 3 % of the delta."""
     layer = _Layer(torch.bfloat16, samples=1, bias=how == "bias", shape=(2048, 256, 512))
     weight = layer.net[0].weight.double()
     a, b = layer.pair.a.detach().float(), layer.pair.b.detach().float()
@@ -230,7 +230,7 @@ def test_with_b_zero_the_student_keeps_its_bits_and_b_its_gradient(
 
 
 def test_with_b_zero_a_wide_layer_keeps_its_bits() -> None:
-    """At this size, on a CPU, a product over 4,100 terms sums them in another order than one over 4,096."""
+    """At this size a product on a CPU sums 4,100 terms in another order than 4,096 terms."""
     layer = _Layer(torch.bfloat16, samples=2, bias=True, shape=(128, 4096, 256))
     layer.pair = LoRAPair(layer.pair.a, torch.zeros_like(layer.pair.b))
     assert torch.equal(layer.adapted(layer.x), layer.net(layer.x))
@@ -266,7 +266,7 @@ def test_a_padded_batch_of_eight_equals_eight_runs(student: PreTrainedModel, mod
             alone.square().sum().backward()
         assert_close_to_size(together[index, :length], alone[0], tolerance)
         for ours, expected in zip(gradients(weights), gradients(own), strict=True):
-            # In units of the batch's largest: the queries of a sequence of one token have none but rounding.
+            # Relative to the batch's largest: in a sequence of one token the queries' gradient is only rounding error.
             assert float((ours[index] - expected[0]).abs().max()) <= 10 * tolerance * float(ours.abs().max())
 
 
@@ -321,7 +321,7 @@ def test_factors_that_do_not_fit_are_refused_before_anything_is_touched() -> Non
         ({"0": LoRAPair(good.a[0], good.b[0])}, "one of each per sample"),
         ({"0": LoRAPair(good.a, good.b[:1])}, "one of each per sample"),
         ({"0": LoRAPair(good.a, good.b[..., :2])}, "one of each per sample"),
-        ({"0": LoRAPair(good.a[..., :7], good.b)}, "maps 7 to 6 features at 0, the student 8 to 6"),
+        ({"0": LoRAPair(good.a[..., :7], good.b)}, "maps 7 to 6 features at 0, but the student maps 8 to 6"),
         ({"0": LoRAPair(good.a.long(), good.b)}, "torch.int64 on cpu"),
         ({"0": LoRAPair(good.a.to("meta"), good.b)}, "on meta"),
         ({"0": good, "1": LoRAPair(torch.zeros(1, 3, 6), torch.zeros(1, 8, 3))}, r"the layers have \[1, 2\] adapters"),
@@ -336,7 +336,7 @@ def test_factors_that_do_not_fit_are_refused_before_anything_is_touched() -> Non
         for x in (torch.zeros(3, 5, 8), torch.zeros(5, 8), torch.zeros(2, 2, 2, 8), torch.zeros(8)):
             with pytest.raises(InvalidRequest, match=re.escape(f"{list(x.shape)}; give one adapter per sample")):
                 net(x)
-        with pytest.raises(InvalidRequest, match="has an adapter on already"), injector.inject({"0": good}):
+        with pytest.raises(InvalidRequest, match="already has an adapter"), injector.inject({"0": good}):
             pass
         assert "forward" in vars(net[0])
     assert "forward" not in vars(net[0])

@@ -1,4 +1,4 @@
-"""Hypernetwork, injection, PEFT files and bundle on a tiny student of the real architecture."""
+"""Test hypernetwork, injection, PEFT files and bundle on a tiny student of the real architecture."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def layers(student: PreTrainedModel) -> list[LayerInfo]:
 
 @pytest.fixture
 def hypernetwork(layers: list[LayerInfo]) -> AgenticHyperNetwork:
-    """With heads for B that are not zero, as after training."""
+    """Return a hypernetwork whose heads of B are not zero, as after training."""
     torch.manual_seed(1)
     network = AgenticHyperNetwork(CONFIG, layers, 32)
     for head in network.generator.b_heads.parameters():
@@ -118,12 +118,12 @@ def test_prompts_make_different_adapters_and_ranks_differ(
 
 
 def test_injection_equals_merged_weights(student: PreTrainedModel, hypernetwork: AgenticHyperNetwork) -> None:
-    """The oracle: a float64 copy of the student with W + scale * B A in place of W."""
+    """Compare with an oracle: a float64 copy of the student with W + scale * B A in place of W."""
     tokens = torch.randint(0, 96, (3, 33), generator=torch.Generator().manual_seed(5))
     weights = hypernetwork(*prompts(student, 3, 9))
     double = {name: LoRAPair(p.a.double(), p.b.double()) for name, p in weights.items()}
     student64 = copy.deepcopy(student).double()
-    # The grouped matrix product knows no float64.
+    # The grouped matrix product does not support float64.
     student64.set_experts_implementation("eager")
     with HookBasedLoRAInjector(student64, scale=CONFIG.scale).inject(double):
         adapted = student64(input_ids=tokens).logits
@@ -159,7 +159,7 @@ def test_nothing_stays_behind(student: PreTrainedModel, hypernetwork: AgenticHyp
     assert all(torch.equal(value, values[name]) for name, value in student.state_dict().items())
     assert not any(module._forward_hooks or "forward" in vars(module) for module in student.modules())
     assert torch.equal(student(input_ids=tokens).logits, before)
-    # Two adapters for one sample: the hook refuses, in the middle of the forward pass.
+    # Two adapters for one sample: the hook raises in the middle of the forward pass.
     with (
         pytest.raises(InvalidRequest, match="one adapter per sample"),
         HookBasedLoRAInjector(student, scale=2.0).inject(weights),
@@ -265,7 +265,7 @@ def test_a_bundle_with_a_damaged_or_missing_file_is_refused(
         broken = tmp_path / f"broken-{number}"
         shutil.copytree(bundle_folder, broken)
         flip_byte(broken / path.relative_to(bundle_folder), -1)
-        with pytest.raises(CorruptRecord, match="not the file the bundle was made with"):
+        with pytest.raises(CorruptRecord, match="not the file that the bundle was made with"):
             load_bundle(broken)
         (broken / path.relative_to(bundle_folder)).unlink()
         with pytest.raises(CorruptRecord, match="the bundle lacks"):

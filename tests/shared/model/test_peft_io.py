@@ -1,4 +1,4 @@
-"""PEFT folders in: what this project and PEFT write is read back exactly, everything else is refused in one sentence."""
+"""Test that the folders of this project and PEFT are read exactly and all others are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_and_written_again_byte_for_byte(dtype: torch.dt
 
 @pytest.mark.parametrize("targets", [["q_proj", "o_proj"], r".*\.self_attn\.(q|o)_proj", list(NAMES[:1])], ids=str)
 def test_pefts_own_folders_are_read(targets: str | list[str], tmp_path: Path) -> None:
-    """Names by their last part, as a regular expression, and in full."""
+    """Target modules are given as last parts of names, as a regular expression and as full names."""
     student = AutoModelForCausalLM.from_config(configurations()["qwen3"])
     model = get_peft_model(
         student, LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
@@ -70,7 +70,7 @@ def test_pefts_own_folders_are_read(targets: str | list[str], tmp_path: Path) ->
 
 
 def test_a_long_list_of_targets_that_peft_shortens_is_read(tmp_path: Path) -> None:
-    """PEFT cuts a list of twenty names or more down to the shortest endings that choose the same layers."""
+    """PEFT shortens a list of twenty or more names to the shortest endings that select the same layers."""
     shape = {**configurations()["qwen3"].to_dict(), "num_hidden_layers": 4, "layer_types": None}
     student = AutoModelForCausalLM.from_config(Qwen3Config(**shape))
     chosen = [name for name, _ in student.named_modules() if name.endswith("_proj") and "layers.3.mlp" not in name]
@@ -95,7 +95,7 @@ def test_a_long_list_of_targets_that_peft_shortens_is_read(tmp_path: Path) -> No
         ({"init_lora_weights": "pissa"}, ConfigError, "init_lora_weights"),
         ({"a_setting_of_a_later_release": {"x": 1}}, ConfigError, "a_setting_of_a_later_release"),
         ({"peft_type": "LOHA"}, ConfigError, "LOHA"),
-        ({"peft_type": None}, ConfigError, "of type None"),
+        ({"peft_type": None}, ConfigError, "has type None"),
         ({"task_type": "SEQ_CLS"}, ConfigError, "SEQ_CLS"),
         ({"r": 5}, CorruptRecord, r"not \[5, I\]"),
         ({"r": 0}, CorruptRecord, "r = 0"),
@@ -109,9 +109,9 @@ def test_a_long_list_of_targets_that_peft_shortens_is_read(tmp_path: Path) -> No
         ({"target_modules": ["q_proj", "o_proj", "k_proj"]}, CorruptRecord, "there are no factors for k_proj"),
         ({"target_modules": ["proj"]}, CorruptRecord, "there are factors for"),
         ({"target_modules": ".*q_proj"}, CorruptRecord, "there are factors for model.layers.0.self_attn.o_proj"),
-        ({"target_modules": "("}, CorruptRecord, "no regular expression"),
-        ({"target_modules": None}, CorruptRecord, "no list of names"),
-        ({"target_modules": [3]}, CorruptRecord, "no list of names"),
+        ({"target_modules": "("}, CorruptRecord, "not a regular expression"),
+        ({"target_modules": None}, CorruptRecord, "not a list of names"),
+        ({"target_modules": [3]}, CorruptRecord, "not a list of names"),
     ],
     ids=str,
 )

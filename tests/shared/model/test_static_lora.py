@@ -1,4 +1,4 @@
-"""The static adapter by itself, and under a hypernetwork that starts from it."""
+"""Test the static adapter alone and as the start of a hypernetwork."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_a_static_adapter_starts_as_peft_does_and_ignores_the_prompt() -> None:
         pair = weights[layer.name]
         assert (pair.a.shape, pair.b.shape) == ((3, 32, layer.in_features), (3, layer.out_features, 32))
         assert torch.count_nonzero(pair.b) == 0
-        # Uniform within 1/sqrt(I).
+        # A is uniform within 1/sqrt(I).
         assert float(pair.a.detach().abs().max()) <= 1 / math.sqrt(layer.in_features)
         assert float(pair.a.detach().std()) == pytest.approx(1 / math.sqrt(3 * layer.in_features), rel=0.1)
         assert torch.equal(pair.a, static(prompts(7), MASK)[layer.name].a)
-    # Each sample of the batch pulls at the one adapter.
+    # Each sample of the batch contributes a gradient to the same adapter.
     sum(pair.a.sum() for pair in weights.values()).backward()
     assert all(torch.equal(a.grad, torch.full_like(a, 3.0)) for a in static.a)
 
@@ -101,7 +101,7 @@ def test_a_warm_start_teaches_both_heads_at_once_and_leaves_the_static_adapter_a
         (outputs[1].square().sum() + back.square().sum()).backward()
         reached = {n for n, p in network.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
         trainable = {n for n, _ in network.named_parameters() if not n.startswith("base.")}
-        # Both heads are zero at first, so nothing behind them has a gradient until they have moved.
+        # Both heads are zero at first, so no parameter before them has a gradient until they have changed.
         assert reached == (trainable if step else {n for n in trainable if "_heads." in n})
         optimizer.step()
     moved = network(prompts(), MASK)

@@ -1,4 +1,4 @@
-"""Which layers are found in which student, and what stops discovery."""
+"""Test which layers are found in which student and what discovery refuses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def real_student() -> PreTrainedModel:
-    """Qwen3-Coder-Next's architecture, without storage."""
+    """Return a model of Qwen3-Coder-Next's architecture without storage."""
     return on_meta(
         Qwen3NextConfig(
             vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
@@ -123,11 +123,11 @@ def test_other_students(make: Callable[..., PretrainedConfig]) -> None:
         ([*ATTENTION, "linear_attn.in_proj_qkv"], r"has no projection linear_attn\.in_proj_qkv that can be adapted"),
         ([*ATTENTION, "q_proj"], "has no projection q_proj that can be adapted; choose from self_attn.q_proj"),
         ([*ATTENTION, "linear_attn.conv1d"], r"has no projection linear_attn\.conv1d that can be adapted"),
-        ([*ATTENTION, *DELTA, "mlp.gate"], r"mlp\.gate is never adapted: .* routing must stay the student's own"),
+        ([*ATTENTION, *DELTA, "mlp.gate"], r"mlp\.gate is never adapted: .* routing must stay that of the student"),
         ([*ATTENTION, *DELTA, "mlp.shared_expert_gate"], r"shared_expert_gate is never adapted: it decides which"),
         ([*ATTENTION, *DELTA, "mlp.experts.gate_up_proj"], r"never adapted: the routed experts are fused"),
         ([*ATTENTION, *DELTA, "mlp.experts.3.down_proj"], r"never adapted: the routed experts are fused"),
-        ([*ATTENTION, *DELTA, "self_attn.q_proj"], r"self_attn\.q_proj stands twice"),
+        ([*ATTENTION, *DELTA, "self_attn.q_proj"], r"self_attn\.q_proj is listed twice"),
         ([], "the list of targets is empty"),
     ],
 )  # fmt: skip
@@ -148,7 +148,7 @@ def test_a_target_that_this_student_has_nowhere_is_refused() -> None:
 
 
 def narrow_query(attention: Any) -> None:
-    """Without the output gate, as every other attention has it: half the outputs."""
+    """Remove the output gate, as in other attention layers, which halves the outputs."""
     attention.q_proj = nn.Linear(32, 64, bias=False, device="meta")
 
 
@@ -166,7 +166,7 @@ def quantize_output(attention: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (narrow_query, r"layers\.3\.self_attn\.q_proj maps 32 to 64 features where .* config implies 32 to 128"),
+        (narrow_query, r"layers\.3\.self_attn\.q_proj maps 32 to 64 features, but .* config implies 32 to 128"),
         (lose_key, r"the student lacks model\.layers\.3\.self_attn\.k_proj"),
         (quantize_output, r"layers\.3\.self_attn\.o_proj is a Quantized, not a plain linear layer"),
     ],
@@ -182,12 +182,12 @@ def test_a_student_that_is_not_what_its_config_says_is_refused(
 
 def test_an_unknown_architecture_is_refused(tiny_student: PreTrainedModel) -> None:
     tiny_student.config.model_type = "unheard_of"
-    with pytest.raises(ConfigError, match="students of type 'unheard_of' are not known"):
+    with pytest.raises(ConfigError, match="students of type 'unheard_of' are not supported"):
         discover_target_layers(tiny_student, ["self_attn.q_proj"])
 
 
 def test_a_layer_knows_its_place_by_its_name() -> None:
     layer = LayerInfo("model.layers.17.mlp.shared_expert.up_proj", 4, 4)
     assert (layer.depth, layer.kind) == (17, "mlp.shared_expert.up_proj")
-    with pytest.raises(ConfigError, match="'lm_head' is no module of a decoder layer"):
+    with pytest.raises(ConfigError, match="'lm_head' is not a module of a decoder layer"):
         _ = LayerInfo("lm_head", 4, 4).kind

@@ -1,4 +1,4 @@
-"""The engine against an oracle that keeps all logits, in float64."""
+"""Compare the engine with a float64 oracle that keeps all logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def score_all(engine: TransformersEngine, token_ids: Any, positions: Any, 
 
 
 def oracle_logprobs(folder: Path, token_ids: NDArray[np.uint32], vocab_size: int) -> NDArray[np.float64]:
-    """[T, V]: row t is the distribution of the token after t."""
+    """Return log-probabilities [T, V]: row t is the distribution of the token after t."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(token_ids.astype(np.int64)[None])).logits[0].double().numpy()
@@ -233,7 +233,7 @@ async def test_cancelling_stops_the_model_within_a_layer(
     finally:
         go_on.set()
         hook.remove()
-    # One layer of the cancelled request, then all four of the next, which had to wait for the thread.
+    # One layer of the canceled request, then all four of the next request, which had to wait for the thread.
     assert layers_entered == 1 + 4
 
 
@@ -283,7 +283,7 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(model_folders: dict[str, 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, the model in .* only 100"):
+    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, but the model in .* has only 100"):
         TransformersEngine(folder, tokenizer_folder=folder, top_k=4, max_tokens=64)
 
 

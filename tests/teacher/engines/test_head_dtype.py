@@ -1,4 +1,4 @@
-"""A head in float32 behind a model in bfloat16: its product, and what the identity says of it."""
+"""Test a float32 head on a bfloat16 model: its product and its name in the identity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOP_K = 16
 async def rows_of(
     folder: Path, head_dtype: str, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]
 ) -> tuple[str, TopKRows]:
-    """The identity's dtype, and the rows."""
+    """Return the identity's dtype and the rows."""
     engine = TransformersEngine(
         folder,
         tokenizer_folder=folder,
@@ -53,7 +53,7 @@ async def test_a_float32_head_multiplies_in_float32(
     real = logits[torch.from_numpy(positions.astype(np.int64)) - 1]
 
     def error(rows: TopKRows) -> float:
-        """Largest of a difference of two kept log-probabilities, from which the other ids cancel."""
+        """Return the largest error of a difference of two kept log-probabilities, in which the other ids cancel."""
         wanted = real.gather(1, torch.from_numpy(rows.ids.astype(np.int64))).numpy()
         return float(np.abs(np.diff(rows.logprobs.astype(np.float64)) - np.diff(wanted)).max())
 

@@ -1,4 +1,4 @@
-"""SIGKILL of the teacher at random points of a population: see killed_teacher.py, which runs more of them by hand."""
+"""Test SIGKILL of the teacher at random points of a population; killed_teacher.py runs more kills from the command line."""
 
 from __future__ import annotations
 

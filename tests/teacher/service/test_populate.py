@@ -1,4 +1,4 @@
-"""PopulateCache over a real channel: what is cached, what is refused, what stops it."""
+"""Test PopulateCache over a real channel: what it caches, what it refuses and what stops it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_populating_twice_computes_once(
     assert record.num_tokens == 60
     direct = concatenate(await drained(engine.score(token_ids, positions, top_k=16)))
     np.testing.assert_array_equal(np.sort(record.rows.ids), np.sort(direct.ids))
-    # Stored in 256 steps, so ids that are hardly apart may have changed places.
+    # Rows are stored in 256 steps, so ids of nearly equal probability may have swapped places.
     np.testing.assert_allclose(record.rows.logprobs, direct.logprobs, atol=5e-2)
 
 
@@ -114,9 +114,9 @@ async def test_nothing_is_sent_that_the_teacher_does_not_wait_for(
         outcomes = client.populate(trajectories(), data=data_identity(tokenizer))
         first = asyncio.create_task(anext(outcomes))
         await gated.started.wait()
-        for _ in range(10):  # calls that come and go meanwhile give a hasty sender its time
+        for _ in range(10):  # these calls give a sender that does not wait time to send
             await client.get_teacher()
-        assert taken == [1, 2]  # the second is at hand, not sent
+        assert taken == [1, 2]  # the second trajectory has been read but not sent
         for _ in range(20 * 49):
             gated.permits.release()
         assert (await first).outcome is Outcome.WRITTEN
@@ -167,7 +167,7 @@ async def test_a_stream_out_of_order_is_refused(items: list[Any], serve: Serve, 
     )
 
     async def requests() -> AsyncIterator[pb.PopulateCacheRequest]:
-        # As TeacherClient does: grpc.aio loses the status of a call that ends while a message is being sent.
+        # Done as in TeacherClient: grpc.aio loses the status of a call that ends while a message is being sent.
         for item in items:
             yield options if item == "options" else item
             await call.initial_metadata()
@@ -265,7 +265,7 @@ async def test_a_name_that_leads_out_of_the_data_folder_is_refused(
     write_file(outside, sequence, tokenizer)
     (settings.data_dir / "link.parquet").symlink_to(outside)
     async with serve() as client:
-        with pytest.raises(InvalidRequest, match="leads out of the data folder"):
+        with pytest.raises(InvalidRequest, match="is outside the data folder"):
             await drained(
                 client.populate_file(str(outside) if name == "ABSOLUTE" else name, data=data_identity(tokenizer))
             )

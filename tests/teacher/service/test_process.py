@@ -1,4 +1,4 @@
-"""`hyperagent serve teacher` as a process of its own."""
+"""Test `hyperagent serve teacher` as a process."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def _serve_a_model_that_hangs(model: str, cache: str) -> None:
     from hyperagent_teacher.engines.transformers import TransformersEngine
     from hyperagent_teacher.service.server import serve
 
-    real = TransformersEngine._go_on
+    real = TransformersEngine._check_stop
 
     def hang(engine: TransformersEngine, stop: threading.Event) -> None:
-        # The canary at the start is scored: two layers, one step of the head, one part handed out. None is later.
+        # The first canary passes: two layers, one step of the head and one part count as progress. All later work hangs.
         if engine.progress >= 4:
             time.sleep(3600)
         real(engine, stop)
 
-    TransformersEngine._go_on = hang  # type: ignore[method-assign]
+    TransformersEngine._check_stop = hang  # type: ignore[method-assign]
     settings = TeacherSettings(
         model=Path(model), cache=Path(cache), port=0, top_k=8, engine_timeout_s=2.0, engine_restart_s=0.5
     )

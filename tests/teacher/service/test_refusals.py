@@ -1,4 +1,4 @@
-"""Every refusal over a real channel: its code, its reason, one sentence, and whether to try again."""
+"""Test every refusal over a real channel: its code, its reason, its one sentence and whether a retry helps."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no position": ({"positions": b""}, "INVALID_ARGUMENT", "INVALID_REQUEST", "no position"),
     "positions out of order": ({"positions": packed([2, 1])}, "INVALID_ARGUMENT", "INVALID_REQUEST", "increase strictly"),
     "half an id": ({"token_ids": b"123"}, "INVALID_ARGUMENT", "INVALID_REQUEST", "multiple of 4"),
-    "a million tokens": ({"token_ids": packed(np.zeros(1_000_000))}, "RESOURCE_EXHAUSTED", "TOO_LARGE", "1,000,000 tokens are too many"),
-    "resumed behind the end": ({"first_row": 2}, "OUT_OF_RANGE", "BEYOND_END", "no row 2 among 2"),
+    "a million tokens": ({"token_ids": packed(np.zeros(1_000_000))}, "RESOURCE_EXHAUSTED", "TOO_LARGE", "the sequence has 1,000,000 tokens"),
+    "resumed after the end": ({"first_row": 2}, "OUT_OF_RANGE", "BEYOND_END", "no row 2 among 2"),
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ async def refusal_of(call: Any) -> grpc.aio.AioRpcError:
 
 
 def details_of(error: grpc.aio.AioRpcError) -> tuple[str, bool]:
-    """Reason, and whether it says when to try again."""
+    """Return the reason, and whether the error says when to try again."""
     rich = status_pb2.Status.FromString(dict(list(error.trailing_metadata()))["grpc-status-details-bin"])
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     assert rich.details[0].Unpack(info)

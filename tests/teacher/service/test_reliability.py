@@ -1,4 +1,4 @@
-"""What the service stands: readers who do not read, callers who leave, an engine that hangs, a stream that breaks."""
+"""Test the service with readers that do not read, callers that leave, a hanging engine and broken streams."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_32_readers_who_do_not_read_cost_little_memory(model_folders: dict
         top_k=256,
     )
     settings = {"HYPERAGENT_TEACHER_TOP_K": "256", "HYPERAGENT_TEACHER_MAX_PENDING_REQUESTS": "33"}
-    # glibc keeps what is freed, more or less of it from run to run (30 to 90 MiB in all were seen). The question is what
+    # glibc keeps freed memory, in amounts that vary from run to run (30 to 90 MiB were seen). The test is about what
     # the server holds, so large blocks go back to the system as soon as they are freed (mallopt(3), M_MMAP_THRESHOLD).
     settings |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     port = free_port()
@@ -61,12 +61,12 @@ async def test_32_readers_who_do_not_read_cost_little_memory(model_folders: dict
         ):
             await client.wait_until_serving(START_TIMEOUT_S)
             stub = teacher_pb2_grpc.TeacherServiceStub(channel)
-            for _ in range(4):  # what a single reader costs is not the question
+            for _ in range(4):  # not part of the test: the cost of a single reader
                 assert await rows_of(stub.ScoreTokens(request, timeout=120, metadata=METADATA)) == 4095
             before = server.memory_info().rss
             calls = [stub.ScoreTokens(request, timeout=250, metadata=METADATA) for _ in range(32)]
             firsts = [await call.read() for call in calls]
-            # The engine takes requests in turn, so by the time it has answered another one it has done with these.
+            # The engine takes requests in order, so once it has answered another one it has finished these.
             last = client.score_tokens(token_ids[:8], positions[:7], top_k=1, tokenizer=tokenizer.identity)
             assert concatenate(await drained(last)).num_rows == 7
             grown = server.memory_info().rss - before
@@ -85,7 +85,7 @@ async def rows_of(call: Any) -> int:
     return num_rows
 
 
-# Callers who leave
+# Callers that leave
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
@@ -143,7 +143,7 @@ async def test_an_engine_that_hangs_is_not_serving_and_serves_again_when_it_move
         async with asyncio.timeout(10):
             while await health_of(client) != NOT_SERVING:
                 await asyncio.sleep(0.02)
-        with pytest.raises(NotServing, match="its engine does not answer"):
+        with pytest.raises(NotServing, match="its engine does not respond"):
             await drained(client.score_tokens(*sequence, top_k=1, tokenizer=tokenizer))
         for _ in range(10_000):
             gated.permits.release()
@@ -206,7 +206,7 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(
             chunk.ids = bytes(len(chunk.ids))  # damaged on the way
         return real(chunk)
 
-    monkeypatch.setattr(wire_client.codec, "chunk_to_rows", break_twice)
+    monkeypatch.setattr(wire_client.conversion, "chunk_to_rows", break_twice)
     async with serve() as client:
         rows = concatenate(await drained(client.score_tokens(*sequence, top_k=16, tokenizer=tokenizer)))
     assert asked == [6, 12]
@@ -221,7 +221,7 @@ async def test_a_stream_that_never_gets_on_is_given_up(
     def damaged(_chunk: pb.ScoreTokensResponse) -> TopKRows:
         raise ServiceError("broken off")
 
-    monkeypatch.setattr(wire_client.codec, "chunk_to_rows", damaged)
+    monkeypatch.setattr(wire_client.conversion, "chunk_to_rows", damaged)
     async with serve() as client:
         with pytest.raises(ServiceError, match="broken off"):
             await drained(client.score_tokens(*sequence, top_k=16, tokenizer=tokenizer))
@@ -241,7 +241,7 @@ async def test_rows_with_another_digest_are_refused(
 
 
 def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for the loopback address, and its key."""
+    """Write a self-signed certificate for the loopback address and its key, and return both paths."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "teacher")])
     now = datetime.datetime.now(datetime.UTC)

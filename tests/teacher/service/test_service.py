@@ -1,4 +1,4 @@
-"""The service over a real channel: a tiny real model, and a gated engine where time matters."""
+"""Test the service over a real channel with a tiny real model, and with a gated engine where timing matters."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from teacher_service import (
 
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import (
+    Busy,
     ConfigError,
     IdentityMismatch,
     InvalidRequest,
@@ -42,7 +43,7 @@ from hyperagent_teacher.config import TeacherSettings
 from hyperagent_teacher.engines.base import ScoringEngine
 from hyperagent_teacher.service.server import SERVICE, answer, bind
 
-# Who it is, and who may ask
+# Identity and access
 
 
 async def test_it_says_who_it_is(serve: Serve, engine: ScoringEngine) -> None:
@@ -66,7 +67,7 @@ async def test_a_call_without_the_token_is_refused(serve: Serve, metadata: tuple
             assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_client_with_another_token_is_told_where_to_find_it(
+async def test_a_client_with_another_token_learns_where_to_find_it(
     serve: Serve, sequence: Sequence, tokenizer: TokenizerIdentity
 ) -> None:
     async with serve() as client, TeacherClient(client.address, "another") as stranger:
@@ -178,9 +179,9 @@ async def test_one_request_more_than_it_holds_is_refused(
         gated.forget_canary()
         first = asyncio.create_task(drained(client.score_tokens(*sequence, top_k=1, tokenizer=tokenizer)))
         await gated.started.wait()
-        with pytest.raises(LimitExceeded, match="already holds 1 requests"):
+        with pytest.raises(Busy, match="already holds 1 requests"):
             await drained(client.score_tokens(*sequence, top_k=1, tokenizer=tokenizer))
-        with pytest.raises(LimitExceeded, match="already holds 1 requests"):
+        with pytest.raises(Busy, match="already holds 1 requests"):
             await drained(client.populate([("t", *sequence)], data=data_identity(tokenizer)))
         for _ in range(2 * 20):
             gated.permits.release()
@@ -270,7 +271,7 @@ async def test_a_request_that_outlasts_the_grace_is_cut_off(
         await asyncio.wait_for(gated.stopped.wait(), 30)
 
 
-# Where it listens
+# Addresses
 
 
 async def test_a_port_in_use_is_one_line(serve: Serve, settings: TeacherSettings) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunRequest, RunState, RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control import events
 from hyperagent_trainer.control.app import create_control_app

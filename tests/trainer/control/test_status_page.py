@@ -21,8 +21,8 @@ from needs import skip_or_fail
 from served import served
 
 import hyperagent_trainer
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control.app import create_control_app
 from hyperagent_trainer.control.settings import ControlSettings

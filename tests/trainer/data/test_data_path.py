@@ -1,4 +1,4 @@
-"""What the cache does to training: nothing, however its rows are read and whatever befalls the hot tier."""
+"""Test that training gives the same results however rows are read from the cache and whatever happens to the hot tier."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def short(recipe: TrainRecipe) -> TrainRecipe:
 
 
 class DuringRun(threading.Event):
-    """Does something once, when training asks after its 6th step whether to stop."""
+    """Stop event that performs an action once, when training checks it after its 6th step."""
 
     def __init__(self, folder: RunFolder, action: Callable[[], object]) -> None:
         super().__init__()

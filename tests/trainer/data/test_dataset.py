@@ -1,4 +1,4 @@
-"""Joining trajectories with the cache, and the order of training."""
+"""Test joining trajectories with the cache, and the order of training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_loading_a_split_looks_up_and_reads_no_record(
     root = shutil.copytree(cache_folder, tmp_path / "cache")
     with LocalCache.open(root) as cache:
         publish(cache, f"file://{tmp_path}/published")
-    # Every byte of every record is wiped, so that whoever reads one is refused.
+    # Every byte of every record is wiped, so that reading any record fails.
     for shard in [*root.glob("shards/*.shard"), *tmp_path.glob("published/shards/*.shard")]:
         _, end = read_footer(shard)
         with shard.open("r+b") as file:
@@ -72,7 +72,7 @@ def test_a_batch_points_at_the_output_before_each_position(
         for position in trajectory.positions:
             assert batch.sample_N[place] == sample
             assert batch.index_N[place] == position - 1
-            # The teacher of this cache is surest of the token that really stands at the position.
+            # The teacher of this cache gives the actual token the highest probability.
             assert batch.rows.ids_NK[place, batch.rows.logprobs_NK[place].argmax()] == trajectory.token_ids[position]
             place += 1
     assert batch.num_rows == place
@@ -86,7 +86,7 @@ def test_rows_are_softened_as_the_recipe_says(student_folder: Path, tokens_file:
     with LocalCache.open(cache_folder) as cache:
         data = load_split(tokens_file, cache, TRAIN, tokenizer=identity, max_prompt_tokens=64, temperature=2.0)
         rows = data[[0]].rows
-    # One id has 0.8 and the other kept ones 0.1 together; the rest is spread evenly over nine ids, see `cache_folder`.
+    # One id has 0.8 and the other kept ids 0.1 together; the rest is spread evenly over nine ids, see `cache_folder`.
     k = rows.ids_NK.shape[1]
     flat = np.sqrt([0.8, *[0.1 / (k - 1)] * (k - 1), *[0.1 / 9] * 9])
     expected = flat / flat.sum()

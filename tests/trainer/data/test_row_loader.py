@@ -1,4 +1,4 @@
-"""Rows of the cache as tensors: whole, in ranges, and at other temperatures."""
+"""Test reading rows of the cache as tensors: whole, in ranges, and at other temperatures."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_tensors_hold_what_the_cache_holds(filled: tuple[LocalCache, str]) -> No
 def test_rows_at_a_temperature_are_the_whole_softmax_at_it(filled: tuple[LocalCache, str], temperature: float) -> None:
     cache, key = filled
     found = load_rows(cache, key).at_temperature(temperature)
-    # The distributions that `random_rows` cuts, whole, and softened over all of the vocabulary.
+    # The whole distributions that `random_rows` truncates, softened over all of the vocabulary.
     logits = np.random.default_rng(0).normal(size=(NUM_ROWS, VOCABULARY)) * 3.0 / temperature
     whole = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     total = np.zeros(NUM_ROWS)
@@ -73,7 +73,7 @@ def test_rows_at_a_temperature_are_the_whole_softmax_at_it(filled: tuple[LocalCa
         stored = np.append(found.logprobs_NK[row][kept].numpy(), found.tail_logmass_N[row])
         total[row] = (expected * (np.log(expected) - stored)).sum()
         assert np.exp(stored.astype(np.float64)).sum() == pytest.approx(1, abs=1e-6)
-    # What is left is the codec's rounding: far from the 0.01 to 1 that guessing the tail from its mass would cost.
+    # Only the codec's rounding is left; guessing the tail from its mass would give errors of 0.01 to 1.
     assert 0 <= total.mean() < {"exact": 1e-6, "compact": 2e-5, "archive": 5e-4}[cache.settings.codec]
 
 

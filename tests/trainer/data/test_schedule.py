@@ -1,4 +1,4 @@
-"""The order of batches, which rank computes what of a step, and what it costs."""
+"""Test the order of batches, the split of a step over ranks, and predicted costs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_long_trajectories_are_spread_and_short_ones_fill_up() -> None:
 
 
 def test_steps_of_eight_keep_eight_ranks_busy() -> None:
-    """Lengths of a lognormal distribution with mean 45,000 and a coefficient of variation of 0.8, in Qwen3-Next."""
+    """The lengths are lognormal with mean 45,000 and a coefficient of variation of 0.8; the student is Qwen3-Next."""
     lengths = (
         np.random.default_rng(0).lognormal(np.log(45_000) - 0.25, 0.7, 8_192).clip(1_000, 131_072).astype(int).tolist()
     )
@@ -112,7 +112,7 @@ def decoder_cost(config: PreTrainedConfig) -> StepCost:
 
 
 def test_the_cost_of_the_80b_student_is_that_of_its_active_parameters() -> None:
-    # 3.252e9 active parameters in the layers' products, 36 layers of Gated DeltaNet, twelve of attention.
+    # 3.252e9 active parameters in the layers' products, 36 layers of Gated DeltaNet and twelve of attention.
     cost = decoder_cost(real_config())
     assert cost.per_token == pytest.approx(3 * 2 * 3.252e9 + 4.5 * 0.208e9, rel=2e-3)
     assert cost.per_token_squared == pytest.approx(4.5 * 2 * 4096 * 12)
@@ -127,7 +127,7 @@ def test_the_cost_of_a_dense_student_is_what_torch_counts() -> None:
     for num_tokens in (64, 256):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
-        # Eager attention computes every pair; half of them are wanted. Rotary tables are the products that are left over.
+        # Eager attention computes every pair, of which half are needed. The remaining products are the rotary tables.
         forward = cost.per_token / 3 * num_tokens + 2 * cost.per_token_squared / 4.5 * num_tokens**2
         assert counter.get_total_flops() == pytest.approx(forward, rel=0.01)
 

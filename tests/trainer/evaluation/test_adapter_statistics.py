@@ -1,4 +1,4 @@
-"""Sizes and cosines of generated adapters, against the deltas themselves."""
+"""Test sizes and cosines of generated adapters against explicitly computed deltas."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_one_adapter_for_all_prompts_is_a_collapse_and_none_is_not() -> None:
     assert set(untrained.relative_norm.values()) == {0.0}
 
 
-def test_gradients_are_told_apart_by_part() -> None:
+def test_gradient_norms_are_separate_for_each_part() -> None:
     config = HyperNetworkConfig(width=16, num_latents=2, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=2)
     network = AgenticHyperNetwork(config, LAYERS, 8)
     for number, (_, parameter) in enumerate(network.named_parameters()):

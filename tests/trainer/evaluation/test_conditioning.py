@@ -1,6 +1,6 @@
-"""What conditioning on the prompt is worth, in worlds where the answer is known; and the report itself.
+"""Test the gain from conditioning on the prompt in worlds where the answer is known, and the report itself.
 
-The figures of several seeds and learning rates: `python benchmarks/conditioning.py`.
+`python benchmarks/conditioning.py` prints the results of several seeds and learning rates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyperagent_trainer.student.student import Student
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
-    """It answers with the mean over all latents; both worlds share it, as they share its training."""
+    """Student that answers with the mean over all latents; both worlds share it because its training is the same."""
     return Student(train_student(tmp_path_factory.mktemp("world"), World.make("prompt")), device=torch.device("cpu"))
 
 
@@ -40,7 +40,7 @@ def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_l
 ) -> None:
     world = World.make("prompt")
     report = run_world(world, student, PROMPT_SETTINGS, seed=0).report
-    # The student has learned all there is without the prompt: what is left is what the latent is worth.
+    # The student has learned everything that does not need the prompt: the remaining KL is the worth of the latent.
     assert report.kl["frozen"] == pytest.approx(world.information, rel=0.05)
     assert report.gap_closed["adapter"] >= 0.9
     assert report.gap_closed["adapter_shuffled_prompt"] < 0.1
@@ -55,7 +55,7 @@ def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, on
     assert report.gap_closed["adapter"] >= 0.9
     assert report.gap_closed["static"] >= 0.9
     assert report.gap_closed["adapter_shuffled_prompt"] == pytest.approx(report.gap_closed["adapter"], abs=0.02)
-    # Not the interval around the own prompt's gain: by chance alone it lies above 0 in one seed of forty.
+    # The interval around the own prompt's gain is not tested: by chance alone it is above 0 in one seed of forty.
     assert report.over_static is not None
     assert report.over_static.low is not None
     assert report.over_static.low <= 0
@@ -70,7 +70,7 @@ def test_a_world_shows_the_student_nothing_of_its_latent() -> None:
     names = {FIRST_NAME + a * world.num_values + v for a, v in enumerate(latent)}
     prompt = set(world.prompt(latent, generator).tolist())
     assert {i for i in prompt if i < NUM_IDS - 96} == names
-    # The same tokens under another latent: the context is the same, the answers are not.
+    # The same tokens under another latent: the context is the same, but the answers differ.
     one, other = (world.batch([x], np.random.default_rng(5)) for x in world.held_out[:2])
     assert torch.equal(one.token_ids_BT, other.token_ids_BT)
     assert not torch.equal(one.rows.ids_NK, other.rows.ids_NK)
@@ -89,7 +89,7 @@ def test_a_world_s_rows_are_distributions_and_their_mean_is_what_the_student_lea
 
 
 def test_the_report_s_interval_is_that_of_the_clusters_means() -> None:
-    """With as many rows everywhere the bootstrap's spread is the standard error of the clusters' means."""
+    """With equally many rows in every cluster the bootstrap's spread is the standard error of the clusters' means."""
     generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(40), 5)
     own = generator.normal(100, 1, 200)

@@ -1,4 +1,4 @@
-"""Which prompt the shuffled arm of an evaluation takes."""
+"""Test which prompt the shuffled arm of an evaluation takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperagent_trainer.evaluation.evaluate import foreign_prompts
 
 
 def trajectory(number: int, repo: str, split: str) -> TokenizedTrajectory:
-    """One whose prompt no other trajectory has."""
+    """Make a trajectory whose prompt no other trajectory has."""
     ids = np.array([number, 1], np.uint32)
     positions = np.array([1], np.uint32)
     return TokenizedTrajectory(

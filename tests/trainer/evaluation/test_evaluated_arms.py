@@ -1,4 +1,4 @@
-"""The arms of a real run's evaluation, against the exported adapters merged into the student by hand."""
+"""Test the arms of a real run's evaluation against the exported adapters merged into the student by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ def two_repositories(recipe: TrainRecipe, tmp_path_factory: pytest.TempPathFacto
             repo = HELD_OUT_REPOS.get(one.trajectory_id)
             changed = replace(one, split=HELD_OUT, repo=repo) if repo else one
             writer.write(replace(changed, prompt_ids=one.token_ids[number : number + 8]))
-    fast = {"tokens": tokens, "learning_rate": 1e-2, "num_steps": 8, "warmup_steps": 4, "evaluate_every": 100}
+    # With this seed a draw that ignored the repositories would take three prompts of the trajectory's own.
+    fast = {
+        "tokens": tokens,
+        "seed": 11,
+        "learning_rate": 1e-2,
+        "num_steps": 8,
+        "warmup_steps": 4,
+        "evaluate_every": 100,
+    }
     return recipe.model_copy(update=fast)
 
 
@@ -50,14 +58,14 @@ def test_every_arm_is_what_its_prompts_adapters_give(two_repositories: TrainReci
     assert found["adapter"] == pytest.approx(np.trace(kl), rel=1e-5)
 
     def nearest(choices: list[list[int]]) -> float:
-        """Distance of the shuffled arm from the best choice of a prompt for each trajectory."""
+        """Return the distance of the shuffled arm from the best choice of a prompt for each trajectory."""
         sums = np.array([kl[np.arange(len(held_out)), choice].sum() for choice in product(*choices)])
         return float(np.abs(sums / found["adapter_shuffled_prompt"] - 1).min())
 
     repos = [one.repo for one in held_out]
     foreign = [[j for j, other in enumerate(repos) if other != repo] for repo in repos]
     assert nearest(foreign) < 1e-5
-    # No trajectory's own prompt, nor another one of its repository, gives that.
+    # Neither a trajectory's own prompt nor another one of its repository gives this KL.
     for i, repo in enumerate(repos):
         same = [j for j, other in enumerate(repos) if other == repo]
         assert nearest([same if i == place else choice for place, choice in enumerate(foreign)]) > 1e-4

@@ -1,4 +1,4 @@
-"""`hyperagent export`: of a run's checkpoint, what the run makes at its end."""
+"""Test that `hyperagent export` makes of a run's checkpoint what the run exports at its end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from hyperagent_trainer.runs.folder import RunFolder
 
 
 def recorded_run(recipe: TrainRecipe, root: Path, stop: threading.Event | None = None) -> RunFolder:
-    """A run with its recipe beside it, as the supervisor writes it."""
+    """Run a recipe in a folder that contains its recipe.json, as the supervisor writes it."""
     root.mkdir()
     RunFolder(root).recipe.write_text(recipe.model_dump_json())
     return run(recipe, root, stop)
@@ -65,7 +65,7 @@ def stopped(recipe: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.fixture
 def folder(stopped: RunFolder, tmp_path: Path) -> RunFolder:
-    """A copy of it, to be damaged."""
+    """A copy of the stopped run that tests may damage."""
     return RunFolder(shutil.copytree(stopped.root, tmp_path / "run"))
 
 
@@ -73,10 +73,8 @@ def change_recipe(folder: RunFolder, **changes: Any) -> None:
     folder.recipe.write_text(folder.read_recipe().model_copy(update=changes).model_dump_json())
 
 
-def test_a_stopped_run_is_exported_as_it_stands(
-    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # All that is needed of the teacher's cache is its manifest, of the student its embeddings, of the data nothing.
+def test_a_stopped_run_is_exported_as_it_is(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only the manifest of the teacher's cache and the student's embeddings are needed, and nothing of the data.
     recipe = folder.read_recipe()
     (tmp_path / "cache").mkdir()
     shutil.copy(Path(recipe.cache) / "manifest.json", tmp_path / "cache")
@@ -207,7 +205,7 @@ def _other_network(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "says"),
     [
-        (lambda f: (f.root.parent / "out").mkdir(), Conflict, "out is there already; name a folder that is not"),
+        (lambda f: (f.root.parent / "out").mkdir(), Conflict, "out already exists; name a folder that does not"),
         (lambda f: f.recipe.unlink(), NotFound, "holds no run"),
         (lambda f: shutil.rmtree(f.checkpoints), NotFound, "no checkpoint in .* the run has not saved one yet"),
         (
@@ -243,8 +241,8 @@ def test_a_best_checkpoint_needs_patience(folder: RunFolder, tmp_path: Path) -> 
 
 def test_weights_that_do_not_fit_their_manifest_are_refused(folder: RunFolder, tmp_path: Path) -> None:
     manifest = last_checkpoint(folder) / "checkpoint.json"
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "layers": told["layers"][1:]}))
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**fields, "layers": fields["layers"][1:]}))
     with pytest.raises(CorruptRecord, match="weights do not fit its manifest"):
         export_run(folder, tmp_path / "out", None)
 

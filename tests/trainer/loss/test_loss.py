@@ -1,4 +1,4 @@
-"""The loss against the definition: every divergence, how much is kept, how sharp the softmaxes, in every precision."""
+"""Test the loss against its definition: every divergence, number of kept ids, sharpness of the softmaxes and precision."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ every_divergence = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTI
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_slabs() -> Iterator[None]:
-    """Vocabularies of a few dozen ids are cut as real ones are."""
+    """Use slabs so narrow that vocabularies of a few dozen ids are cut like real ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_backend, "_SLAB_IDS", 29)
         yield
 
 
 def loss_of(case: Case, vocab: int, *, temperature: float = 1.0, **settings_: Any) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
+    """Return loss and gradient."""
     hidden = case.hidden.detach().clone().requires_grad_()
     loss = compute_distillation_loss(hidden, case.head, case.rows(temperature), vocab_size=vocab, **settings_)
     loss.backward()
@@ -99,7 +99,7 @@ def test_gradcheck(temperature: float, options: LossOptions) -> None:
 
 
 def near_case(*, noise: float, std: float, dtype: torch.dtype) -> Case:
-    """A teacher whose logits are the student's own and a little noise."""
+    """Make a case whose teacher has the student's own logits plus a little noise."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(24, 64, generator=generator).mul(std / 8).to(dtype)
     head = torch.randn(701, 64, generator=generator).to(dtype)
@@ -114,10 +114,10 @@ def near_case(*, noise: float, std: float, dtype: torch.dtype) -> Case:
 def test_bfloat16_gradients_are_as_good_as_their_rounding(
     noise: float, std: float, options: LossOptions, scale: float
 ) -> None:
-    """Near p = q a gradient is a difference of nearly equal numbers, and most of one taken from bfloat16 logits is noise.
+    """Near p = q a gradient is a difference of nearly equal numbers; from bfloat16 logits it would be mostly noise.
 
-    The one rounding to bfloat16 that there must be takes 1.5e-3 to 1.8e-3 of the bound. Less noise than a thousandth of
-    the logits would drown in the rounding of float32 logits.
+    The one unavoidable rounding to bfloat16 takes 1.5e-3 to 1.8e-3 of the bound. Noise below a thousandth of the logits
+    would be hidden by the rounding of float32 logits.
     """
     case = near_case(noise=noise, std=std, dtype=torch.bfloat16)
 
@@ -141,7 +141,7 @@ def test_a_scale_is_a_factor_of_loss_and_gradient(dtype: torch.dtype) -> None:
 
 
 def test_a_factor_of_the_result_reaches_a_bfloat16_gradient_unrounded() -> None:
-    """Rounded to bfloat16, 1/3 is off by 0.13 %, and so would be every gradient, all in one direction."""
+    """Rounded to bfloat16, 1/3 is off by 0.13 %, and every gradient would be off by as much, all in one direction."""
     case = near_case(noise=1.0, std=3.0, dtype=torch.bfloat16)
     hidden = case.hidden.clone().requires_grad_()
 
@@ -196,7 +196,7 @@ def test_a_student_that_equals_the_teacher_has_no_loss_and_no_gradient(options: 
     loss, gradient = loss_of(case, 701, options=options)
 
     assert 0 <= loss.item() < 1e-4
-    # Total variation has a kink there, and its gradient the sign of rounding; each is at most q.
+    # Total variation has a kink there, so its gradient has the sign of rounding errors; each entry is at most q.
     assert float(gradient.abs().max()) < (3 if options.divergence == "tvd" else 1e-4)
 
 
@@ -216,7 +216,7 @@ def test_huge_logits_stay_finite(options: LossOptions) -> None:
 
 
 def test_a_sure_student_keeps_its_tail() -> None:
-    """With logits this far apart 1 - sum(q) is 0 in float32, and its log -inf; a log-sum-exp of the others is not."""
+    """With logits this far apart 1 - sum(q) is 0 in float32 and its log -inf; a log-sum-exp of the others is finite."""
     head = torch.eye(8) * 60
     rows = torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.06]]).log(), torch.tensor([0.04]).log()
     case = Case(torch.eye(8)[:1], head, *rows, torch.zeros(1, dtype=torch.int64))
@@ -269,7 +269,7 @@ def test_with_every_id_kept_it_is_the_kl_of_the_whole_vocabulary() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), k=st.integers(1, 39))
 def test_keeping_fewer_ids_never_shows_more_divergence(options: LossOptions, seed: int, k: int) -> None:
-    """Data processing: buckets lie below the whole vocabulary."""
+    """Data processing inequality: the divergence of buckets is at most that of the whole vocabulary."""
     few, all_ids = make_case(1, k, 40, seed=seed), make_case(1, 40, 40, seed=seed)
 
     assert loss_of(few, 40, options=options)[0] <= loss_of(all_ids, 40, options=options)[0] * (1 + 1e-6)

@@ -1,4 +1,4 @@
-"""What the loss refuses, and how much memory it takes."""
+"""Test which arguments the loss refuses, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def test_the_gradient_can_be_taken_only_once() -> None:
 
 
 def peak_bytes(case: Case, folder: Path, *, temperature: float = 1.0, **settings: Any) -> int:
-    """Most memory that torch held at once beyond what it held before, by its own allocator's account."""
+    """Return torch's peak memory above its memory before the call, in bytes as its allocator reports them."""
     hidden = case.hidden.requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.empty(1)
         loss = compute_distillation_loss(hidden, case.head, case.rows(temperature), **settings)
-        # `backward` would copy the gradient into that of a leaf, which hidden states of a network are not.
+        # `backward` would copy the gradient into a leaf's; a network's hidden states are no leaf.
         torch.autograd.grad(loss, hidden)
     trace = folder / "trace.json"
     profiler.export_chrome_trace(str(trace))
@@ -134,7 +134,7 @@ def peak_bytes(case: Case, folder: Path, *, temperature: float = 1.0, **settings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_memory_is_bounded_whatever_the_number_of_rows(ce_weight: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    """2,000 rows of logits would be 64 MB; the gradient that is kept is 0.1 MB."""
+    """2,000 rows of logits would take 64 MB; the kept gradient takes 0.1 MB."""
     workspace = 2**24
     options = LossOptions(ce_weight=ce_weight)
     for n in (200, 2000):

@@ -1,4 +1,4 @@
-"""The Triton path, in Triton's interpreter: it must give what the torch path gives."""
+"""Test in Triton's interpreter that the Triton path gives the torch path's results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ every_divergence = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTI
 
 @pytest.fixture(autouse=True)
 def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as the integers of its bits, multiplies those integers, and rounds toward 0."""
+    """Fix bfloat16: the interpreter stores it as integers of its bits, multiplies those integers, and rounds toward 0."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
@@ -47,7 +47,7 @@ def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_small_tiles(case: Case, vocab: int, options: LossOptions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Loss and gradient with blocks, slabs and tiles so small that every one of them occurs more than once."""
+    """Return loss and gradient with blocks, slabs and tiles so small that each of them occurs more than once."""
     rows = case.rows(temperature) if options.ce_weight else replace(case.rows(temperature), target_ids_N=None)
     loss, gradient = triton_backend.loss_and_gradient(
         case.hidden, case.head[:vocab], rows, Objective(options, temperature, scale=1.0),
@@ -86,7 +86,7 @@ def test_temperature_cross_entropy_and_padding(temperature: float, options: Loss
 
 @every_divergence
 def test_the_public_function_gives_the_same_by_either_path(options: LossOptions) -> None:
-    """With the tiles of a GPU, and more rows and ids than one tile has; the head's padding is full of large numbers."""
+    """The tiles have a GPU's sizes, there are more rows and ids than in one tile, and the head's padding is large."""
     case = make_case(133, 16, 300)
     head = torch.cat([case.head, torch.full((7, 24), 100.0)])
     found = {}
@@ -118,7 +118,7 @@ def test_bfloat16_gradients_are_as_good_as_their_rounding() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_maximum_that_rises_or_falls_along_the_vocabulary(order: int) -> None:
-    """By 1e4 over the slabs: every slab, or none but the first, brings what was summed to a new reference."""
+    """Logits rise or fall by 1e4 over the slabs, so every slab, or only the first, brings the sums to a new reference."""
     head = torch.linspace(-order, order, 160)[:, None].repeat(1, 16)
     hidden = torch.full((18, 16), 625.0)
     case = Case(hidden, head, *top_rows(torch.zeros(18, 160, dtype=torch.float64), 5), torch.arange(18))

@@ -1,4 +1,4 @@
-"""A divergence of two distributions that are nearly equal, where most of it is what the first-order terms leave over."""
+"""Test divergences of two nearly equal distributions, where the first-order terms cancel."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ OPTIONS = {
 
 
 def near_case(distance: float) -> Case:
-    """A teacher that is sure of one id, and a student whose log-odds differ from its by `distance` towards the others.
+    """Make a teacher that is confident of one id, and a student whose log-odds to the others differ by `distance`.
 
-    All of the difference lies in a bucket of 2 %, so that the terms of odd order do not cancel.
+    The whole difference is in a bucket of 2 %, so that the terms of odd order do not cancel.
     """
     logprobs = torch.tensor([[0.98, 0.012]], dtype=torch.float64).log().float()
     tail = torch.tensor([0.008], dtype=torch.float64).log().float()
-    # With a head of the identity the hidden state is the logits.
+    # With an identity head the hidden states are the logits.
     student = torch.cat([logprobs[0].double(), (tail.double() - torch.log(torch.tensor(2.0).double())).expand(2)])
     student = student + torch.tensor([0.0, distance, distance, distance], dtype=torch.float64)
     return Case(
@@ -34,7 +34,7 @@ def near_case(distance: float) -> Case:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("distance", [1e-6, 1e-5, 9e-4, -9e-4, 2e-3, 0.3, -0.9, 3.0, -4.0])
 def test_the_loss_keeps_its_digits(distance: float, options: LossOptions) -> None:
-    """In float64 the loss is a number of order distance**2, whose next term is smaller by no more than the distance."""
+    """In float64 the loss is of order distance**2, and the next term is smaller by at most a factor of the distance."""
     case = near_case(distance)
     hidden = case.hidden.clone().requires_grad_()
     loss = compute_distillation_loss(hidden, case.head, case.rows(), vocab_size=4, options=options)
@@ -42,6 +42,6 @@ def test_the_loss_keeps_its_digits(distance: float, options: LossOptions) -> Non
     assert hidden.grad is not None
     expected, expected_gradient = oracle(case, 4, options)
     assert expected.item() > 1e-4 * distance**2
-    # Logits near 5 are rounded at 1e-15, of which a difference of 1e-6 keeps nine digits.
+    # Logits near 5 are rounded at 1e-15, so a difference of 1e-6 keeps nine digits.
     assert relative(loss.detach(), expected) < max(1e-9, 2e-14 / abs(distance))
     assert relative(hidden.grad, expected_gradient) < max(1e-9, 2e-14 / abs(distance))

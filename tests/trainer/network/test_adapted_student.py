@@ -1,4 +1,4 @@
-"""A batch of prompts of unequal length gets the adapters that each prompt gets alone."""
+"""Test that a batch of prompts of unequal length gets the adapters that each prompt gets alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def adapted_student(folder: Path, featurizer: str) -> AdaptedStudent:
 
 
 def largest_difference(one: AdapterWeights, place: int, other: AdapterWeights) -> float:
-    """Of any entry, relative to the largest of its factor."""
+    """Return the largest error of any entry, relative to the largest value of its factor."""
     return max(
         float((one_factor[place] - other_factor[0]).abs().max() / other_factor[0].abs().max())
         for name in other
@@ -49,14 +49,14 @@ def largest_difference(one: AdapterWeights, place: int, other: AdapterWeights) -
 
 
 @pytest.mark.parametrize("featurizer", ["embeddings", "hidden@2"])
-def test_a_prompt_s_adapter_does_not_depend_on_the_prompts_beside_it(student_folder: Path, featurizer: str) -> None:
+def test_a_prompt_s_adapter_does_not_depend_on_the_other_prompts(student_folder: Path, featurizer: str) -> None:
     adapted = adapted_student(student_folder, featurizer)
     together = adapted.adapters(PROMPTS)
     alone = [adapted.adapters([prompt]) for prompt in PROMPTS]
     noise = max(largest_difference(together, place, one) for place, one in enumerate(alone))
     assert noise < 1e-5
 
-    # One token more or less of any prompt is a hundred times that.
+    # One token more or less in any prompt gives a hundred times that error.
     for prompt, one in zip(PROMPTS, alone, strict=True):
         longer = adapted.adapters([np.append(prompt, np.uint32(0))])
         assert largest_difference(longer, 0, one) > max(100 * noise, 1e-3)

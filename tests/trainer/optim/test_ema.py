@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, and that nothing else changes by it."""
+"""Test the moving average of the weights: its value, and that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def averaged(recipe: TrainRecipe) -> TrainRecipe:
 def test_it_is_the_sum_of_the_weights_of_all_steps_each_with_its_share(recipe: TrainRecipe, tmp_path: Path) -> None:
     folder = run(averaged(recipe), tmp_path / "run", StopAfter(6))
     plain = run(recipe.model_copy(update={"checkpoint_every": 1}), tmp_path / "plain", StopAfter(6))
-    assert losses(folder) == losses(plain), "training goes on with its own weights"
+    assert losses(folder) == losses(plain), "training continues with its own weights"
     steps = folder.saved_steps()
     assert steps == [1, 2, 3, 4, 5, 6]
     weights = [load_file(folder.checkpoint(step) / "network.safetensors") for step in steps]
     average = load_file(folder.checkpoint(6) / "average.safetensors")
     assert average
     decays = [min(DECAY, (1 + n) / (10 + n)) for n in steps]
-    # What the weights before the first step have left, which the first two checkpoints tell.
+    # The share of the initial weights, which follows from the first checkpoint.
     first = load_file(folder.checkpoint(1) / "average.safetensors")
     for name, found in average.items():
         start = (first[name].double().numpy() - (1 - decays[0]) * weights[0][name].double().numpy()) / decays[0]
@@ -48,7 +48,7 @@ def test_it_is_the_sum_of_the_weights_of_all_steps_each_with_its_share(recipe: T
     assert any(not torch.equal(average[name], weights[-1][name]) for name in average)
 
 
-def test_a_stopped_run_goes_on_with_the_same_average(recipe: TrainRecipe, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_with_the_same_average(recipe: TrainRecipe, tmp_path: Path) -> None:
     straight = run(averaged(recipe), tmp_path / "straight")
     run(averaged(recipe), tmp_path / "stopped", StopAfter(3))
     stopped = run(averaged(recipe), tmp_path / "stopped")

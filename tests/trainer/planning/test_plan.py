@@ -1,4 +1,4 @@
-"""The plan: the 80B student's memory as FSDP2 counts it, sums that add up, and what it says when something is wrong."""
+"""Test the plan: the 80B student's memory as FSDP2 counts it, consistent sums, and error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_80b_student_trains_on_eight_h200_and_not_on_one(real_model: PreTrai
     assert named["inputs kept of all layers"].bytes == 48 * 131_072 * 2048 * 2
     assert named["router picks"].bytes == 131_072 * 10 * 48 * 2
     assert eight.num_steps == 22 * 8
-    # By hand: 52.7 GFLOP a token at 131,072, of a survey's count, and adapters with 0.5 % of the linear layers' parameters.
+    # By hand: 52.7 GFLOP per token at 131,072 by a survey's count, and adapters with 0.5 % of the linear layers' parameters.
     assert eight.compute_s == pytest.approx(131_072 * (52.7e9 + 6 * 15.93e6) / (0.3 * 989.4e12), rel=0.01)
     assert eight.gather_s == pytest.approx(2 * 158.1e9 * 7 / 8 / 351e9, rel=0.01)
     assert eight.step_s == eight.compute_s + eight.reduce_s
@@ -89,7 +89,7 @@ def test_between_nodes_nothing_is_sent_but_gradients(real_model: PreTrainedModel
     lengths = [20_000] * 64
     one = plan_of(real_model, "8xh200", lengths)
     four = plan_of(real_model, "4x8xh200", lengths, batch_size=32)
-    # 168M float32 gradients, there and back: 7/8 of them over NVLink, and 3/4 over eight adapters of 400 Gb/s.
+    # 168M float32 gradients, sent and received: 7/8 of them over NVLink, and 3/4 over eight network adapters of 400 Gb/s.
     within = 2 * 4 * 168_275_968 * 7 / 8 / 351e9
     assert one.reduce_s == pytest.approx(within)
     assert four.reduce_s == pytest.approx(within + 2 * 4 * 168_275_968 * 3 / 4 / 312e9)
@@ -99,7 +99,7 @@ def test_between_nodes_nothing_is_sent_but_gradients(real_model: PreTrainedModel
     assert four.num_gpus == 32
     assert "a node receives 312 GB/s" in " ".join(four.assumptions)
     assert "a node receives" not in " ".join(one.assumptions)
-    # Two micro-batches for each rank, whose gradients a sharded network sums one by one.
+    # Two micro-batches for each rank; a sharded network sums the gradients after each.
     halves = plan_of(real_model, "8xh200", lengths, batch_size=16)
     sharded = plan_of(real_model, "8xh200", lengths, batch_size=16, shard_network=True)
     assert sharded.reduce_s == pytest.approx(2 * halves.reduce_s)
@@ -109,7 +109,7 @@ def test_operations_are_named_and_add_up(real_model: PreTrainedModel) -> None:
     lengths = [16_384] * 16
     plan = plan_of(real_model, "8xh200", lengths)
     assert plan.flops_per_step == sum(plan.operations.values())
-    # By hand, of a step of eight: the head twice over 0.3 of the rows, and an adapter's products four times.
+    # By hand, for a step of eight: the head twice over 0.3 of the rows, and an adapter's products four times.
     assert plan.operations["output head and loss"] == pytest.approx(8 * 4 * 2048 * 151_936 * 0.3 * 16_384, rel=1e-3)
     assert plan.operations["adapters in the student"] == pytest.approx(8 * 8 * 15.93e6 * 16_384, rel=1e-3)
     assert 0 < plan.operations["hypernetwork"] < 0.01 * plan.flops_per_step
@@ -117,7 +117,7 @@ def test_operations_are_named_and_add_up(real_model: PreTrainedModel) -> None:
     assert "hypernetwork" not in static.operations
     assert "network's activations" not in {item.name for item in static.memory}
     early = plan_of(real_model, "8xh200", lengths, hypernetwork={"featurizer": "hidden@12"})
-    # A quarter of the layers, forward, over 2,048 tokens of eight prompts: 6.7 GFLOP a token and little attention.
+    # A quarter of the layers, forward, over 2,048 tokens of eight prompts: 6.7 GFLOP per token and little attention.
     assert early.operations["prompt's features"] == pytest.approx(8 * 2048 * 6.8e9 / 4, rel=0.05)
 
 
@@ -166,7 +166,7 @@ def test_a_cpu_is_the_machine_that_the_plan_runs_on(student_folder: Path, tokens
     assert found["gather_s"] == found["reduce_s"] == 0
     assert {"the process itself", "network's activations"} <= {item["name"] for item in found["memory"]}
     operations = sum(found["operations"].values())
-    # Recomputation, which is no work, is at most a third of them.
+    # Recomputation, which does not count as work, is at most a third of them.
     at_rate = operations / (0.23 * num_cores() * 175e9)
     assert 2 / 3 * at_rate <= found["compute_s"] <= at_rate
     assert "Gated DeltaNet's reference implementation" in " ".join(found["assumptions"])

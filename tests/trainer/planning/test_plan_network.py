@@ -1,4 +1,4 @@
-"""What the plan says of the hypernetwork, against the real one: what autograd keeps of it, and the products torch counts."""
+"""Test the plan's numbers for the hypernetwork against the real one: what autograd keeps, and the products torch counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = 2048
 
 @pytest.fixture(scope="module")
 def layers() -> list[LayerInfo]:
-    """The 80B student's targets."""
+    """Target layers of the 80B student."""
     with torch.device("meta"):
         return discover_target_layers(AutoModelForCausalLM.from_config(real_config()))
 
@@ -40,7 +40,7 @@ def prompt(num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what PyTorch's kernel for a GPU keeps: input, weight and root mean square."""
+    """Keeps for its backward pass what PyTorch's GPU kernel does: input, weight and root mean square."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_autograd_keeps_what_is_stated(
 
 
 def test_the_full_runs_network_keeps_three_and_a_half_gigabytes(layers: list[LayerInfo]) -> None:
-    """By hand: of each of 32,768 prompt tokens twice 2,048 and seventeen times 1,024 numbers; 1,920 rows of 1,024, 86 times."""
+    """By hand: for each of 32,768 prompt tokens 2 * 2,048 and 17 * 1,024 numbers, and 86 times 1,920 rows of 1,024."""
     cost = NetworkCost(HyperNetworkConfig(), len(layers), num_adapter_parameters(layers, 16), SIZE)
     by_hand = 4 * (32_768 * (2 * 2048 + 17 * 1024) + 86 * 1920 * 1024)
     assert by_hand == pytest.approx(3.49e9, rel=0.01)
@@ -74,7 +74,7 @@ def test_the_full_runs_network_keeps_three_and_a_half_gigabytes(layers: list[Lay
 @pytest.mark.parametrize("preset", ["tiny", "small", "flat"])
 def test_its_products_are_those_that_torch_counts(preset: str, num_tokens: int, layers: list[LayerInfo]) -> None:
     cost, network = cost_and_network(preset, layers)
-    # Attention as plain products, whose backward pass has two for each of the forward pass.
+    # Attention as plain products; the backward pass has two for each one of the forward pass.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         adapters = network(*prompt(num_tokens))
         sum(pair.a.sum() + pair.b.sum() for pair in adapters.values()).backward()

@@ -1,4 +1,4 @@
-"""docs/plan.md: its commands run as they stand, and its figures are what the plan computes."""
+"""Test docs/plan.md: its commands run as written, and its figures are those that the plan computes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_its_commands_run(student_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     write_tokenizer(tmp_path / "tokenizer")
     tokenizer = ChatTokenizer(tmp_path / "tokenizer")
-    # What the page calls the reader's own.
+    # The files that the page assumes the reader to have.
     real_config().save_pretrained(tmp_path / "models" / "Qwen3-Coder-Next")
     write_random_tokens(tmp_path / "data" / "tokens.parquet", tokenizer, [900 + n for n in range(128)])
     shutil.copytree(student_folder, tmp_path / "runs" / "demo" / "student")
@@ -108,7 +108,7 @@ def test_its_memory_is_the_plans(model: PreTrainedModel) -> None:
         item.name: item.bytes / 1e9 for item in plan_of(model, [LONGEST] * 8, checkpoint_activations=False).memory
     }
     assert f"{without['activations']:,.0f} GB on each GPU, which fits nowhere" in page
-    # What the page says of 80 GB.
+    # The page's statements about 80 GB.
     available = machine_named("8xh100").memory_bytes
     saved = plan_of(model, [LONGEST] * 8, moe_tile_tokens=4096, shard_network=True).memory_total
     assert f"save {(plan.memory_total - saved) / 1e9:.0f} GB" in page

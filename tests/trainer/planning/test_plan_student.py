@@ -1,4 +1,4 @@
-"""What the plan says of the student, against real layers: what autograd keeps of one, and the products torch counts."""
+"""Test the plan's numbers for the student against real layers: what autograd keeps, and the products torch counts."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ DENSE = {
 
 
 def of_one_layer(kind: str) -> Qwen3NextConfig:
-    """A layer of the 80B student with fewer experts, of which a token goes to as many."""
+    """Return the config of one layer of the 80B student with fewer experts, but as many per token."""
     real = real_config().to_dict()
     fewer = {"vocab_size": 64, "num_hidden_layers": 1, "layer_types": [kind], "num_experts": 16}
     return Qwen3NextConfig(**{**real, **fewer})
 
 
 class ConvolutionKernel(torch.autograd.Function):
-    """Keeps what causal-conv1d's kernel keeps."""
+    """Keeps for its backward pass what causal-conv1d's kernel does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class ConvolutionKernel(torch.autograd.Function):
 
 
 class DeltaRuleKernel(torch.autograd.Function):
-    """Keeps what fla's kernel keeps (`ChunkGatedDeltaRuleFunction`): normalized queries and keys, values, gates, A."""
+    """Keeps what fla's kernel does (`ChunkGatedDeltaRuleFunction`): normalized queries and keys, values, gates, A."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
@@ -82,14 +82,14 @@ def test_autograd_keeps_of_a_layer_what_is_stated(
 
 
 def test_the_reference_of_the_delta_rule_keeps_what_is_stated() -> None:
-    """As a CPU computes it, and therefore in float32."""
+    """The reference is what a CPU runs, so the test uses float32."""
     config = of_one_layer("linear_attention")
     stated = mixer_bytes(config, "linear_attention", element=4, kernels=False) + block_bytes(config, element=4)
     assert stated == pytest.approx(kept_per_token(config, torch.float32), rel=0.05)
 
 
 def kept_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> float:
-    """Bytes that autograd keeps of one adapted layer."""
+    """Return the bytes per token that autograd keeps for one adapted layer."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     layer = model.get_decoder().layers[0]
     targets = [path for path in ARCHITECTURES[config.model_type].targets if hasattr(layer, path.partition(".")[0])]
@@ -111,7 +111,7 @@ def kept_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> float:
 
 
 def products_of(forward_and_backward: Callable[[], object]) -> int:
-    """Operations that torch counts, with two kinds of product that it does not know."""
+    """Return the operations that torch counts, including two kinds of product that its counter does not know."""
 
     def solve(a_shape: Sequence[int], b_shape: Sequence[int], *_: object, **__: object) -> int:
         # A kernel multiplies by the inverse of a chunk's triangular system.
@@ -141,7 +141,7 @@ def test_the_80b_students_shape_is_the_one_that_data_is_planned_with() -> None:
 
 @pytest.mark.parametrize("num_tokens", [128, 384])
 def test_a_frozen_students_products_are_those_that_torch_counts(num_tokens: int) -> None:
-    """Of a tiny Qwen3-Next whose attention computes every pair, twice those that are wanted, as plain products."""
+    """The student is a tiny Qwen3-Next; its eager attention computes every pair, twice as many as needed."""
     config = tiny_config(attn_implementation="eager", experts_implementation="eager", num_experts=2)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     x = torch.randn(1, num_tokens, config.hidden_size, requires_grad=True)
@@ -166,5 +166,5 @@ def test_the_losss_products_are_those_that_torch_counts() -> None:
     )
     shape = ModelShape("head", 0, 0, 0, 0, head_parameters=size * (vocab + kept))
     stated = shape.training_flops(np.array([0]), np.array([rows]), FROZEN)["head"]
-    # The kept ids' rows of the gradient are products of their own.
+    # The kept ids' part of the gradient consists of separate products.
     assert stated.sum() == pytest.approx(counted, rel=0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.evaluation.adapter_statistics import AdapterStatistics
 from hyperagent_trainer.evaluation.evaluate import HeldOut
 from hyperagent_trainer.runs.folder import RunFolder

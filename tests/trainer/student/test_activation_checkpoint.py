@@ -1,4 +1,4 @@
-"""Layers that are run again in the backward pass: the gradient of the layers that were run first, and less memory."""
+"""Test layers that are run again in the backward pass: the gradient stays the same, and memory is saved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ids() -> Tensor:
 
 
 def gradient(student: Student, ids: Tensor) -> Tensor:
-    """Of the embedded tokens, of a sum that all hidden states enter."""
+    """Return the gradient of a weighted sum of all hidden states with respect to the embedded tokens."""
     embedded = student.embeddings[ids].requires_grad_()
     hidden = student.model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
     weights = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
@@ -39,7 +39,7 @@ def gradient(student: Student, ids: Tensor) -> Tensor:
 
 @contextmanager
 def noise_in_routers(student: Student, size: float) -> Iterator[list[int]]:
-    """Routers whose weights are a little different in the backward pass; counts their runs."""
+    """Change the routers' weights slightly in the backward pass, and count the routers' runs."""
     runs = [0]
 
     def move(module: nn.Module, original: Tensor) -> None:
@@ -75,7 +75,7 @@ def test_the_gradient_is_that_without_recomputation(student: Student, ids: Tenso
 def test_experts_picked_first_are_used_again_though_recomputation_would_pick_others(
     student: Student, ids: Tensor
 ) -> None:
-    # Near ties everywhere: the noise changes who is picked, and next to nothing of how much each expert weighs.
+    # Near ties everywhere: the noise changes which experts are picked, but hardly changes their weights.
     for router in routers(student.model).values():
         router.weight.data.mul_(0.01)
     expected = gradient(student, ids)

@@ -1,4 +1,4 @@
-"""The choice among attention kernels. A CPU has one of the GPU's three, and another that is wrong is easily made."""
+"""Test the choice among attention kernels, with the one of the GPU's three that a CPU has, and with wrong ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_raises_or_is_wrong_is_refused_and_the_fastest_of_the_rest_is_taken
     assert "off by 1 of the largest value" in str(found["efficient"])
     assert (found["flash"], found["flash_attn"]) == (3.0, 2.0)
     assert pick(found, wanted="auto", earlier=None) == "flash_attn"
-    assert pick(found, wanted="auto", earlier="flash") == "flash", "a resumed run goes on with what it had"
+    assert pick(found, wanted="auto", earlier="flash") == "flash", "a resumed run keeps its kernel"
     assert pick(found, wanted="auto", earlier="cudnn") == "flash_attn"
     assert pick(found, wanted="flash", earlier="flash_attn") == "flash"
     assert pick(found, wanted="cudnn", earlier=None) is None
@@ -130,7 +130,7 @@ def test_the_choice_holds_for_layers_that_are_run_again(model: Any) -> None:
 @pytest.mark.parametrize("name", ["flash", None])
 def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) -> None:
     made = Attention(name, Check("attention", True, {}, "", ""))
-    told: list[AttentionName | None] = []
+    required: list[AttentionName | None] = []
     said: list[int] = []
 
     class First:
@@ -148,12 +148,12 @@ def test_all_ranks_take_what_the_first_has_chosen(name: AttentionName | None) ->
             return said[0]
 
     def choose(name: AttentionName | None) -> Attention:
-        told.append(name)
+        required.append(name)
         return made
 
     assert agreed(choose, First()) is made  # type: ignore[arg-type]
     assert agreed(choose, Other()) is made  # type: ignore[arg-type]
-    assert told == [None, name]
+    assert required == [None, name]
 
 
 @pytest.mark.parametrize(

@@ -368,8 +368,8 @@ def test_the_last_checkpoints_are_kept_and_one_that_is_damaged_can_be_left_out(
     assert folder.saved_steps() == [3, 4, 5]
     path = folder.checkpoint(5) / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    (folder.checkpoints / ".aside-0-step-00000006").mkdir()
-    with pytest.raises(CorruptRecord, match="delete its folder to go on from the checkpoint before"):
+    (folder.checkpoints / ".partial-0-step-00000006").mkdir()
+    with pytest.raises(CorruptRecord, match="delete its folder to resume from the previous checkpoint"):
         run(recipe, folder.root)
     shutil.rmtree(folder.checkpoint(5))
     run(recipe, folder.root)

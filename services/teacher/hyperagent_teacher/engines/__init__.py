@@ -1,1 +1,1 @@
-"""Engines that score token sequences: Transformers and vLLM behind one interface."""
+"""Engines that score token sequences: Transformers and vLLM, with one interface."""

@@ -1,4 +1,4 @@
-"""The seam between the service and whatever runs the model."""
+"""The interface of engines, and checks that all of them share."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ class ScoringEngine(Protocol):
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Who computes the rows."""
+        """Return the identity of the model and everything else that decides the rows."""
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence accepted, in tokens."""
+        """Return the longest sequence accepted, in tokens."""
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that are computed together. Asked for from a multiple of it on, rows come out with the same bits, since
-        nothing else that goes into a product of matrices has changed."""
+        """Return the number of rows computed together.
+
+        Rows asked for from a multiple of it on have the same bits, since each product of matrices has the same operands.
+        """
 
     @property
     def progress(self) -> int:
-        """A number that changes whenever the engine has got something done; one that is busy and stands still hangs."""
+        """Return a number that changes with every step the engine completes; an engine with work and no change hangs."""
 
     def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
     ) -> AsyncGenerator[TopKRows, None]:
-        """Yield the rows of `positions`, in order, some at a time, without blocking the event loop.
+        """Yield the rows of `positions` in order and in parts, without blocking the event loop.
 
-        Closing the generator, or cancelling the task that waits for it, stops the computation.
+        Closing the generator, or canceling the task that awaits it, stops the computation.
 
         Args:
-            token_ids: [T], as `require_scorable` accepts.
-            positions: [N], likewise.
-            top_k: ids per row, likewise.
+            token_ids: uint32, shape [T]; must pass `require_scorable`.
+            positions: uint32, shape [N]; must pass `require_scorable`.
+            top_k: ids per row; must pass `require_scorable`.
 
         Raises:
             LimitExceeded: the sequence does not fit in the device's memory.
@@ -54,26 +56,26 @@ class ScoringEngine(Protocol):
         """
 
     async def restart(self) -> None:
-        """Give up what is being computed and start the engine afresh; who waits for it gets `NotServing`.
+        """Abandon the computations in progress and start the engine again; their callers get `NotServing`.
 
         Raises:
-            EngineHangs: it cannot be started again within this process.
-            ServiceError: it does not start.
+            EngineHangs: the engine cannot be restarted within this process.
+            ServiceError: the engine does not start.
         """
 
     def close(self) -> None:
-        """Stop for good and give back what the engine holds."""
+        """Stop for good and release all resources."""
 
 
 async def score_from(
     engine: ScoringEngine, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], first_row: int, *, top_k: int
 ) -> AsyncGenerator[TopKRows, None]:
-    """`ScoringEngine.score` from row `first_row` on, with the bits that all rows together would have come out with.
+    """Score from row `first_row` on; the rows have the same bits as when all rows are scored at once.
 
     Raises:
         As `ScoringEngine.score`.
     """
-    # Computing begins with the step that the first row belongs to, whose rows before it are dropped.
+    # The computation begins with the whole step of the first row; the step's rows before it are dropped.
     surplus = first_row % engine.rows_per_step
     async with aclosing(engine.score(token_ids, positions[first_row - surplus :], top_k=top_k)) as parts:
         async for rows in parts:
@@ -85,17 +87,17 @@ async def score_from(
 def require_scorable(
     engine: ScoringEngine, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
 ) -> None:
-    """Check a request before any work is done for it.
+    """Check that a request can be scored, before any work is done for it.
 
     Raises:
-        LimitExceeded: more tokens than the teacher accepts.
-        InvalidRequest: no token, an id outside the vocabulary, a top_k out of range, or positions that do not increase
-            strictly within [1, T).
+        LimitExceeded: the sequence has more tokens than the teacher accepts.
+        InvalidRequest: there is no token, an id is outside the vocabulary, top_k is out of range, or the positions do
+            not increase strictly within [1, T).
     """
     num_tokens, vocab_size = len(token_ids), engine.identity.vocab_size
     if num_tokens > engine.max_tokens:
         raise LimitExceeded(
-            f"{num_tokens:,} tokens are too many: this teacher accepts {engine.max_tokens:,}; "
+            f"the sequence has {num_tokens:,} tokens, but this teacher accepts at most {engine.max_tokens:,}; "
             "leave the trajectory out, or raise the teacher's --max-tokens if its model allows more"
         )
     if not 1 <= top_k <= engine.identity.top_k:
@@ -116,14 +118,14 @@ def require_scorable(
 
 
 def require_vocabulary(folder: Path, *, model_vocab_size: int, vocab_size: int, top_k: int) -> None:
-    """Refuse a tokenizer that is not the model's, and rows wider than the vocabulary.
+    """Refuse a tokenizer with more entries than the model, and rows with more ids than the vocabulary.
 
     Raises:
-        ConfigError: naming both sizes.
+        ConfigError: one of the two sizes is too large; the message names both.
     """
     if vocab_size > model_vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocab_size} entries, the model in {folder} only {model_vocab_size}; "
+            f"the tokenizer has {vocab_size} entries, but the model in {folder} has only {model_vocab_size}; "
             "give the model's own tokenizer (--tokenizer)"
         )
     if not 1 <= top_k <= vocab_size:
@@ -131,6 +133,6 @@ def require_vocabulary(folder: Path, *, model_vocab_size: int, vocab_size: int, 
 
 
 def dtype_name(model: object, head: object) -> str:
-    """How an identity names the dtypes (of torch) of a model and of its head's product."""
+    """Return an identity's name for the torch dtypes of a model and of its head's product."""
     names = [str(dtype).removeprefix("torch.") for dtype in (model, head)]
     return names[0] if names[0] == names[1] else f"{names[0]}, head {names[1]}"

@@ -1,4 +1,4 @@
-"""The engine that the settings ask for."""
+"""Load the engine that the settings name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hyperagent_teacher.engines.base import ScoringEngine
 
 
 async def load_engine(settings: TeacherSettings) -> ScoringEngine:
-    """Load the model.
+    """Load the model into the engine that the settings select.
 
     Raises:
         ConfigError: a setting, the model or the tokenizer cannot be used, or vLLM is not installed.
@@ -24,7 +24,7 @@ async def load_engine(settings: TeacherSettings) -> ScoringEngine:
         "dtype": settings.dtype,
         "head_dtype": settings.head_dtype,
     }
-    # Importing either takes seconds, and only one of them need be installed.
+    # Importing either engine takes seconds, and only one of them has to be installed.
     if settings.backend == "transformers":
         from hyperagent_teacher.engines.transformers import TransformersEngine
 
@@ -33,6 +33,6 @@ async def load_engine(settings: TeacherSettings) -> ScoringEngine:
         from hyperagent_teacher.engines.vllm import VllmEngine
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"--backend vllm needs vLLM in this environment ({error}); install hyperagent-teacher[vllm] in one of its own"
+            f"--backend vllm needs vLLM in this environment ({error}); install hyperagent-teacher[vllm] in a separate environment"
         ) from error
     return await VllmEngine.load(settings.model, **common, capture=settings.capture, engine_args=settings.engine_args)

@@ -1,8 +1,8 @@
-"""The engine that runs a Transformers model in this process, on a CPU or one GPU.
+"""Run a Transformers model in this process, on a CPU or one GPU.
 
-All of a model's work happens on one thread of the engine's own, one request after the other: its body over some
-thousand tokens at a time (chunked prefill), then its head over some rows at a time. Of a request only the model's own
-cache and the hidden states of the wanted positions are kept, and never [T, V] logits.
+The engine computes on a single thread, one request at a time: first the decoder over chunks of a few thousand tokens
+(chunked prefill), then the head over chunks of rows. A request keeps only the model's cache and the hidden states of
+the requested positions in memory, never [T, V] logits.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from hyperagent_teacher.engines.base import dtype_name, require_vocabulary
 from hyperagent_teacher.engines.topk import top_k_rows
 
 PREFILL_TOKENS = 2048
-"""Tokens that go through the body at once, so that its activations do not grow with the sequence."""
+"""Tokens that the decoder processes at once, so that its activations do not grow with the sequence."""
 MAX_LOGITS_PER_CHUNK = 1 << 25
-"""Numbers in one chunk of logits: 128 MiB in float32."""
+"""Number of logits in one chunk: 128 MiB in float32."""
 MAX_ROWS_PER_CHUNK = 1024
-"""A small vocabulary's rows would otherwise all be one chunk, which nothing could interrupt."""
+"""Row limit of one chunk. With a small vocabulary all rows would otherwise form one chunk, which cannot be interrupted."""
 
 
 class TransformersEngine:
-    """A frozen causal language model with its tokenizer; a `ScoringEngine`."""
+    """A `ScoringEngine` of a frozen causal language model with its tokenizer."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class TransformersEngine:
         head_dtype: str = "auto",
         device: str = "auto",
     ) -> None:
-        """Load from a folder of safetensors weights.
+        """Load the model from a folder of safetensors weights.
 
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
-            temperatures: those besides 1 at which rows can be had without error, rising.
+            temperatures: those other than 1 at which rows are exact, rising.
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -75,7 +75,7 @@ class TransformersEngine:
         head = self._model.get_output_embeddings()
         require_vocabulary(folder, model_vocab_size=head.weight.shape[0], vocab_size=self._vocab_size, top_k=top_k)
         _require_plain_head(self._model, folder)
-        # A copy, since the head may be the embedding as well.
+        # Copied because the head may share its weight with the embedding.
         self._head = copy.deepcopy(head).float() if head_dtype == "float32" else head
         self.rows_per_step = min(MAX_ROWS_PER_CHUNK, max(1, MAX_LOGITS_PER_CHUNK // self._head.weight.shape[0]))
         self._turn = asyncio.Lock()
@@ -97,7 +97,7 @@ class TransformersEngine:
     async def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
     ) -> AsyncGenerator[TopKRows, None]:
-        """See `ScoringEngine.score`. A computation that is told to stop does so within one layer's time."""
+        """See `ScoringEngine.score`. A cancelled computation stops within one layer's time."""
         stop = threading.Event()
         steps = self._steps(token_ids, positions, top_k, stop)
         loop = asyncio.get_running_loop()
@@ -110,12 +110,12 @@ class TransformersEngine:
                 stop.set()
 
     async def restart(self) -> None:
-        """See `ScoringEngine.restart`: a thread cannot be killed, so this engine cannot.
+        """Raise an error: a thread cannot be killed, so this engine cannot be restarted.
 
         Raises:
             EngineHangs: always.
         """
-        raise EngineHangs("the model hangs, and only a new process helps; start the teacher again")
+        raise EngineHangs("the model hangs and cannot be restarted within its process; start the teacher again")
 
     def close(self) -> None:
         """Wait for the step in progress and end the thread."""
@@ -127,7 +127,7 @@ class TransformersEngine:
         hidden_ND = self._hidden_states(token_ids, positions, stop)
         targets_N = torch.from_numpy(token_ids[positions].astype(np.int64)).to(self._device)
         for start in range(0, len(positions), self.rows_per_step):
-            self._go_on(stop)
+            self._count_step(stop)
             cut = slice(start, start + self.rows_per_step)
             with torch.inference_mode():
                 logits_NV = self._head(hidden_ND[cut].to(self._head.weight.dtype))[:, : self._vocab_size]
@@ -139,21 +139,21 @@ class TransformersEngine:
     def _hidden_states(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], stop: threading.Event
     ) -> Tensor:
-        """[N, D]: what the head makes the rows of `positions` from, so the output one token before each."""
-        body = self._model.get_decoder()
+        """Return the head's inputs [N, D] for the rows of `positions`: the decoder's outputs one token before each."""
+        decoder = self._model.get_decoder()
         before_N = torch.from_numpy(positions.astype(np.int64) - 1).to(self._device)
-        # What comes after the last wanted output is not computed.
+        # Tokens after the last requested output are not computed.
         ids_1T = torch.from_numpy(token_ids[None, : int(positions[-1])].astype(np.int64)).to(self._device)
-        hooks = [layer.register_forward_pre_hook(lambda *_: self._go_on(stop)) for layer in body.layers]
+        hooks = [layer.register_forward_pre_hook(lambda *_: self._count_step(stop)) for layer in decoder.layers]
         parts, cache = [], None
         try:
             for start in range(0, ids_1T.shape[1], PREFILL_TOKENS):
-                output = body(
+                output = decoder(
                     input_ids=ids_1T[:, start : start + PREFILL_TOKENS], past_key_values=cache, use_cache=True
                 )
                 cache = output.past_key_values
-                wanted_N = before_N[(before_N >= start) & (before_N < start + PREFILL_TOKENS)]
-                parts.append(output.last_hidden_state[0, wanted_N - start])
+                requested_N = before_N[(before_N >= start) & (before_N < start + PREFILL_TOKENS)]
+                parts.append(output.last_hidden_state[0, requested_N - start])
             return torch.cat(parts)
         except torch.OutOfMemoryError as error:
             raise LimitExceeded(
@@ -163,14 +163,14 @@ class TransformersEngine:
             for hook in hooks:
                 hook.remove()
 
-    def _go_on(self, stop: threading.Event) -> None:
+    def _count_step(self, stop: threading.Event) -> None:
         if stop.is_set():
             raise _Stopped
         self.progress += 1
 
 
 class _Stopped(Exception):
-    """Nobody waits for the rows any more. Raised on the engine's thread, where it ends the step and goes no further."""
+    """The request was canceled. Raised on the engine's thread to end the step; it does not propagate further."""
 
 
 def _device(name: str) -> torch.device:
@@ -179,9 +179,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"there is no device {name!r}; give auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"there is no device {name!r}; give --device auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"this machine has {torch.cuda.device_count()} usable GPUs, so no {name}; give --device cpu")
+        raise ConfigError(
+            f"there is no device {name}: this machine has {torch.cuda.device_count()} usable GPUs; give --device cpu"
+        )
     return device
 
 
@@ -199,10 +201,10 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
         raise ConfigError(f"cannot load a model from {folder}: {' '.join(str(error).split())}") from error
     model: PreTrainedModel
     model, report = loaded
-    # Transformers fills what the files lack with random numbers and only warns.
+    # Transformers initializes missing tensors at random and only warns.
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"the weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}; get the whole model"
+            f"the weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}; download the complete model"
         )
     return model
 
@@ -210,12 +212,12 @@ def _load(folder: Path, dtype: str) -> PreTrainedModel:
 @torch.inference_mode()
 def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     head = model.get_output_embeddings()
-    # Some architectures scale or cap the head's output in `forward`, which scoring goes around.
+    # Some architectures scale or cap the head's output in `forward`, which scoring bypasses.
     ids_1T = torch.arange(min(4, head.weight.shape[0]), device=model.device)[None]
     whole = model(input_ids=ids_1T, use_cache=False).logits
     parts = head(model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state)
     if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"the model in {folder} ({model.config.model_type}) changes its head's output, which this engine does not "
-            "reproduce; serve a model whose logits are its head's output alone, such as Qwen3-MoE or Qwen3-Next"
+            "reproduce; serve a model whose logits are its head's plain output, such as Qwen3-MoE or Qwen3-Next"
         )

@@ -1,13 +1,13 @@
-"""The engine that runs a model in vLLM: many requests at once, on as many GPUs and nodes as vLLM is told to use.
+"""The engine that runs a model in vLLM: many requests at once, on as many GPUs and nodes as its arguments name.
 
-vLLM's engine is a process of its own; this one only asks. How the rows leave it is a matter of the capture:
+vLLM's engine runs in a separate process, to which this one sends requests. The capture decides how the rows leave it:
 
-- `tensors` (`vllm_tap.py`): only the positions asked for, exact, no Python object per token;
+- `tensors` (`vllm_tap.py`): only the requested positions, exact, no Python object per token;
 - `flat`: vLLM's public `flat_logprobs`, for releases that the tap does not know. It scores every position, its
-  log-probabilities are normalized over the model's padded vocabulary, and its tail is what the kept ids leave of 1.
+  log-probabilities are normalized over the model's padded vocabulary, and its tail is 1 minus the kept probability.
 
-Prefix caching is off: vLLM leaves the rows of cached tokens uninitialized, and rows that depend on what was asked
-before could not be computed again.
+Prefix caching is off: vLLM leaves the rows of cached tokens uninitialized, and rows that depend on earlier requests
+could not be reproduced.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from hyperagent_teacher.engines.vllm_tap import (
     require_supported,
 )
 
-TrajectoryWriter = Literal["tensors", "flat"]
+CaptureMode = Literal["tensors", "flat"]
 
 _ROWS_PER_PART = 512
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class VllmEngine:
-    """A model in vLLM with its tokenizer; a `ScoringEngine`. Made by `load`."""
+    """A `ScoringEngine` of a model in vLLM with its tokenizer; created by `load`."""
 
     def __init__(
-        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: TrajectoryWriter, max_tokens: int
+        self, arguments: AsyncEngineArgs, identity: TeacherIdentity, capture: CaptureMode, max_tokens: int
     ) -> None:
         self.identity = identity
         self.max_tokens = max_tokens
@@ -65,7 +65,7 @@ class VllmEngine:
         self._capture = capture
         self._engine: AsyncLLM
         self._stopped = asyncio.Event()
-        """Set when the engine that now runs is given up."""
+        """Set when the running vLLM engine is abandoned."""
 
     @classmethod
     async def load(
@@ -78,15 +78,15 @@ class VllmEngine:
         temperatures: Sequence[float] = (),
         dtype: str = "auto",
         head_dtype: str = "auto",
-        capture: TrajectoryWriter = "tensors",
+        capture: CaptureMode = "tensors",
         engine_args: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
-        """Load from a folder of safetensors weights.
+        """Load the model from a folder of safetensors weights.
 
         Args:
             top_k: ids per row, the most a request may ask for.
             max_tokens: longest sequence accepted; the model's own limit holds where it is lower.
-            temperatures: those besides 1 at which rows can be had without error, rising; none with the capture "flat".
+            temperatures: those other than 1 at which rows are exact, rising; none with the capture "flat".
             dtype: "auto" (the weights' own), "float32", "bfloat16" or "float16".
             head_dtype: dtype of the head's product, "auto" (the model's) or "float32".
             engine_args: further arguments of vLLM's `AsyncEngineArgs`, such as `tensor_parallel_size`.
@@ -98,7 +98,7 @@ class VllmEngine:
         if capture == "tensors":
             require_supported(vllm.__version__)
         elif temperatures:
-            raise ConfigError("--capture flat says nothing of tails at temperatures; leave out --temperatures")
+            raise ConfigError("--capture flat does not give the tails at other temperatures; leave out --temperatures")
         weights = weights_fingerprint(folder)
         tokenizer = ChatTokenizer(tokenizer_folder)
         arguments = _arguments(folder, max_tokens, dtype, head_dtype, capture, engine_args or {})
@@ -117,7 +117,7 @@ class VllmEngine:
             top_k=top_k,
             temperatures=tuple(temperatures),
         )
-        # vLLM wants room for one token beyond the prompt, and the tap's prompt ends before the last position.
+        # vLLM requires room for one token after the prompt, and the tap's prompt ends before the last position.
         room = 0 if capture == "tensors" else 1
         engine = cls(arguments, identity, capture, min(max_tokens, model.max_model_len - room))
         await engine._start()
@@ -126,7 +126,7 @@ class VllmEngine:
     async def score(
         self, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, top_k: int
     ) -> AsyncGenerator[TopKRows, None]:
-        """See `ScoringEngine.score`. A request that nobody waits for is aborted in the engine."""
+        """See `ScoringEngine.score`. A canceled request is aborted in vLLM's engine."""
         last = int(positions[-1])
         prompt = token_ids[: last if self._capture == "tensors" else last + 1]
         output = await self._answer(prompt, self._parameters(token_ids, positions, top_k))
@@ -136,18 +136,18 @@ class VllmEngine:
         if output.num_cached_tokens:
             raise ServiceError(
                 f"vLLM took {output.num_cached_tokens} tokens from its prefix cache, and their rows are not initialized; "
-                "do not turn on enable_prefix_caching"
+                "do not enable enable_prefix_caching"
             )
         for rows in self._rows(output.prompt_logprobs, token_ids, positions):
             require_finite(rows)
             yield rows
 
     async def _answer(self, prompt: NDArray[np.uint32], parameters: SamplingParams) -> RequestOutput | None:
-        """What vLLM says in the end.
+        """Send a request to vLLM and return its final output.
 
         Raises:
-            NotServing: the engine has stopped, or is stopped meanwhile.
-            ServiceError: it did not score the request.
+            NotServing: the engine has stopped, or stops before the request is done.
+            ServiceError: vLLM did not score the request.
         """
 
         async def collect() -> RequestOutput | None:
@@ -159,7 +159,7 @@ class VllmEngine:
                     output = part
             return output
 
-        # vLLM leaves requests waiting when it is shut down.
+        # vLLM leaves requests waiting for ever when it is shut down.
         collecting, stopping = asyncio.create_task(collect()), asyncio.create_task(self._stopped.wait())
         try:
             await asyncio.wait({collecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -167,7 +167,7 @@ class VllmEngine:
                 raise EngineDeadError
             return collecting.result()
         except EngineDeadError as error:
-            raise NotServing("the teacher's engine has stopped; it is started again, ask again") from error
+            raise NotServing("the teacher's engine has stopped and is being restarted; try again later") from error
         except (EngineGenerateError, ValueError) as error:
             raise ServiceError(f"vLLM did not score the request: {' '.join(str(error).split())}") from error
         finally:
@@ -176,19 +176,19 @@ class VllmEngine:
             await asyncio.gather(collecting, stopping, return_exceptions=True)
 
     async def restart(self) -> None:
-        """See `ScoringEngine.restart`: the engine's process is killed and another one started."""
+        """See `ScoringEngine.restart`: kill vLLM's engine process and start a new one."""
         self._stopped.set()
         await asyncio.to_thread(self._engine.shutdown, 0.0)
         await self._start()
 
     def close(self) -> None:
-        """End the engine's process."""
+        """End vLLM's engine process."""
         self._engine.shutdown()
 
     async def _start(self) -> None:
         self._stopped = asyncio.Event()
         try:
-            # In a thread, since it takes half a minute and the event loop has questions of health to answer.
+            # In a thread, since it takes half a minute, during which the event loop has to answer health checks.
             self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, self._arguments)
             if self._capture == "tensors":
                 install_processor()
@@ -215,7 +215,7 @@ class VllmEngine:
         return SamplingParams(**common, extra_args=wanted)
 
     def _rows(self, captured: Any, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> Iterator[TopKRows]:
-        """What vLLM gave, some rows at a time: a copy of all would cost more in fresh pages than in copying."""
+        """Yield vLLM's rows in parts: one copy of all rows would spend more time on fresh memory pages than on copying."""
         cuts = [slice(start, start + _ROWS_PER_PART) for start in range(0, len(positions), _ROWS_PER_PART)]
         if self._capture == "flat":
             rows = flat_to_rows(captured, token_ids, positions, vocab_size=self.identity.vocab_size)
@@ -237,7 +237,7 @@ def _arguments(
     max_tokens: int,
     dtype: str,
     head_dtype: str,
-    capture: TrajectoryWriter,
+    capture: CaptureMode,
     given: Mapping[str, Any],
 ) -> AsyncEngineArgs:
     config = _config(folder)
@@ -246,7 +246,7 @@ def _arguments(
         "skip_tokenizer_init": True,
         # vLLM's own "auto" would halve float32.
         "dtype": str(config.dtype or "auto").removeprefix("torch.") if dtype == "auto" else dtype,
-        # How many are asked for is checked before vLLM sees a request.
+        # The number of log-probabilities is checked before a request reaches vLLM.
         "max_logprobs": -1,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -255,16 +255,16 @@ def _arguments(
     if head_dtype != "auto":
         ours["hf_overrides"] = {"head_dtype": head_dtype}
     if capture == "tensors":
-        # The tap stands in vLLM's first model runner, which serves CPUs and GPUs alike.
+        # The tap exists for vLLM's first model runner, which serves CPUs and GPUs alike.
         if os.environ.setdefault(_V2_RUNNER, "0") != "0":
             raise ConfigError(f"the tap needs vLLM's first model runner; unset {_V2_RUNNER}, or give --capture flat")
         ours["worker_extension_cls"] = f"{TopKTap.__module__}.{TopKTap.__qualname__}"
     if both := sorted(ours.keys() & given.keys()):
-        raise ConfigError(f"--engine-args may not set {', '.join(both)}, which the teacher sets itself; leave it out")
+        raise ConfigError(f"--engine-args may not set {', '.join(both)}, because the teacher sets it; leave it out")
     try:
         return AsyncEngineArgs(**ours, **given)
     except TypeError as error:
-        raise ConfigError(f"vLLM does not know what --engine-args gives it: {error}") from error
+        raise ConfigError(f"vLLM does not accept --engine-args: {error}; give arguments of AsyncEngineArgs") from error
 
 
 def _config(folder: Path) -> Any:

@@ -1,14 +1,14 @@
-"""The private seam into vLLM: a request's top-k rows leave the engine as tensors, with no Python object per token.
+"""Patch vLLM's internals so that a request's top-k rows leave the engine as tensors, with no Python object per token.
 
-Stock vLLM scores every position of a prompt, over the padded vocabulary, and turns the result into a dictionary (or
-flat lists) token by token. A request that carries `POSITIONS` is treated otherwise, on both sides of vLLM:
+Unpatched vLLM scores every position of a prompt, over the padded vocabulary, and turns the result into a dictionary (or
+flat lists) token by token. A request that carries `POSITIONS` is handled differently, on both sides of vLLM:
 
 - in each worker, `TopKTap` scores only the positions asked for, some rows at a time, over the real vocabulary, with
-  ties broken by id and the exact mass of what is left out (`topk_head.top_k_tensors`);
+  ties broken by id and the exact mass of what is left out (`engines.topk.top_k_tensors`);
 - in the process that asks, `TensorProcessor` hands the tensors on as they came.
 
-Requests without `POSITIONS` are vLLM's own, as ever. What is private to vLLM is named here and nowhere else:
-`GPUModelRunner._get_prompt_logprobs_dict` (v1/worker/gpu_model_runner.py, also the CPU's) and `LogprobsProcessor`
+Requests without `POSITIONS` are handled by vLLM itself. This module is the only one that uses vLLM's private names:
+`GPUModelRunner._get_prompt_logprobs_dict` (v1/worker/gpu_model_runner.py, also used on CPUs) and `LogprobsProcessor`
 (v1/engine/logprobs.py). Both change between releases, hence `SUPPORTED_VERSIONS`.
 """
 
@@ -30,43 +30,43 @@ from hyperagent.errors import ConfigError
 from hyperagent_teacher.engines.topk import top_k_tensors
 
 SUPPORTED_VERSIONS = ("0.32.0",)
-"""Releases that the contract test (tests/vllm/test_vllm_contract.py) has passed with."""
+"""Releases of vLLM that pass the contract test (tests/vllm/test_vllm_contract.py)."""
 
 POSITIONS = "hyperagent_positions"
-"""Key in `SamplingParams.extra_args`: the positions to score, packed little-endian uint32, as in `ScoringEngine`. The
-prompt ends before the last of them, whose token need not be computed."""
+"""Key in `SamplingParams.extra_args`: the positions to score, packed as little-endian uint32, as in `ScoringEngine`. The
+prompt ends before the last position, whose token does not have to be computed."""
 TARGETS = "hyperagent_targets"
-"""Likewise: the tokens that really stand there."""
+"""Likewise: the actual tokens there."""
 
 MAX_LOGITS_PER_CHUNK = 1 << 27
-"""Numbers in one chunk of logits: 512 MiB in float32, 883 rows of Qwen's vocabulary."""
+"""Number of logits in one chunk: 512 MiB in float32, 883 rows of Qwen's vocabulary."""
 
 
 def require_supported(version: str) -> None:
-    """Refuse a vLLM whose insides nobody has looked at.
+    """Refuse a release of vLLM whose internals the tap was not tested with.
 
     Raises:
-        ConfigError: naming the releases that are known and the way around.
+        ConfigError: the release is not supported; the message names the supported ones and the alternative.
     """
-    # A build for a kind of machine adds a local part, such as 0.32.0+cpu.
+    # Builds for special hardware add a local version, such as 0.32.0+cpu.
     if version.partition("+")[0] not in SUPPORTED_VERSIONS:
         raise ConfigError(
-            f"vLLM {version} is not one whose internals this release knows ({', '.join(SUPPORTED_VERSIONS)}); install "
+            f"vLLM {version} is not a release that the tap supports ({', '.join(SUPPORTED_VERSIONS)}); install "
             f"vllm=={SUPPORTED_VERSIONS[-1]}, or serve with --capture flat, which uses vLLM's public interface and is slower"
         )
 
 
 class TopKTap:
-    """Mixed into vLLM's worker (`worker_extension_cls`); `collective_rpc("install_top_k_tap", ...)` turns it on."""
+    """Extension of vLLM's worker (`worker_extension_cls`), enabled with `collective_rpc("install_top_k_tap", ...)`."""
 
     model_runner: Any
 
     def install_top_k_tap(self, vocab_size: int, temperatures: Sequence[float]) -> str:
-        """Put the tap in place of the runner's own prompt scoring; returns the runner's class name.
+        """Replace the runner's own prompt scoring with the tap and return the runner's class name.
 
         Args:
-            vocab_size: real vocabulary entries; ids at or above it are cut off before anything is normalized.
-            temperatures: those besides 1 at which the tail's log-sum-exp is wanted.
+            vocab_size: number of real vocabulary entries; ids at or above it are cut off before normalization.
+            temperatures: those other than 1 at which the tail's log-sum-exp is computed.
         """
         runner = self.model_runner
         stock = runner._get_prompt_logprobs_dict
@@ -114,7 +114,7 @@ def _score_step(
     vocab_size: int,
     temperatures: Sequence[float],
 ) -> LogprobsTensors | None:
-    """Score what one step of prefill has computed of a request's wanted positions; all of them, once it is over."""
+    """Score the requested positions that one step of prefill has computed; return all rows after the last step, else None."""
     request = runner.requests[request_id]
     arguments = request.sampling_params.extra_args
     positions, targets = (np.frombuffer(arguments[key], "<u4").astype(np.int64) for key in (POSITIONS, TARGETS))
@@ -123,7 +123,7 @@ def _score_step(
         tensors = LogprobsTensors.empty_cpu(len(positions), 1 + top_k + len(temperatures))
         request.in_progress_prompt_logprobs_cpu = tensors
     start = request.num_computed_tokens
-    # The row of position p is made from the output at p - 1.
+    # The row of position p is computed from the output at p - 1.
     first, last = np.searchsorted(positions, (start + 1, start + num_tokens + 1)).tolist()
     offset = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]].item()
     rows_per_chunk = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
@@ -137,7 +137,7 @@ def _score_step(
         tensors.logprobs[cut, 1 : 1 + top_k].copy_(kept.logprobs_NK, non_blocking=True)
         tensors.logprobs[cut, 1 + top_k :].copy_(kept.tails_NM, non_blocking=True)
         tensors.logprobs[cut, 0].copy_(kept.target_N, non_blocking=True)
-        # Of the three tensors that vLLM carries, the ranks are the one we have no use for: its bits are the tail's.
+        # vLLM carries three tensors per request. The ranks are not needed here, so they carry the bits of the tail.
         tensors.selected_token_ranks[cut].copy_(kept.tail_N.view(torch.int32), non_blocking=True)
     if start + num_tokens < len(request.prompt_token_ids):
         return None
@@ -147,29 +147,29 @@ def _score_step(
 
 @dataclass(frozen=True, eq=False)
 class CapturedRows:
-    """What a tapped request gets as its `RequestOutput.prompt_logprobs`; N positions, K ids each, M temperatures."""
+    """The `RequestOutput.prompt_logprobs` of a tapped request: N positions, K ids each, M temperatures."""
 
     ids: NDArray[np.int32]
-    """[N, K]."""
+    """Kept ids, shape [N, K]."""
     logprobs: NDArray[np.float32]
-    """[N, K]."""
+    """Log-probabilities of the kept ids, shape [N, K]."""
     tail_logmass: NDArray[np.float32]
-    """[N]."""
+    """Log of the probability outside the kept ids, shape [N]."""
     target_logprob: NDArray[np.float32]
-    """[N]."""
+    """Log-probability of the actual token, shape [N]."""
     tail_logsumexps: NDArray[np.float32]
-    """[N, M]."""
+    """See `hyperagent.topk.TopKRows.tail_logsumexps`, shape [N, M]."""
 
 
 class TensorProcessor(LogprobsProcessor):
-    """vLLM's `LogprobsProcessor`, which keeps the tensors of a tapped request as they are."""
+    """A `LogprobsProcessor` of vLLM that keeps the tensors of a tapped request unchanged."""
 
     @classmethod
     def from_new_request(cls, tokenizer: Any, request: EngineCoreRequest) -> LogprobsProcessor:
-        """Make the processor of one request: this one if it is tapped, otherwise vLLM's own."""
+        """Create the processor of one request: this class if the request is tapped, otherwise vLLM's own."""
         parameters = request.sampling_params
         is_tapped = parameters is not None and POSITIONS in (parameters.extra_args or {})
-        # The inherited method makes an instance of the class it is called on.
+        # The inherited method creates an instance of the class it is called on.
         processor: LogprobsProcessor
         if is_tapped:
             processor = super().from_new_request(tokenizer, request)
@@ -190,5 +190,5 @@ class TensorProcessor(LogprobsProcessor):
 
 
 def install_processor() -> None:
-    """Have the engines of this process keep tapped requests' tensors."""
+    """Make the engines of this process keep the tensors of tapped requests."""
     output_processor.LogprobsProcessor = TensorProcessor

@@ -1,6 +1,6 @@
-"""Who may come in: nobody before the teacher is ready or while it shuts down, and only so many at once.
+"""Admission of requests: none before the teacher is ready or while it shuts down, and a bounded number at once.
 
-Used on the event loop's thread only.
+Use it only on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hyperagent.errors import Busy, NotServing
 
 
 class Admission:
-    """Counts the requests in progress; starts closed."""
+    """Counts the requests in progress; closed at first."""
 
     def __init__(self, *, max_pending_requests: int) -> None:
         self.max_pending_requests = max_pending_requests
@@ -23,32 +23,34 @@ class Admission:
         self._closed_because = "it is starting"
 
     def open(self) -> None:
-        """Let requests in."""
+        """Accept requests."""
         self._closed_because = ""
 
     def close(self, because: str) -> None:
-        """Turn new requests away; those inside go on."""
+        """Refuse new requests; those in progress continue."""
         self._closed_because = because
 
     def require_open(self) -> None:
-        """Raises:
-        NotServing: the teacher is starting or shutting down.
+        """Refuse to begin anything while closed.
+
+        Raises:
+            NotServing: the teacher is starting or shutting down.
         """
         if self._closed_because:
-            raise NotServing(f"the teacher takes no request: {self._closed_because}; try again later")
+            raise NotServing(f"the teacher accepts no requests: {self._closed_because}; try again later")
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Hold one request's place.
+        """Hold one request's slot inside the block.
 
         Raises:
             NotServing: see `require_open`.
-            Busy: all places are taken.
+            Busy: all slots are taken.
         """
         self.require_open()
         if self.pending >= self.max_pending_requests:
             raise Busy(
-                f"the teacher already holds {self.pending} requests, the most it accepts (--max-pending-requests); "
+                f"the teacher already holds {self.pending} requests, the maximum it accepts (--max-pending-requests); "
                 "try again later"
             )
         self.pending += 1
@@ -61,7 +63,7 @@ class Admission:
                 self._empty.set()
 
     async def wait_until_empty(self, timeout_s: float) -> None:
-        """Return when nobody is inside any more, or after `timeout_s`."""
+        """Return when no request is in progress any more, or after `timeout_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()

@@ -1,4 +1,4 @@
-"""The access token, asked for at the door."""
+"""Bearer-token authentication for gRPC calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEALTH = "/grpc.health.v1.Health/"
 
 
 class RequireToken(grpc.aio.ServerInterceptor):
-    """Refuses every call without the bearer token, but for the health service, which orchestrators ask."""
+    """Refuses every call without the bearer token, except to the health service, which orchestrators call without it."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -23,7 +23,7 @@ class RequireToken(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Go on to the method, or to a refusal in its place."""
+        """Continue to the method if the call is authorized, otherwise to a refusal."""
         header = dict(handler_call_details.invocation_metadata).get("authorization")
         if handler_call_details.method.startswith(_HEALTH) or is_authorized(header, self._token):
             return await continuation(handler_call_details)
@@ -31,7 +31,7 @@ class RequireToken(grpc.aio.ServerInterceptor):
 
 
 async def _refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-    # A client that is still sending its first message might never learn the status (grpc/grpc#36066).
+    # A client that is still sending its first message might never receive the status (grpc/grpc#36066).
     await anext(requests, None)
     code, message = grpc.StatusCode.UNAUTHENTICATED, "no valid access token; send it as `authorization: Bearer TOKEN`"
     await context.abort(code, message, rich_details(code, message, "UNAUTHENTICATED"))

@@ -1,4 +1,4 @@
-"""The canary: a few tokens whose rows prove that the engine still scores."""
+"""Score a canary: a few tokens whose rows prove that the engine works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def score_canary(engine: ScoringEngine) -> None:
 
     Raises:
         ServiceError: the engine does not score.
-        InvalidRequest: its rows are not distributions.
+        InvalidRequest: the rows are not distributions.
     """
     identity = engine.identity
     token_ids = np.arange(CANARY_TOKENS, dtype=np.uint32) % identity.vocab_size

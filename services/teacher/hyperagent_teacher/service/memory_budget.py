@@ -1,6 +1,6 @@
-"""How many bytes of rows the requests in progress may hold in memory together.
+"""The budget of bytes that the rows of all requests in progress share.
 
-Used on the event loop's thread only.
+Use it only on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from hyperagent.errors import LimitExceeded
 
 
-class RowMemory:
-    """A budget of bytes; who finds it used up waits, in order."""
+class MemoryBudget:
+    """A budget of bytes; callers wait in FIFO order when it is exhausted."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -23,14 +23,14 @@ class RowMemory:
 
     @asynccontextmanager
     async def held(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold `num_bytes` of the budget, as soon as there is room.
+        """Hold `num_bytes` of the budget inside the block, after waiting until they are free.
 
         Raises:
-            LimitExceeded: there never will be.
+            LimitExceeded: `num_bytes` is more than the whole budget.
         """
         if num_bytes > self.limit_bytes:
             raise LimitExceeded(
-                f"the request's rows take {num_bytes:,} bytes, this teacher holds at most {self.limit_bytes:,} "
+                f"the request's rows take {num_bytes:,} bytes, but this teacher holds at most {self.limit_bytes:,} "
                 "(--row-memory-mib); ask for fewer positions at once"
             )
         if self._waiting or self.held_bytes + num_bytes > self.limit_bytes:

@@ -1,4 +1,4 @@
-"""What PopulateCache does: each trajectory's rows are in the cache, or it is refused by name."""
+"""Fill the cache for PopulateCache: each trajectory's rows are stored, or the trajectory is refused by name."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from hyperagent.identity import DataIdentity, require_same
 from hyperagent.wire.conversion import row_bytes
 from hyperagent.wire.outcome import Outcome, PopulateOutcome
 from hyperagent_teacher.engines.base import ScoringEngine, require_scorable, score_from
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """T tokens, N of them to be scored."""
+    """T tokens, N of which are to be scored."""
 
     trajectory_id: str
     token_ids: NDArray[np.uint32]
-    """[T]."""
+    """Token ids, shape [T]."""
     positions: NDArray[np.uint32]
-    """[N]."""
+    """Positions to score, shape [N]."""
 
 
 class Populator:
     """Fills a cache with an engine's rows."""
 
     def __init__(
-        self, engine: ScoringEngine, cache: LocalCache, row_memory: RowMemory, *, data_dir: Path | None
+        self, engine: ScoringEngine, cache: LocalCache, row_memory: MemoryBudget, *, data_dir: Path | None
     ) -> None:
-        """Name the parts.
+        """Connect the engine to the cache.
 
         Args:
-            cache: made for the engine's identity.
-            data_dir: the only folder tokens files are read from; without it none are.
+            cache: the cache to fill, opened for the engine's identity.
+            row_memory: the budget that the rows of all requests share.
+            data_dir: the only folder that tokens files are read from; if None, none are read.
         """
         self._engine = engine
         self._cache = cache
@@ -50,7 +51,7 @@ class Populator:
         self._data_dir = data_dir.resolve() if data_dir else None
 
     async def begin(self, data: DataIdentity) -> None:
-        """Have the cache record what its next trajectories are of.
+        """Record in the cache which data its next trajectories belong to.
 
         Raises:
             StorageError: the cache cannot be written.
@@ -58,7 +59,7 @@ class Populator:
         await asyncio.to_thread(self._cache.record_data, data)
 
     async def populate(self, trajectory: Trajectory) -> PopulateOutcome:
-        """See that the cache holds one trajectory's rows.
+        """Ensure that the cache holds one trajectory's rows, and return what happened.
 
         Raises:
             StorageError: the cache cannot be written.
@@ -84,7 +85,7 @@ class Populator:
         key = self._cache.key(token_ids, positions)
         if (digest := await asyncio.to_thread(self._cache.stored_digest, key)) is not None:
             return Outcome.PRESENT, key, digest
-        # Blocks that an earlier, interrupted capture or another trajectory has left are not computed again.
+        # Blocks that an earlier, interrupted capture or another trajectory has stored are not computed again.
         capture = await asyncio.to_thread(self._cache.capture, token_ids, positions)
         num_missing = len(positions) - capture.first_row
         if num_missing:
@@ -97,17 +98,17 @@ class Populator:
         await asyncio.to_thread(capture.finish)
         digest = await asyncio.to_thread(self._cache.stored_digest, key)
         if digest is None:
-            raise StorageError(f"what was written of trajectory {key} cannot be read again; see the disk's log")
+            raise StorageError(f"the rows written for trajectory {key} cannot be read back; check the disk")
         return Outcome.WRITTEN, key, digest
 
     async def read_file(self, name: str, data: DataIdentity) -> AsyncIterator[Trajectory]:
         """Stream the trajectories of a tokens file inside the data folder.
 
         Raises:
-            InvalidRequest: the name leads out of the data folder, or there is none.
-            NotFound: there is no such file.
-            DataError: it is not a tokens file.
-            IdentityMismatch: it is not the data that the caller means.
+            InvalidRequest: the name is outside the data folder, or there is no data folder.
+            NotFound: the file does not exist.
+            DataError: the file is not a tokens file.
+            IdentityMismatch: the file holds other data than the caller names.
         """
         path = self._confined(name)
         found = await asyncio.to_thread(read_data_identity, path)
@@ -125,7 +126,7 @@ class Populator:
         if self._data_dir is None:
             raise InvalidRequest("this teacher reads no files; send trajectories, or start it with --data-dir")
         if "\0" in name or not (path := (self._data_dir / name).resolve()).is_relative_to(self._data_dir):
-            raise InvalidRequest(f"{name!r} leads out of the data folder; name a file inside it")
+            raise InvalidRequest(f"{name!r} is outside the data folder; name a file inside it")
         if not path.is_file():
             raise NotFound(f"there is no tokens file {name!r} in the data folder; put it there, or send trajectories")
         return path

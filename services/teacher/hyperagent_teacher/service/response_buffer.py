@@ -1,7 +1,7 @@
-"""Messages on their way from the engine to a reader, who may be slow.
+"""Buffer an answer's messages on disk between the engine and a reader who may be slow.
 
-They wait on disk, in a file without a name that ends with the process: the engine never waits for a reader, and a
-reader who does not read costs no memory. One writer, one reader, both on the event loop.
+Messages wait on disk, in an unnamed file that is gone when the process ends: the engine never waits for a reader, and
+a reader that does not read costs no memory. There is one writer and one reader, both on the event loop.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Self
 from hyperagent.errors import StorageError
 
 
-class Spool:
+class ResponseBuffer:
     """First in, first out, unbounded; a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        """Wait in `folder`, which is there.
+        """Open a file in `folder`, which must exist.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: the file system refuses.
         """
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by __exit__
@@ -33,7 +33,7 @@ class Spool:
             raise _refused(folder, error) from error
         self._folder = folder
         self._waiting: deque[tuple[int, int]] = deque()
-        """Offset and length of each message that has not been read."""
+        """Offset and length of each unread message."""
         self._end = 0
         self._is_finished = False
         self._failure: BaseException | None = None
@@ -48,10 +48,10 @@ class Spool:
         self._file.close()
 
     async def put(self, message: bytes) -> None:
-        """Add a message.
+        """Append a message.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: the file system refuses.
         """
         try:
             await asyncio.to_thread(_write_all, self._file.fileno(), message, self._end)
@@ -62,12 +62,12 @@ class Spool:
         self._changed.set()
 
     def finish(self, failure: BaseException | None = None) -> None:
-        """No message comes any more; the reader meets `failure` after the last one."""
+        """Mark the end of the messages; `failure`, if given, is raised in the reader after the last one."""
         self._is_finished, self._failure = True, failure
         self._changed.set()
 
     async def messages(self) -> AsyncIterator[bytes]:
-        """Every message, in order, as it comes."""
+        """Yield every message in order, as it becomes available."""
         while True:
             while self._waiting:
                 offset, length = self._waiting.popleft()
@@ -88,4 +88,4 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 
 def _refused(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"could not keep rows in {folder} for the reader: {error.strerror}; free some space there")
+    return StorageError(f"could not buffer rows in {folder}: {error.strerror}; free some disk space there")

@@ -1,7 +1,7 @@
-"""The teacher's process: bind, load, prove that scoring works, answer, drain.
+"""Run the teacher's process: bind the port, load the model, check that scoring works, answer requests, drain.
 
-The port is bound before the model is loaded, so that a busy one is known at once; until the model is loaded a
-client's connection waits. Health is SERVING once a canary has been scored and as long as the engine moves
+The port is bound before the model is loaded, so that a port in use is reported at once; until the model is loaded,
+clients' connections wait. Health is SERVING once a canary has been scored and as long as the engine makes progress
 (`watchdog.py`).
 """
 
@@ -32,7 +32,7 @@ from hyperagent_teacher.engines.load import load_engine
 from hyperagent_teacher.service.admission import Admission
 from hyperagent_teacher.service.auth import RequireToken
 from hyperagent_teacher.service.canary import score_canary
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 from hyperagent_teacher.service.populate import Populator
 from hyperagent_teacher.service.servicer import TeacherServicer
 from hyperagent_teacher.service.watchdog import Watchdog
@@ -40,22 +40,22 @@ from hyperagent_teacher.service.watchdog import Watchdog
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 
 MAX_MESSAGE_BYTES = 16 << 20
-"""131,072 tokens, all of them supervised, are 1 MiB; the room above lets a longer one be refused by name."""
+"""Largest message accepted. 131,072 tokens, all supervised, take 1 MiB; larger requests get a clear refusal."""
 FLUSH_S = 1.0
-"""What the last answers have to leave the machine; open health watches are cut off after it."""
+"""Seconds for the last responses to leave the machine; open health watches are cut off after that."""
 
 _log = structlog.get_logger()
 
 
 def serve(settings: TeacherSettings, *, token: str) -> None:
-    """Serve a model until SIGTERM or SIGINT; requests in progress then get to end.
+    """Serve a model until SIGTERM or SIGINT, then let the requests in progress finish.
 
     Raises:
         ConfigError: a setting, the model or the tokenizer cannot be used.
         IdentityMismatch: the cache belongs to another teacher.
         ServiceError: the port is taken, or the canary fails.
     """
-    with _leaving_on_signals(), asyncio.Runner() as runner:
+    with _exit_on_signals(), asyncio.Runner() as runner:
         server, address = runner.run(bind(settings, token=token))
         try:
             _log.info("loading", model=str(settings.model), backend=settings.backend)
@@ -71,11 +71,11 @@ def serve(settings: TeacherSettings, *, token: str) -> None:
 
 
 async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Server, str]:
-    """A server that holds its port but answers nothing yet, and its `host:port`.
+    """Return a server that holds its port but does not answer yet, and its `host:port`.
 
     Raises:
         ConfigError: there is no such address, or other machines could reach it and `allow_remote` is not set.
-        ServiceError: the address cannot be had.
+        ServiceError: the address is taken.
     """
     is_encrypted = settings.tls_certificate is not None
     ip = listening_ip(settings.host, allow_remote=settings.allow_remote or is_encrypted)
@@ -86,16 +86,16 @@ async def bind(settings: TeacherSettings, *, token: str) -> tuple[grpc.aio.Serve
             # gRPC's default lets two processes share a port, each getting some of the calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            # The clients' keepalive (hyperagent.wire.client) is welcome; gRPC's default hangs up on it.
+            # Accept the clients' keepalive pings (hyperagent.wire.client), at which gRPC's default closes the connection.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
-    # gRPC would listen on all addresses of a name, and be content if it gets one of them: so it is given a number.
+    # Given a name, gRPC listens on all its addresses and accepts if only one of them works, so give it an IP address.
     host = f"[{ip}]" if ip.version == 6 else str(ip)
     try:
-        place = f"{host}:{settings.port}"
-        port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
+        target = f"{host}:{settings.port}"
+        port = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
     except RuntimeError as error:
         await server.stop(None)
         raise ServiceError(
@@ -113,20 +113,20 @@ async def answer(
     *,
     stop: asyncio.Event,
 ) -> None:
-    """Start a bound server, answer until `stop` is set, drain.
+    """Start a bound server, answer requests until `stop` is set, and drain.
 
     Raises:
-        ServiceError: the engine cannot score a canary, or hangs and cannot be started again.
+        ServiceError: the engine cannot score a canary, or hangs and cannot be restarted.
     """
     admission = Admission(max_pending_requests=settings.max_pending_requests)
-    row_memory = RowMemory(settings.row_memory_mib << 20)
+    row_memory = MemoryBudget(settings.row_memory_mib << 20)
     populator = Populator(engine, cache, row_memory, data_dir=settings.data_dir)
     servicer = TeacherServicer(
         engine,
         populator,
         admission,
         row_memory,
-        spool_folder=cache.root,
+        buffer_folder=cache.root,
         chunk_bytes=settings.chunk_kib << 10,
     )
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
@@ -157,16 +157,16 @@ async def _until_stopped(
     health_servicer: health.aio.HealthServicer,
     settings: TeacherSettings,
 ) -> None:
-    async def tell(is_alive: bool) -> None:
+    async def set_serving(is_alive: bool) -> None:
         if is_alive:
             admission.open()
             await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
         else:
-            admission.close("its engine does not answer")
+            admission.close("its engine does not respond")
             await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     watchdog = Watchdog(engine, timeout_s=settings.engine_timeout_s, restart_after_s=settings.engine_restart_s)
-    watching = asyncio.create_task(watchdog.watch(tell))
+    watching = asyncio.create_task(watchdog.watch(set_serving))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -188,8 +188,8 @@ async def _serve_until_signal(
     try:
         await answer(server, engine, cache, settings, stop=stop)
     except EngineHangs as error:
-        # The thread that hangs would keep the interpreter from ending, and nobody from starting another teacher.
-        _log.error("leaving", reason=str(error))
+        # The hanging thread would keep the interpreter from exiting, and so a supervisor from starting a new teacher.
+        _log.error("exiting", reason=str(error))
         os._exit(1)
     finally:
         cache.close()
@@ -210,7 +210,7 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
 
 
 @contextmanager
-def _leaving_on_signals() -> Iterator[None]:
+def _exit_on_signals() -> Iterator[None]:
     """Exit with code 0 on SIGTERM and SIGINT while there is nothing to drain yet."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:

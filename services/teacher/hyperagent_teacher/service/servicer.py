@@ -1,9 +1,9 @@
-"""The gRPC methods: they decode, call the domain and encode, and know nothing else.
+"""Implement the gRPC methods: decode the request, call the domain code and encode the response.
 
-Answers are written rather than yielded: a cancelled call then always raises inside the method, so the engine is
-closed at once; a generator would be left suspended at its yield until it is collected.
+Responses are written rather than yielded: a canceled call then always raises inside the method, so the engine's
+generator is closed at once. A generator method would stay suspended at its yield until it is garbage-collected.
 
-Rows do not wait in memory for their reader: the engine's are put into a spool, and written from there.
+Rows do not wait in memory for their reader: the engine's are put into a response buffer on disk, and written from there.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from hyperagent.wire import teacher_pb2 as pb
 from hyperagent.wire.errors import refusal, rich_details
 from hyperagent_teacher.engines.base import ScoringEngine, require_scorable, score_from
 from hyperagent_teacher.service.admission import Admission
-from hyperagent_teacher.service.memory_budget import RowMemory
+from hyperagent_teacher.service.memory_budget import MemoryBudget
 from hyperagent_teacher.service.populate import Populator, Trajectory
-from hyperagent_teacher.service.response_buffer import Spool
+from hyperagent_teacher.service.response_buffer import ResponseBuffer
 
 _log = structlog.get_logger()
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
-    """TeacherService of proto/hyperagent/teacher/v1/teacher.proto."""
+    """The TeacherService of proto/hyperagent/teacher/v1/teacher.proto."""
 
     def __init__(
         self,
         engine: ScoringEngine,
         populator: Populator,
         admission: Admission,
-        row_memory: RowMemory,
+        row_memory: MemoryBudget,
         *,
-        spool_folder: Path,
+        buffer_folder: Path,
         chunk_bytes: int,
     ) -> None:
         self._engine = engine
         self._populator = populator
         self._admission = admission
         self._row_memory = row_memory
-        self._spool_folder = spool_folder
+        self._buffer_folder = buffer_folder
         self._chunk_bytes = chunk_bytes
         self._tokenizer = engine.identity.tokenizer
 
-    async def GetTeacher(  # noqa: N802  # the contract's name, like the two below
+    async def GetTeacher(  # noqa: N802  # named by the contract, like the two below
         self, _request: pb.GetTeacherRequest, _context: grpc.aio.ServicerContext
     ) -> pb.GetTeacherResponse:
-        """Say who the teacher is."""
+        """Return the teacher's identity and limits."""
         return pb.GetTeacherResponse(
             identity=conversion.teacher_to_proto(self._engine.identity),
             max_tokens=self._engine.max_tokens,
@@ -66,10 +66,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def ScoreTokens(  # noqa: N802
         self, request: pb.ScoreTokensRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Score one sequence."""
+        """Score one sequence and stream its rows."""
         async with _errors_as_status(context):
             _require_deadline(context)
-            with self._admission.slot(), Spool(self._spool_folder) as spool:
+            with self._admission.slot(), ResponseBuffer(self._buffer_folder) as buffer:
                 self._require_tokenizer(conversion.tokenizer_from_proto(request.tokenizer))
                 token_ids = conversion.unpack_u32(request.token_ids, what="token ids")
                 positions = conversion.unpack_u32(request.positions, what="positions")
@@ -77,13 +77,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 if request.first_row >= len(positions):
                     raise BeyondEnd(
                         f"there is no row {request.first_row:,} among {len(positions):,} positions; "
-                        "take the stream up at a row that is missing"
+                        "resume the stream at a row that is missing"
                     )
-                filling = asyncio.create_task(self._fill(spool, token_ids, positions, request))
+                filling = asyncio.create_task(self._fill(buffer, token_ids, positions, request))
                 try:
-                    async for message in spool.messages():
+                    async for message in buffer.messages():
                         chunk = pb.ScoreTokensResponse.FromString(message)
-                        del message  # a reader who does not read holds one message up, and need not hold two
+                        del message  # a reader that does not read keeps one message in memory instead of two
                         await context.write(chunk)
                 finally:
                     filling.cancel()
@@ -91,12 +91,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     async def _fill(
         self,
-        spool: Spool,
+        buffer: ResponseBuffer,
         token_ids: NDArray[np.uint32],
         positions: NDArray[np.uint32],
         request: pb.ScoreTokensRequest,
     ) -> None:
-        """Put a request's messages into its spool."""
+        """Put a request's messages into its response buffer."""
         top_k, num_temperatures = request.top_k, len(self._engine.identity.temperatures)
         encoder = conversion.ChunkEncoder(
             top_k=top_k, num_temperatures=num_temperatures, first_row=request.first_row, max_bytes=self._chunk_bytes
@@ -110,18 +110,18 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             ):
                 async for rows in parts:
                     for chunk in encoder.add(rows):
-                        await spool.put(chunk.SerializeToString())
-                await spool.put(encoder.finish().SerializeToString())
-            spool.finish()
+                        await buffer.put(chunk.SerializeToString())
+                await buffer.put(encoder.finish().SerializeToString())
+            buffer.finish()
         except Exception as error:
-            spool.finish(error)
+            buffer.finish(error)
 
     async def PopulateCache(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.PopulateCacheRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        """Fill the cache."""
+        """Fill the cache with the trajectories of a stream, and stream their outcomes."""
         async with _errors_as_status(context):
-            # Nothing is judged before the options are read: their sender might not learn the status (grpc/grpc#36066).
+            # Read the options before refusing anything: their sender might otherwise not receive the status (grpc/grpc#36066).
             first = await anext(request_iterator, None)
             _require_deadline(context)
             with self._admission.slot():
@@ -148,7 +148,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                     async for trajectory in self._populator.read_file(request.file.name, data):
                         yield trajectory
                 case _:
-                    raise InvalidRequest("after its options, PopulateCache takes trajectories and files only")
+                    raise InvalidRequest(
+                        "after its options, PopulateCache accepts only trajectories and files; send one of them"
+                    )
 
     def _require_tokenizer(self, tokenizer: TokenizerIdentity) -> None:
         require_same(
@@ -169,7 +171,7 @@ def _trajectory_from_proto(message: pb.TokenisedTrajectory) -> Trajectory:
 
 
 def _require_deadline(context: grpc.aio.ServicerContext) -> None:
-    # A call without one would hold its place for ever if its client hung.
+    # A call without a deadline would keep its slot for ever if its client hung.
     if context.time_remaining() is None:
         raise InvalidRequest("the call has no deadline; set one, such as the timeout of a Python stub's method")
 
@@ -182,5 +184,5 @@ async def _errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[
         await context.abort(*refusal(error))
     except Exception as defect:
         _log.exception("a call failed", error=type(defect).__name__)
-        code, message = grpc.StatusCode.INTERNAL, "the teacher met an unexpected error"
+        code, message = grpc.StatusCode.INTERNAL, "the teacher met an unexpected error; its log has the details"
         await context.abort(code, message, rich_details(code, message, "DEFECT"))

@@ -1,8 +1,8 @@
-"""Whether the engine is alive, as opposed to whether its process is there.
+"""Check that the engine makes progress, which a running process does not prove.
 
-An engine that gets something done is alive. One that has got nothing done for a while is given a canary; if that,
-too, gets nowhere within the timeout, the engine hangs: the teacher takes no request until it moves again. One that
-stays so is started afresh.
+An engine that makes progress is alive. An engine without progress for a while gets a canary; if the canary does not
+finish within the timeout either, the engine hangs, and the teacher accepts no request until it makes progress again. An
+engine that keeps hanging is restarted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _log = structlog.get_logger()
 
 
 class Watchdog:
-    """Watches one engine."""
+    """Watches the progress of one engine."""
 
     def __init__(self, engine: ScoringEngine, *, timeout_s: float, restart_after_s: float) -> None:
-        """Name the engine.
+        """Prepare to watch the engine.
 
         Args:
-            timeout_s: how long an engine with work may get nothing done before it counts as hanging.
-            restart_after_s: how long it may hang before it is started afresh.
+            timeout_s: seconds that an engine with work may make no progress before it counts as hanging.
+            restart_after_s: seconds that the engine may hang before it is restarted.
         """
         self._engine = engine
         self._timeout_s = timeout_s
         self._restart_after_s = restart_after_s
         self._canary: asyncio.Task[None] | None = None
 
-    async def watch(self, tell: Callable[[bool], Awaitable[None]]) -> None:
-        """Watch until cancelled; `tell` is called with whether the engine is alive, on every change.
+    async def watch(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        """Watch until cancelled; `on_change` is called with whether the engine is alive, on every change.
 
         Raises:
-            ServiceError: the engine hangs, or has stopped, and cannot be started again.
+            ServiceError: the engine hangs, or has stopped, and cannot be restarted.
         """
         clock = asyncio.get_running_loop().time
         is_alive, moved_at, progress = True, clock(), self._engine.progress
@@ -49,19 +49,19 @@ class Watchdog:
                 if self._engine.progress != progress:
                     moved_at, progress = clock(), self._engine.progress
                 still_s = clock() - moved_at
-                has_failed = self._look_at_canary(still_s)
+                has_failed = self._check_canary(still_s)
                 if is_alive != (alive := not has_failed and still_s <= self._timeout_s):
                     is_alive = alive
                     _log.warning("the engine moves again" if alive else "the engine does not answer")
-                    await tell(is_alive)
+                    await on_change(is_alive)
                 if has_failed or still_s > self._timeout_s + self._restart_after_s:
                     await self._restart()
                     moved_at, progress = clock(), self._engine.progress - 1
         finally:
             await self._drop_canary()
 
-    def _look_at_canary(self, still_s: float) -> bool:
-        """Send a canary to an engine that stands still; True if one has failed."""
+    def _check_canary(self, still_s: float) -> bool:
+        """Send a canary to an engine without progress; return whether one has failed."""
         if self._canary is not None and self._canary.done():
             error = self._canary.exception()
             self._canary = None
@@ -73,7 +73,7 @@ class Watchdog:
         return False
 
     async def _restart(self) -> None:
-        _log.warning("starting the engine again")
+        _log.warning("restarting the engine")
         await self._drop_canary()
         await self._engine.restart()
         await score_canary(self._engine)

@@ -1,6 +1,6 @@
-"""Checkpoints: network, optimizer and step, whole or not at all; never the student.
+"""Write and read checkpoints atomically: network, optimizer and step, but not the student.
 
-checkpoint.json         manifest: what the network belongs to, recipe, step, and a digest of every other file
+checkpoint.json         manifest: the student and data of the network, recipe, step, and a digest of every other file
 network.safetensors     weights of the hypernetwork or the static adapter
 optimizer.safetensors   AdamW's moments and step counts, as <parameter>.<name>
 average.safetensors     with `ema_decay`: the average of the weights
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord
-from hyperagent.files import new_directory
 from hyperagent.identity import canonical_json, require_same
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.distributed import full_tensor, placed_like
@@ -37,11 +37,11 @@ from hyperagent_trainer.optim.ema import WeightAverage
 FORMAT_VERSION = 3
 
 _AVERAGE = "average.safetensors"
-_GO_ON_BEFORE = "delete its folder to go on from the checkpoint before, if there is one, or start a new run"
+_RESUME_EARLIER = "delete its folder to resume from the previous checkpoint, if there is one, or start a new run"
 
 
 class CheckpointManifest(NetworkManifest):
-    """What `checkpoint.json` holds."""
+    """Contents of `checkpoint.json`."""
 
     format_version: int = FORMAT_VERSION
     recipe: str
@@ -50,32 +50,39 @@ class CheckpointManifest(NetworkManifest):
     """Optimizer steps done."""
     best: BestEvaluation = BestEvaluation()
     num_averaged: int = Field(0, ge=0)
-    """Steps that have gone into the average of the weights."""
+    """Number of steps that have gone into the average of the weights."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of the process that wrote it, as a sum's last bits depend on them; None in earlier releases'."""
+    """CPU threads of the process that wrote the checkpoint, because the last bits of sums depend on them; None in
+    checkpoints of earlier releases."""
     files: dict[str, str]
     """BLAKE3 (hex) of every other file."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is trained, as it was after some step, on the host; what is trained goes on changing."""
+    """A copy on the host of the training state after some step, which further steps do not change."""
 
     weights: dict[str, Tensor]
+    """The network's state dict."""
     moments: dict[str, Tensor]
+    """AdamW's moments and step counts, as <parameter>.<name>."""
     average: dict[str, Tensor]
+    """The average of the weights; empty without `ema_decay`."""
     num_averaged: int
+    """Number of steps that have gone into the average."""
     num_threads: int
-    """Of the thread that trains; another one may have a different number."""
+    """CPU threads of the training thread; another thread may have a different number."""
 
 
 def snapshot(
     network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, *, is_first: bool = True
 ) -> Snapshot | None:
-    """Copy what is trained, as whole tensors, so that it can be resumed on any number of ranks.
+    """Copy the training state as whole tensors, so that it can be resumed on any number of ranks.
+
+    Every rank must call this, because sharded tensors are gathered.
 
     Args:
-        is_first: whether this is the rank that keeps the copy. Every rank has to call, to hand in its parts.
+        is_first: whether this is the rank that keeps the copy; the others return None.
     """
     weights = _gather(network.state_dict().items(), is_first=is_first)
     moments = _gather(
@@ -108,10 +115,10 @@ def write_checkpoint(
     network_manifest: NetworkManifest,
     best: BestEvaluation = BestEvaluation(),
 ) -> None:
-    """Write what was found after `step` optimizer steps.
+    """Write the snapshot taken after `step` optimizer steps.
 
     Raises:
-        StorageError: the file system refused; there is no trace of the folder.
+        StorageError: the file system reported an error; nothing of the folder is left.
     """
     with new_directory(folder) as temporary:
         files = {"network.safetensors": found.weights, "optimizer.safetensors": found.moments}
@@ -140,11 +147,11 @@ def load_checkpoint(
     recipe: TrainRecipe,
     network_manifest: NetworkManifest,
 ) -> CheckpointManifest:
-    """Restore network, optimizer and average.
+    """Restore network, optimizer and average in place, and return the checkpoint's manifest.
 
     Raises:
-        ConfigError: the checkpoint is of another recipe or format.
-        IdentityMismatch: it is of another student, other data, other targets, or another static adapter.
+        ConfigError: the checkpoint has another recipe or format.
+        IdentityMismatch: it has another student, other data, other targets, or another static adapter.
         CorruptRecord: a file is not the one that was written.
     """
     manifest = read_manifest(folder)
@@ -178,10 +185,10 @@ def load_checkpoint(
 
 
 def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
-    """A checkpoint's manifest and the network's weights; where they were averaged, their average.
+    """Read a checkpoint's manifest and the network's weights, or their average if they were averaged.
 
     Raises:
-        ConfigError: it is of another release's format.
+        ConfigError: the checkpoint has another release's format.
         CorruptRecord: a file is missing, or is not the one that was written.
     """
     manifest = read_manifest(folder)
@@ -193,16 +200,16 @@ def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
 def _check_files(folder: Path, manifest: CheckpointManifest) -> None:
     for name, digest in manifest.files.items():
         if _digest_of(folder / name) != digest:
-            raise CorruptRecord(f"{folder / name} is not the file that was written; {_GO_ON_BEFORE}")
+            raise CorruptRecord(f"{folder / name} is not the file that was written; {_RESUME_EARLIER}")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        # What the system has said, such as that the disk is full, is in its text alone.
-        said = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(said[1]) if said else errno.EIO
+        # safetensors reports the system's error number, such as that of a full disk, only in the message.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
@@ -210,28 +217,28 @@ def _digest_of(path: Path) -> str:
     try:
         return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
     except OSError as error:
-        raise CorruptRecord(f"{path} cannot be read: {error}; {_GO_ON_BEFORE}") from error
+        raise CorruptRecord(f"{path} cannot be read: {error}; {_RESUME_EARLIER}") from error
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """A checkpoint's manifest.
+    """Read a checkpoint's manifest.
 
     Raises:
-        ConfigError: it is of another release's format.
-        CorruptRecord: it cannot be read.
+        ConfigError: the checkpoint has another release's format.
+        CorruptRecord: the manifest cannot be read.
     """
     path = folder / "checkpoint.json"
     try:
         raw = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CorruptRecord(f"{path} cannot be read: {error}; {_GO_ON_BEFORE}") from error
+        raise CorruptRecord(f"{path} cannot be read: {error}; {_RESUME_EARLIER}") from error
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise ConfigError(f"the checkpoint in {folder} is of another release's format; start a new run")
     return parse(raw, CheckpointManifest, source=str(path))
 
 
 def _brief(value: object) -> object:
-    """A field as one shows it: long ones by their digests."""
+    """Return a field's value for messages: strings and None as they are, everything else as a digest."""
     if value is None or isinstance(value, str):
         return value
     return blake3(canonical_json(to_jsonable_python(value))).hexdigest()

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: `checkpoints/step-00000200` and so on, the last few and the best.
+"""Manage the checkpoints of a run, `checkpoints/step-00000200` and so on: the latest ones and the best.
 
-Each is written under a temporary name while training continues, and gets its name in one rename; only then are older
-ones removed. So whenever the process is killed, the last checkpoint that has a name is whole.
+Each is written under a temporary name while training continues, and then renamed atomically; only then are older ones
+removed. Whenever the process is killed, the last checkpoint with a final name is therefore complete.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import structlog
 import torch
 from torch import nn
 
-from hyperagent.files import is_temporary, remove_directory
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.storage.files import is_temporary, remove_directory
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.format import CheckpointManifest, load_checkpoint, snapshot, write_checkpoint
 from hyperagent_trainer.config import TrainRecipe
@@ -30,9 +30,9 @@ log = structlog.get_logger()
 
 
 class CheckpointStore:
-    """Saves and loads what is trained; a context manager, which waits for what is still being written.
+    """Saves and loads the training state; a context manager that waits for pending writes when it exits.
 
-    On every rank there is one, and each of its methods has to be called on all of them.
+    Every rank has one, and every method must be called on all ranks.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class CheckpointStore:
         network_manifest: NetworkManifest,
         ranks: Ranks,
     ) -> None:
-        """Remove what a killed process has left of a checkpoint."""
+        """Remove partial checkpoints that a killed process has left."""
         self._folder, self._network, self._optimizer, self._average = folder, network, optimizer, average
-        self._recipe, self._belongs_to, self._ranks = recipe, network_manifest, ranks
+        self._recipe, self._network_manifest, self._ranks = recipe, network_manifest, ranks
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved: tuple[int, BestEvaluation] | None = None
-        """The last that was handed to the writer, or loaded."""
+        """Step and best evaluation of the last checkpoint that was handed to the writer, or loaded."""
         if ranks.is_first and folder.checkpoints.is_dir():
             for path in filter(is_temporary, folder.checkpoints.iterdir()):
                 shutil.rmtree(path)
@@ -66,10 +66,10 @@ class CheckpointStore:
             self.wait()
 
     def save(self, step: int, best: BestEvaluation) -> None:
-        """Take a snapshot after `step` optimizer steps, and write it while training continues; skip one that is saved.
+        """Take a snapshot after `step` optimizer steps and write it while training continues, unless it is already saved.
 
         Raises:
-            StorageError: the file system refused the previous one; older checkpoints are kept.
+            StorageError: writing the previous checkpoint failed; older checkpoints are kept.
         """
         if self._saved == (step, best):
             return
@@ -84,23 +84,23 @@ class CheckpointStore:
             found,
             step=step,
             recipe=self._recipe,
-            network_manifest=self._belongs_to,
+            network_manifest=self._network_manifest,
             best=best,
         )
         self._writing = self._writer.submit(self._write, write, best)
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk.
+        """Wait until every saved checkpoint is on the disk.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: the file system reported an error.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def load_last(self) -> CheckpointManifest | None:
-        """Go back to the last checkpoint, if there is one.
+        """Load the last checkpoint and return its manifest; None if there is none.
 
         Raises:
             ConfigError, IdentityMismatch, CorruptRecord: see `load_checkpoint`.
@@ -114,13 +114,13 @@ class CheckpointStore:
         return manifest
 
     def load_best(self, best: BestEvaluation) -> CheckpointManifest:
-        """Go back to the checkpoint of the best evaluation.
+        """Load the checkpoint of the best evaluation and return its manifest.
 
         Raises:
             ConfigError, IdentityMismatch, CorruptRecord: see `load_checkpoint`.
         """
         self.wait()
-        # The other ranks have nothing to wait for but the first.
+        # A barrier: only the first rank writes, and the others must wait until its files are complete.
         self._ranks.max(0)
         return self._load(self._folder.checkpoint(best.step))
 
@@ -131,7 +131,7 @@ class CheckpointStore:
             optimizer=self._optimizer,
             average=self._average,
             recipe=self._recipe,
-            network_manifest=self._belongs_to,
+            network_manifest=self._network_manifest,
         )
         self._saved = (manifest.step, manifest.best)
         return manifest
@@ -146,11 +146,11 @@ class CheckpointStore:
 
 
 def _warn_of_other_threads(manifest: CheckpointManifest) -> None:
-    """Say that the run will not be the same bit by bit: sums are split over the threads, and rounded by part."""
+    """Warn that results will not be bit-identical: sums are split over the threads, and each part is rounded."""
     before, now = manifest.num_threads, torch.get_num_threads()
     if before not in (None, now):
         log.warning(
-            "resumed with another number of CPU threads: results differ in their last bits; set OMP_NUM_THREADS as before",
+            "resumed with another number of CPU threads: results differ in their last bits; set OMP_NUM_THREADS back",
             threads_before=before,
             threads_now=now,
         )

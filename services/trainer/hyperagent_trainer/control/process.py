@@ -25,7 +25,7 @@ import psutil
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, ServiceError
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.runs.folder import RunFolder
 
 _WORKER = ("-m", "hyperagent_trainer.worker")

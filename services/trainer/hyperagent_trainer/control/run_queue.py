@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from hyperagent.sqlite import Database
+from hyperagent.storage.sqlite import Database
 
 QUEUE_NAME = "runs.sqlite"
 

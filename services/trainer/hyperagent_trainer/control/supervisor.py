@@ -26,9 +26,9 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
-from hyperagent.file_lock import open_locked
-from hyperagent.files import is_temporary
 from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
+from hyperagent.storage.file_lock import open_locked
+from hyperagent.storage.files import is_temporary
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers, training_command
 from hyperagent_trainer.control.run_queue import RunQueue

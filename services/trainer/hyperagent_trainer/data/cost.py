@@ -1,7 +1,7 @@
-"""What a trajectory costs, predicted: a T + b T**2 operations for T tokens of a frozen, recomputed student.
+"""Predict the cost of a trajectory: a T + b T**2 operations for T tokens of a frozen student with recomputation.
 
-The operations are those that `hyperagent.flops` counts, without the head's: a trajectory's supervised rows take 1 to
-3 % of its step, and its length is what it is scheduled by.
+The operations are those that `hyperagent.flops` counts, without the head's: trajectories are scheduled by their length,
+and the supervised rows take only 1 to 3 % of a step.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from hyperagent.flops import EXECUTED, ModelShape
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations of training on one trajectory."""
+    """Operations of training on one trajectory: call it with the number of tokens."""
 
     per_token: float
+    """Operations that grow with the number of tokens."""
     per_token_squared: float
+    """Operations that grow with its square."""
 
     @classmethod
     def of(cls, decoder: nn.Module, config: PreTrainedConfig) -> StepCost:
-        """From the decoder's parameters, which may lie on the meta device or be sharded, and its text config."""
+        """Derive the cost from the decoder's parameters, which may be on the meta device or sharded, and its text config."""
         shape = ModelShape.of(decoder, config)
         return cls(
             per_token=EXECUTED["linear"] * 2 * shape.linear_parameters + EXECUTED["recurrent"] * shape.recurrent_flops,

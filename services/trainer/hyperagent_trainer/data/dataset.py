@@ -1,4 +1,4 @@
-"""Trajectories joined with the teacher's rows into batches.
+"""Join trajectories with the teacher's rows into batches.
 
 Legend of shape suffixes: B trajectories, T tokens, P prompt tokens, N supervised rows of the batch.
 """
@@ -24,24 +24,24 @@ from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent_trainer.data.row_loader import load_rows
 from hyperagent_trainer.data.teacher_rows import TeacherRows, join_rows, require_temperature
 
-# Batches that each worker process has ready or in work: enough to cover one that takes longer than the others.
+# Batches that each worker process prepares ahead: enough to cover one that takes longer than the others.
 _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The trajectories that are computed at once; padding is on the right."""
+    """Trajectories that are computed together; padding is on the right."""
 
     indices: tuple[int, ...]
-    """The trajectories, by their place in the split."""
+    """Indices of the trajectories in the split."""
     token_ids_BT: Tensor
-    """int64, the student's view."""
+    """int64, token ids of the student's view."""
     num_tokens: int
     """Real tokens, padding not counted."""
     sample_N: Tensor
-    """int64, the trajectory of the batch that a supervised row belongs to."""
+    """int64, index within the batch of the trajectory that each supervised row belongs to."""
     index_N: Tensor
-    """int64, the index of the student's output for the row: one before the row's position in the student's view."""
+    """int64, index of the student's output for each row: one before the row's position in the student's view."""
     rows: TeacherRows
     """The teacher's rows with their target ids, normalized at the temperature of the loss."""
     hot_tier_stats: HotTierStats
@@ -49,6 +49,7 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
+        """Number of supervised rows."""
         return self.rows.num_rows
 
     def to(self, device: torch.device) -> Batch:
@@ -71,20 +72,23 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """What is needed to read one trajectory of a batch."""
+    """The data needed to read one trajectory of a batch."""
 
     index: int
+    """Index of the trajectory in the split."""
     key: str
-    """Of the cache."""
+    """Key of the trajectory in the cache."""
     student_ids: NDArray[np.uint32]
+    """Token ids of the student's view."""
     student_positions: NDArray[np.uint32]
+    """Supervised positions in the student's view."""
 
 
 class BatchReader(Dataset[Batch]):
     """Reads batches from the cache.
 
-    A worker process gets a copy of it: the cache and the temperature. The token ids arrive with each request, so a
-    worker never holds more of the split than its few batches.
+    Each worker process gets a copy with the cache and the temperature. The token ids arrive with each request, so a
+    worker never holds more of the split than the batches it is preparing.
     """
 
     def __init__(self, cache: CacheReader, *, temperature: float) -> None:
@@ -118,7 +122,7 @@ class BatchReader(Dataset[Batch]):
 
 
 class DistillationData:
-    """One split of a tokens file, every trajectory of it with its rows in the teacher's cache."""
+    """One split of a tokens file, with the cached teacher's rows of every trajectory."""
 
     def __init__(
         self,
@@ -134,7 +138,10 @@ class DistillationData:
         self._keys = tuple(keys)
 
     def with_full_views(self) -> DistillationData:
-        """Append every trajectory once more as the teacher sees it, with nothing hidden: n later for n trajectories."""
+        """Return the split with every trajectory appended once more as the teacher sees it, with nothing hidden.
+
+        Of n trajectories, the full view of trajectory i has index n + i.
+        """
         full = [replace(t, student_ids=t.token_ids, student_positions=t.positions) for t in self.trajectories]
         return DistillationData([*self.trajectories, *full], self._keys * 2, self.identity, self.reader)
 
@@ -147,10 +154,11 @@ class DistillationData:
         return self.reader[self._samples(indices)]
 
     def batches(self, order: Iterable[Sequence[int]], device: torch.device, *, workers: int) -> Iterator[Batch]:
-        """Yield the batches of `order`, in that order for any number of `workers`, which read and decode ahead of it.
+        """Yield the batches of `order`, in that order for any number of workers.
 
         Args:
-            workers: processes; each holds a few batches at a time. 0 reads a batch when it is asked for.
+            workers: number of processes that read and decode ahead; each holds a few batches at a time. With 0, this
+                process reads each batch when it is requested.
         """
         loader = DataLoader(
             self.reader,
@@ -161,7 +169,7 @@ class DistillationData:
             # A fork would share the cache's connections, and locks that other threads hold.
             multiprocessing_context="spawn" if workers else None,
             pin_memory=device.type == "cuda",
-            # One of its own, so that training draws the same numbers with any number of workers.
+            # A separate generator, so that training draws the same random numbers with any number of workers.
             generator=torch.Generator(),
         )
         for batch in loader:
@@ -181,11 +189,11 @@ def load_split(
     max_prompt_tokens: int,
     temperature: float = 1.0,
 ) -> DistillationData:
-    """Read one split and check that it can be trained on as a whole.
+    """Read one split and check that all of it can be trained on.
 
     Raises:
-        IdentityMismatch: the tokens, the cache and the student's `tokenizer` are not of one kind, or the cache was
-            populated from other data.
+        IdentityMismatch: the tokens, the cache and the student do not share one `tokenizer`, or the cache was populated
+            from other data.
         DataError: the split is empty, or the cache lacks trajectories of it.
         LimitExceeded: a prompt is longer than the hypernetwork reads.
         ConfigError: the cache has no rows at the temperature.
@@ -218,12 +226,14 @@ def load_split(
             f"{missing[0]!r}; run `hyperagent cache populate {tokens}` again"
         )
     if (longest := max(len(t.prompt_ids) for t in trajectories)) > max_prompt_tokens:
-        raise LimitExceeded(f"a prompt has {longest} tokens, the recipe's max_prompt_tokens is {max_prompt_tokens}")
+        raise LimitExceeded(
+            f"a prompt has {longest} tokens, but the recipe's max_prompt_tokens is {max_prompt_tokens}; raise it"
+        )
     return DistillationData(trajectories, keys, data, BatchReader(cache, temperature=temperature))
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompt ids [B, P] (int64) and their mask [B, P], True at real tokens."""
+    """Return the prompts' ids [B, P] (int64), padded on the right, and their mask [B, P], True at real tokens."""
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = _pad(prompts).to(device)
     return ids, torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]

@@ -1,8 +1,8 @@
-"""Read the teacher's rows from the cache into tensors: a whole trajectory's or those of a range of its tokens.
+"""Read the teacher's rows of a trajectory, or of a range of its tokens, from the cache into tensors.
 
 The rows of all blocks are written into one set of tensors.
 
-Legend of shape suffixes: N rows, K the most ids that a row keeps, M temperatures besides 1.
+Legend of shape suffixes: N rows, K maximum number of ids that a row keeps, M temperatures other than 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hyperagent.cache.format.record import StoredRows
 from hyperagent.errors import InvalidRequest
 from hyperagent_trainer.data.teacher_rows import TeacherRows
 
-# Torch warns, once in a process, of a tensor that shares memory with an array that must not be written to. Those here are
-# only copied from.
+# Torch warns, once per process, about a tensor that shares memory with a read-only array. The tensors here are only copied
+# from.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"\0", np.uint8))
@@ -29,13 +29,13 @@ def load_rows(cache: CacheReader, key: str, *, first_token: int = 0, end_token: 
     """Read a trajectory's rows as they are stored: at temperature 1, normalized but for rounding, without target ids.
 
     Args:
-        first_token, end_token: take the rows at positions from `first_token` to before `end_token`; by default all.
+        first_token, end_token: read the rows at positions in [first_token, end_token); by default all rows.
 
     Raises:
         NotFound: the cache has no such trajectory.
-        CorruptRecord: a record is damaged; says which and how to repair it.
-        InvalidRequest: the range is not one of the trajectory's.
-        StorageError: the file system refused.
+        CorruptRecord: a record is damaged; the message names it and how to repair it.
+        InvalidRequest: the range is not within the trajectory.
+        StorageError: the file system reported an error.
     """
     trajectory = cache.trajectory(key)
     end = trajectory.num_tokens if end_token is None else end_token
@@ -63,15 +63,15 @@ def load_rows(cache: CacheReader, key: str, *, first_token: int = 0, end_token: 
         tail_logsumexps_NM.numpy()[part] = stored.tail_logsumexps_NM
         _write(stored, rows[part])
         start = part.stop
-    # Blocks are whole, the range need not be.
+    # Blocks are read whole, but the range may begin or end within one.
     low, high = np.searchsorted(positions_N, (first_token, end)).tolist()
     return rows[low:high]
 
 
 def _write(stored: StoredRows, rows: TeacherRows) -> None:
-    """Write one block's rows into the tensors of as many rows."""
+    """Write one block's rows into `rows`, which has as many rows."""
     ids_NK, logprobs_NK = padded_rows(stored, rows.ids_NK.shape[1])
-    # Torch copies on all its threads, and turns float16 into float32 ten times as fast as numpy does.
+    # Torch copies with all its threads, and converts float16 to float32 ten times as fast as numpy.
     rows.ids_NK.copy_(torch.from_numpy(ids_NK.view(np.int32)))
     rows.logprobs_NK.copy_(torch.from_numpy(logprobs_NK))
     rows.tail_logmass_N.numpy()[:] = stored.tail_logmass_N

@@ -1,4 +1,4 @@
-"""The order in which training reads trajectories, and which rank computes which of them.
+"""Decide the order in which training reads trajectories, and which rank computes which of them.
 
 Both are pure functions of the data's lengths and the recipe, so a resumed run continues the same sequence.
 """
@@ -11,28 +11,28 @@ from functools import partial
 
 import numpy as np
 
-# Trajectories that are sorted by length among themselves before they are cut into batches: the more, the better the
-# ranks are balanced. Of a small split an eighth at most, or every epoch would have the same batches.
+# Number of trajectories that are sorted by length before they are cut into batches: the more, the better the ranks are
+# balanced. In a small split it is at most an eighth of them, or every epoch would have the same batches.
 _MAX_GROUP = 512
 _MIN_BATCHES_PER_GROUP = 8
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank computes at once."""
+    """Trajectories that a rank computes together."""
 
     indices: tuple[int, ...]
-    """Trajectories, in their split."""
+    """Indices of the trajectories in their split."""
     is_dummy: bool
-    """Whether its loss counts for nothing: a rank without work left still takes part in a sharded student's passes."""
+    """Whether its loss is discarded: a rank without work left must still take part in a sharded student's passes."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One rank's part of an optimizer step; every rank has equally many micro-batches."""
+    """One rank's part of an optimizer step; every rank has the same number of micro-batches."""
 
     indices: tuple[int, ...]
-    """Trajectories of all ranks."""
+    """Indices of the trajectories of all ranks."""
     micro_batches: tuple[MicroBatch, ...]
     efficiency: float
     """Mean over maximum of the ranks' predicted costs: the share of the step in which a rank does not wait."""
@@ -41,14 +41,14 @@ class StepPlan:
 def batch_order(
     lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, full_view_share: float = 0.0
 ) -> list[list[int]]:
-    """The batches of one epoch: a pure function of its arguments, in which every trajectory occurs once.
+    """Return the batches of one epoch, in which every trajectory occurs once; a pure function of its arguments.
 
-    Trajectories of similar length share a batch, so that no rank waits long for another and little is padded; the
-    batches' order is random again. Nothing of it depends on the number of ranks.
+    Trajectories of similar length share a batch, so that no rank waits long for another and there is little padding. The
+    order of the batches is random, and nothing depends on the number of ranks.
 
     Args:
-        full_view_share: if above 0, the second half of `lengths` are those of full views (`with_full_views`), and about
-            this share of the trajectories, other ones in every epoch, occur as those.
+        full_view_share: if above 0, the second half of `lengths` belongs to the full views (`with_full_views`), and about
+            this share of the trajectories, drawn anew in every epoch, occurs in its full view.
     """
     generator = np.random.default_rng([seed, epoch])
     num = len(lengths) if full_view_share == 0 else len(lengths) // 2
@@ -67,7 +67,7 @@ def batch_order(
 def batches_from(
     lengths: Sequence[int], *, batch_size: int, seed: int, first_step: int, full_view_share: float = 0.0
 ) -> Iterator[list[int]]:
-    """The endless sequence of batches from `first_step` on, so that a resumed run sees what it would have seen."""
+    """Yield batches without end from `first_step` on: a resumed run reads what it would have read uninterrupted."""
     order = partial(batch_order, lengths, batch_size=batch_size, seed=seed, full_view_share=full_view_share)
     epoch, skip = divmod(first_step, len(order(epoch=0)))
     while True:
@@ -76,14 +76,15 @@ def batches_from(
 
 
 def plan_step(step: Sequence[int], costs: Sequence[float], *, rank: int, num_ranks: int, size: int) -> StepPlan:
-    """One rank's part of a step.
+    """Return one rank's part of a step.
 
     Args:
-        step: its trajectories.
-        costs: of each trajectory of the split.
-        size: most trajectories of a micro-batch.
+        step: indices of the step's trajectories.
+        costs: predicted cost of each trajectory of the split.
+        rank: the rank whose part is returned, of `num_ranks`.
+        size: maximum number of trajectories in a micro-batch.
     """
-    # The dearest first and always to the rank with the least (longest processing time, Graham 1969).
+    # Longest processing time first (Graham 1969): most expensive trajectory to the least loaded rank.
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
     for index in sorted(step, key=lambda i: -costs[i]):

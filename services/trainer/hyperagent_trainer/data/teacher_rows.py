@@ -1,6 +1,6 @@
-"""The teacher's rows as tensors: the one container from the loader to the loss.
+"""The teacher's rows as tensors: the container used from the loader to the loss.
 
-Legend of shape suffixes: N rows, K kept ids, M recorded temperatures besides 1.
+Legend of shape suffixes: N rows, K kept ids, M recorded temperatures other than 1.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from hyperagent.errors import ConfigError
 class TeacherRows:
     """The teacher's distributions at N supervised positions, each over K kept ids and a tail of all others.
 
-    A row that keeps fewer than K ids ends in padding, which repeats its first id with a log-probability of -inf.
+    A row that keeps fewer than K ids is padded at its end with its first id and a log-probability of -inf.
     """
 
     ids_NK: Tensor
-    """int64, distinct within a row except for padding, in the order in which the cache's codec stores them."""
+    """int64, kept ids: distinct within a row except for padding, in the order in which the cache's codec stores them."""
     logprobs_NK: Tensor
-    """Floating point (float32 from the cache), natural, at `temperature`; -inf at padding."""
+    """Natural log-probabilities of the kept ids at `temperature`, floating point (float32 from the cache); -inf at padding."""
     tail_logmass_N: Tensor
-    """Floating point, log of the mass of all ids that are not kept; -inf where there are none."""
+    """Natural log of the mass of all ids that are not kept, floating point; -inf where there are none."""
     target_ids_N: Tensor | None = None
     """int64, the actual token at each position, kept or not; the cross-entropy needs it."""
     temperature: float = 1.0
-    """Temperature of the softmax that the rows are under."""
+    """Temperature of the rows' softmax."""
     tail_logsumexps_NM: Tensor | None = None
     """float32, the tail at each of `other_temperatures`, as `hyperagent.topk.TopKRows` defines it."""
     other_temperatures: tuple[float, ...] = ()
-    """Temperatures besides 1 to which `at_temperature` can take the rows."""
+    """Temperatures other than 1 to which `at_temperature` can convert the rows."""
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return int(self.ids_NK.shape[0])
 
     def __getitem__(self, rows: slice) -> TeacherRows:
-        """Return some consecutive rows; views, not copies."""
+        """Return consecutive rows as views, not copies."""
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> TeacherRows:
@@ -54,12 +55,12 @@ class TeacherRows:
         return self._each(Tensor.pin_memory)
 
     def at_temperature(self, temperature: float) -> TeacherRows:
-        """Return the rows under the softmax at a temperature, each normalized together with its tail.
+        """Return the rows at another temperature of the softmax, each normalized together with its tail.
 
         At temperature 1 this only undoes the rounding of storage.
 
         Raises:
-            ConfigError: the teacher has not recorded the tail at this temperature.
+            ConfigError: the teacher did not record the tail at this temperature.
         """
         assert self.temperature == 1, f"the rows are at temperature {self.temperature} already"
         tail_N = self._tail_at(temperature).double()
@@ -88,7 +89,7 @@ class TeacherRows:
 
 
 def join_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
-    """Concatenate rows at one temperature that all have target ids, such as those of a batch's trajectories."""
+    """Concatenate rows, such as those of a batch's trajectories, that share one temperature and have target ids."""
     return TeacherRows(
         torch.cat([part.ids_NK for part in parts]),
         torch.cat([part.logprobs_NK for part in parts]),
@@ -99,14 +100,14 @@ def join_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
 
 
 def require_temperature(temperature: float, temperatures: Sequence[float]) -> None:
-    """Refuse a temperature at which a teacher with these `temperatures` has no rows.
+    """Check that a teacher with these `temperatures` has rows at `temperature`.
 
     Raises:
-        ConfigError: the message lists the recorded temperatures.
+        ConfigError: it has none; the message lists the recorded temperatures.
     """
     if temperature not in (1, *temperatures):
         there_are = ", ".join(f"{known:g}" for known in (1, *temperatures))
         raise ConfigError(
-            f"the cache has rows at temperatures {there_are}, not at {temperature:g}; take one of these, or populate "
+            f"the cache has rows at temperatures {there_are}, not at {temperature:g}; choose one of them, or populate "
             "another cache from a teacher served with --temperatures"
         )

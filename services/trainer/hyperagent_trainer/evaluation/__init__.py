@@ -1,1 +1,1 @@
-"""Held-out KL, what conditioning on the prompt is worth, statistics of generated adapters."""
+"""Evaluation: held-out KL, the gain from conditioning on the prompt, statistics of generated adapters."""

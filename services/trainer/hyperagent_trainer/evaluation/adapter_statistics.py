@@ -1,8 +1,8 @@
-"""How large generated adapters are relative to the weights they change, and how much they differ between prompts.
+"""Measure how large generated adapters are relative to the weights they change, and how they differ between prompts.
 
 Legend of shape suffixes: P prompts, R rank, I and O input and output features.
 
-Deltas are never formed: with G = B'B and H = A A', both [R, R], the inner product of two deltas is the sum of G * H.
+Deltas are never computed: with G = B'B and H = A A', both [R, R], the inner product of two deltas is the sum of G * H.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from hyperagent.model.config import LayerInfo
 from hyperagent_trainer.distributed import full_tensor
 
 COLLAPSED_COSINE = 0.999
-"""Above it the adapters of different prompts are one adapter for all purposes."""
+"""Cosine above which the adapters of different prompts count as the same adapter."""
 
 
 @dataclass(frozen=True)
 class AdapterStatistics:
-    """Of the adapters of several prompts."""
+    """Statistics of the adapters of several prompts."""
 
     relative_norm: dict[str, float]
     """Frobenius norm of scale * B A over that of W, root mean square over prompts and layers, by kind of layer."""
     cosine: float | None
-    """Mean over all pairs of prompts, of the cosine between their deltas of all layers; None for one prompt or zero deltas.
-    1 says that the network ignores the prompt."""
+    """Cosine between the deltas of two prompts over all layers, mean over all pairs of prompts; None for one prompt or zero
+    deltas. 1 means that the network ignores the prompt."""
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether the prompts make no difference."""
+        """Whether the adapters do not depend on the prompt."""
         return self.cosine is not None and self.cosine > COLLAPSED_COSINE
 
 
@@ -42,10 +42,10 @@ class AdapterStatistics:
 def adapter_statistics(
     adapters: AdapterWeights, layers: Sequence[LayerInfo], weight_norms: Mapping[str, float], *, scale: float
 ) -> AdapterStatistics:
-    """Of adapters a [P, R, I] and b [P, O, R] by layer.
+    """Compute the statistics of adapters a [P, R, I] and b [P, O, R] by layer.
 
     Args:
-        weight_norms: Frobenius norm of each target layer's weight.
+        weight_norms: Frobenius norm of each target layer's weight, by layer name.
         scale: alpha / rank.
     """
     shares: dict[str, list[float]] = defaultdict(list)
@@ -64,7 +64,7 @@ def adapter_statistics(
 
 
 def _inner_products(pair: LoRAPair) -> Tensor:
-    """[P, P] float64: of the deltas B A of all pairs of prompts."""
+    """Return the inner products of the deltas B A of all pairs of prompts, float64, shape [P, P]."""
     a_PRI, b_POR = pair.a.double(), pair.b.double()
     g_PPRR = torch.einsum("por,qos->pqrs", b_POR, b_POR)
     h_PPRR = torch.einsum("pri,qsi->pqrs", a_PRI, a_PRI)
@@ -73,15 +73,15 @@ def _inner_products(pair: LoRAPair) -> Tensor:
 
 @torch.no_grad()
 def weight_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> dict[str, float]:
-    """Frobenius norm of each target layer's weight; of a sharded model, every rank has to ask."""
+    """Return the Frobenius norm of each target layer's weight; with a sharded model, every rank must call this."""
     weights = [model.get_submodule(layer.name).weight for layer in layers]
     return {layer.name: float(full_tensor(weight.norm())) for layer, weight in zip(layers, weights, strict=True)}  # type: ignore[operator]
 
 
 def gradient_norms(network: nn.Module) -> dict[str, float]:
-    """L2 norm of the gradient by part of the network: each group of heads by itself, the rest by first name."""
+    """Return the gradient's L2 norm by part of the network: each group of heads, and the rest by top-level module."""
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    # One transfer from the device for all of them.
+    # One transfer from the device for all norms.
     norms = torch.stack([full_tensor(gradient.norm()) for gradient in gradients.values()]).tolist()
     squares: dict[str, float] = defaultdict(float)
     for name, norm in zip(gradients, norms, strict=True):
@@ -90,7 +90,7 @@ def gradient_norms(network: nn.Module) -> dict[str, float]:
 
 
 def _part(name: str) -> str:
-    """`generator.b_heads.2048x512.weight` is of `b_heads.2048x512`, `encoder.blocks.0.…` of `encoder`."""
+    """Return a parameter's part: `b_heads.2048x512` for `generator.b_heads.2048x512.weight`, else the first name."""
     parts = name.split(".")
     heads = [i for i, part in enumerate(parts) if part in ("a_heads", "b_heads")]
     return ".".join(parts[heads[0] : heads[0] + 2]) if heads else parts[0]

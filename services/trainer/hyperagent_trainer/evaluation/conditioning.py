@@ -1,4 +1,4 @@
-"""What conditioning on the prompt is worth, on held-out samples, and whether that may be claimed.
+"""Measure the gain from conditioning on the prompt on held-out samples, and decide whether it may be claimed.
 
     gap closed          (KL_frozen - KL_arm) / KL_frozen
     conditioning gain   KL_adapter_shuffled_prompt - KL_adapter, in nats per supervised row
@@ -31,34 +31,37 @@ _TAIL = 0.025
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in nats per supervised row, and its 95% interval."""
+    """A mean difference in nats per supervised row, with its 95% interval."""
 
     mean: float
     low: float | None
-    """None with fewer than two clusters."""
+    """Lower bound of the interval; None with fewer than two clusters."""
     high: float | None
+    """Upper bound of the interval; None with fewer than two clusters."""
 
     @property
     def is_positive(self) -> bool:
-        """Whether the whole interval lies above zero."""
+        """Whether the whole interval is above zero."""
         return self.low is not None and self.low > 0
 
 
 @dataclass(frozen=True)
 class ConditioningReport:
-    """The arms side by side."""
+    """Comparison of the arms."""
 
     kl: dict[str, float]
-    """Nats per supervised row, by arm."""
+    """KL in nats per supervised row, by arm."""
     gap_closed: dict[str, float]
-    """Share of the frozen student's divergence, by the other arms; negative for one that does harm."""
+    """Share of the frozen student's KL that each other arm removes; negative for an arm that does harm."""
     conditioning_gain: Difference
+    """KL with another repository's prompt minus KL with the own prompt."""
     over_static: Difference | None
-    """None without a static arm."""
+    """KL of the static arm minus KL with the own prompt; None without a static arm."""
     verdict: str
+    """`PAYS`, `STATIC_SUFFICES` or `NO_STATIC_ARM`."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values of every field."""
+        """Return JSON values of every field."""
         return asdict(self)
 
 
@@ -75,14 +78,14 @@ def conditioning_report(
     """Compare the arms on the same samples.
 
     Args:
-        frozen, adapter, adapter_shuffled_prompt, static: summed KL of every sample in nats [samples], by arm
+        frozen, adapter, adapter_shuffled_prompt, static: summed KL of every sample in nats, shape [samples], by arm
             (`hyperagent_trainer.evaluation.arms`).
-        rows: supervised rows of every sample.
-        clusters: what every sample belongs to, such as its repository; those of one are drawn together.
-        seed: of the bootstrap.
+        rows: number of supervised rows of every sample, shape [samples].
+        clusters: the cluster of every sample, such as its repository; samples of one cluster are drawn together.
+        seed: seed of the bootstrap.
 
     Raises:
-        InvalidRequest: the arms have different numbers of samples, none at all, or a value that is no number.
+        InvalidRequest: the arms have different numbers of samples, no samples, or a value that is not finite.
     """
     arms = {FROZEN: frozen, ADAPTER: adapter, SHUFFLED_PROMPT: adapter_shuffled_prompt}
     if static is not None:
@@ -90,10 +93,10 @@ def conditioning_report(
     if len({len(clusters), len(rows), *map(len, arms.values())}) != 1 or not len(rows):
         raise InvalidRequest(
             f"arms of {', '.join(f'{name} {len(sums)}' for name, sums in arms.items())} samples cannot be paired; "
-            "give every arm the same ones"
+            "give every arm the same samples"
         )
     if not all(np.isfinite(sums).all() for sums in arms.values()):
-        raise InvalidRequest("an arm has a divergence that is no finite number; nothing can be concluded from it")
+        raise InvalidRequest("an arm has a divergence that is no finite number, so the arms cannot be compared")
     kl = {name: float(sums.sum() / rows.sum()) for name, sums in arms.items()}
     gain = _difference(adapter_shuffled_prompt - adapter, rows, clusters, seed)
     over_static = None if static is None else _difference(static - adapter, rows, clusters, seed)
@@ -115,7 +118,7 @@ def _verdict(gain: Difference, over_static: Difference | None) -> str:
 def _difference(
     sums: NDArray[np.float64], rows: NDArray[np.int64], clusters: Sequence[Hashable], seed: int
 ) -> Difference:
-    """Of a ratio: nats over rows, both summed over the clusters of a draw."""
+    """Return mean and interval of a ratio: nats over rows, both summed over the clusters of a draw."""
     names = list(dict.fromkeys(clusters))
     place = np.array([names.index(cluster) for cluster in clusters])
     of_cluster, rows_of_cluster = np.bincount(place, weights=sums), np.bincount(place, weights=rows)

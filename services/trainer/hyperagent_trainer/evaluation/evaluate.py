@@ -1,9 +1,10 @@
-"""Held-out KL of the arms, on what training never saw: other repositories, and other tasks of its own repositories.
+"""Evaluate the held-out KL of the arms on other repositories and on other tasks of the training repositories.
 
-The arms are those of `arms`. Where tasks of training's own repositories are held out as well, their arms end in `_tasks`.
+The arms are those of `arms`. Where tasks of the training repositories are held out as well, the names of their arms end in
+`_tasks`.
 
-The gap between `adapter_shuffled_prompt` and `adapter` is what conditioning on the prompt is worth; what they share would be learned by a
-single static adapter too. `conditioning` puts an interval around it, over the held-out repositories.
+The gap between `adapter_shuffled_prompt` and `adapter` is the gain from conditioning on the prompt; a single static adapter
+would learn whatever the two have in common. `conditioning` computes an interval for the gap over the held-out repositories.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one evaluation found."""
+    """The result of one evaluation."""
 
     kl: dict[str, float]
     """Nats per supervised token, by arm."""
     conditioning: dict[str, ConditioningReport]
-    """What the own prompt is worth, by split; empty for a static adapter."""
+    """Comparison of the arms, by split; empty for a static adapter."""
 
 
 class Evaluation:
-    """Every held-out split, with everything about it that does not change during training."""
+    """Evaluates every held-out split, keeping everything that does not change during training."""
 
     def __init__(self, held_out: Mapping[str, DistillationData], train: DistillationData, *, seed: int) -> None:
         self._parts = {
@@ -47,7 +48,7 @@ class Evaluation:
         }
 
     def run(self, adapted: AdaptedStudent, ranks: Ranks) -> HeldOut:
-        """Every arm of every split; the ranks share the work, and each learns the whole result."""
+        """Compute every arm of every split; the ranks share the work, and each returns the whole result."""
         results = {split: part.run(adapted, ranks) for split, part in self._parts.items()}
         kl = {f"{arm}{_ENDINGS[split]}": value for split, r in results.items() for arm, value in r.kl.items()}
         return HeldOut(kl, {split: r.conditioning for split, r in results.items() if r.conditioning is not None})
@@ -55,28 +56,34 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What one evaluation found on one split."""
+    """The result of one evaluation on one split."""
 
     kl: dict[str, float]
     """Nats per supervised token, by arm."""
     conditioning: ConditioningReport | None
-    """None for a static adapter."""
+    """Comparison of the arms; None for a static adapter."""
 
 
 class SplitEvaluation:
-    """One held-out split, trajectory by trajectory: paired differences need each one's own divergence."""
+    """Evaluates one held-out split by trajectory: paired differences need the KL of each one."""
 
     def __init__(self, held_out: DistillationData, others: Sequence[DistillationData], *, seed: int) -> None:
-        """Evaluate `held_out`; `others` have prompts for a split of one repository, the first that can is used."""
+        """Prepare the evaluation of a split.
+
+        Args:
+            held_out: the split to evaluate.
+            others: further splits to draw foreign prompts from, in this order, if `held_out` has only one repository.
+            seed: seed of the foreign prompts and the bootstrap.
+        """
         self._data = held_out
         self._others = others
         self._seed = seed
-        # The frozen student answers the same every time.
+        # The frozen student's KL is the same in every evaluation.
         self._frozen: NDArray[np.float64] | None = None
 
     @cached_property
     def _foreign_prompts(self) -> list[NDArray[np.uint32]]:
-        # Not at once: a static adapter reads no prompt, and may be trained on a single repository.
+        # Lazy, because a static adapter reads no prompt and may be trained on a single repository.
         fallbacks = [data.trajectories for data in self._others]
         return foreign_prompts(self._data.trajectories, *fallbacks, seed=self._seed)
 
@@ -85,12 +92,12 @@ class SplitEvaluation:
         """Compute every arm of every trajectory, and compare them over repositories.
 
         Raises:
-            DataError: the network reads prompts, and there is none of another repository.
+            DataError: the network reads prompts, but there is no prompt of another repository.
         """
         num = len(self._data.trajectories)
         rows = np.array([len(t.positions) for t in self._data.trajectories])
         frozen, adapter, shuffled = sums = np.zeros((3, num))
-        # A sharded student answers all ranks at once, so that each has to ask as often as the others.
+        # The passes of a sharded student are collective, so every rank must run the same number of them.
         for turn in range(0, num, ranks.size):
             index = min(turn + ranks.rank, num - 1)
             batch = self._data[[index]].to(adapted.student.head.device)
@@ -121,7 +128,7 @@ def foreign_prompts(
     """Draw a prompt of another repository for every held-out trajectory.
 
     Args:
-        fallbacks: where to look, in this order, if all of `held_out` is of one repository.
+        fallbacks: further trajectories to draw from, in this order, if all of `held_out` belongs to one repository.
 
     Raises:
         DataError: there is no trajectory of another repository.
@@ -133,8 +140,8 @@ def foreign_prompts(
         candidates = next(filter(None, found), None)
         if candidates is None:
             raise DataError(
-                f"all trajectories are of the repository {trajectory.repo!r}, so what its prompts are worth cannot be "
-                "measured against another repository's; add a second repository, or set arm: static in the recipe"
+                f"all trajectories are of the repository {trajectory.repo!r}, so its prompts cannot be compared with "
+                "another repository's; add a second repository, or set arm: static in the recipe"
             )
         chosen.append(candidates[int(generator.integers(len(candidates)))].prompt_ids)
     return chosen

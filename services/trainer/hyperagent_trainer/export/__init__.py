@@ -1,1 +1,1 @@
-"""Turns a run's checkpoint into a bundle or a PEFT adapter."""
+"""Export a run's checkpoint as a bundle or a PEFT adapter."""

@@ -1,7 +1,7 @@
-"""What `hyperagent export` does: make of a run's checkpoint what the run itself makes at its end.
+"""Implement `hyperagent export`: export a run's checkpoint as the run itself does at its end.
 
-The run may have stopped, failed, ended or still train. Of the student only the embedding table and the tokenizer are
-needed, of the teacher's cache the manifest, of the data nothing.
+The run may have stopped, failed or ended, or may still be training. It needs the student's embedding table and tokenizer
+and the manifest of the teacher's cache, but no data.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from hyperagent_trainer.student.sharding import embedding_table
 
 
 def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | None) -> dict[str, Any]:
-    """Write the bundle, or the PEFT folder of a static run, to `out`; returns what it is of.
+    """Write the bundle, or the PEFT folder of a static run, to `out`, and return a summary.
 
     Args:
-        which: checkpoint; by default the one that the run's end exports.
+        which: checkpoint to export; by default the one that the run exports at its end.
+
+    Returns:
+        The folder, the checkpoint's step, and the step and held-out KL of its last evaluation.
 
     Raises:
         NotFound: there is no run, or it has no such checkpoint.
         Conflict: `out` exists.
         ConfigError: the recipe keeps no best checkpoint, or is not that of the checkpoint; or the student, its tokenizer
             or the teacher's cache is not where the recipe says.
-        IdentityMismatch: the student or its tokenizer is another one than the run's.
+        IdentityMismatch: the student or its tokenizer is not the run's.
         CorruptRecord: a file of the checkpoint is not the one that was written, or the run's files are damaged.
-        StorageError: the file system refused.
+        StorageError: the file system reported an error.
     """
     if not folder.recipe.is_file():
         raise NotFound(f"{folder.root} holds no run; give the folder of one, such as runs/20261123-074501-512034")
     if out.exists():
-        raise Conflict(f"{out} is there already; name a folder that is not")
+        raise Conflict(f"{out} already exists; name a folder that does not")
     recipe = folder.read_recipe()
     manifest, weights = read_chosen(folder, recipe, which)
     network_manifest = NetworkManifest(**{name: getattr(manifest, name) for name in NetworkManifest.model_fields})
@@ -71,7 +74,11 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
 def read_chosen(
     folder: RunFolder, recipe: TrainRecipe, which: Literal["last", "best"] | None
 ) -> tuple[CheckpointManifest, dict[str, Tensor]]:
-    """A checkpoint's manifest and network, also while the run replaces it by newer ones; raises as `export_run` does."""
+    """Read the chosen checkpoint's manifest and weights, also while the run replaces checkpoints by newer ones.
+
+    Raises:
+        NotFound, ConfigError, CorruptRecord: see `export_run`.
+    """
     if which == "best" and recipe.patience is None:
         raise ConfigError("a run keeps its best checkpoint only with `patience` in its recipe; export the last one")
     is_best = recipe.patience is not None and which != "last"
@@ -79,23 +86,25 @@ def read_chosen(
         steps = folder.saved_steps()
         if not steps:
             raise NotFound(
-                f"there is no checkpoint in {folder.root}: the run has not saved one yet; ask it to, or wait until it does"
+                f"there is no checkpoint in {folder.root}: the run has not saved one yet; request one, or wait until it does"
             )
         last = folder.checkpoint(steps[-1])
         try:
             return read_network(folder.checkpoint(read_manifest(last).best.step) if is_best else last)
         except CorruptRecord:
-            # The run may have removed it meanwhile, for a newer one.
+            # The run may have removed this checkpoint meanwhile, after saving a newer one.
             if folder.saved_steps() == steps:
                 raise
 
 
 def _require_same_parts(recipe: TrainRecipe, network_manifest: NetworkManifest) -> None:
-    """That recipe and student are still those of the checkpoint."""
+    """Check that the recipe and the student are still those of the checkpoint."""
     if recipe.hypernetwork != network_manifest.hypernetwork or (recipe.arm == "static") != (
         network_manifest.mode == "static"
     ):
-        raise ConfigError("the run's checkpoint is of another recipe than its recipe.json; restore the one it had")
+        raise ConfigError(
+            "the run's checkpoint has another recipe than its recipe.json; restore the original recipe.json"
+        )
     remedy = "restore the student that the run was started with"
     require_same(
         f"the student in {recipe.student}",

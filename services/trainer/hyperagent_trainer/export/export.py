@@ -1,4 +1,4 @@
-"""What a trained network leaves for others: a bundle or a PEFT adapter, and a probe to prove it by."""
+"""Export a trained network as a bundle or a PEFT adapter, with a probe to verify it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.files import new_directory
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import encode_adapter
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.export.model_card import model_card
@@ -34,17 +34,17 @@ def export(
     step: int,
     held_out: HeldOutKL,
 ) -> None:
-    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing what was there.
+    """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing an existing folder.
 
     Args:
-        embeddings: the student's table [V, E].
+        embeddings: the student's embedding table [V, E].
         teacher: fingerprint of the teacher.
-        step: optimizer steps that the network was trained for.
-        held_out: the last evaluation at that step or before it.
+        step: number of optimizer steps that the network was trained for.
+        held_out: the last evaluation at or before that step.
 
     Raises:
         ConfigError: the student's folder lacks a tokenizer file.
-        StorageError: the file system refused.
+        StorageError: the file system reported an error.
     """
     if isinstance(network, AgenticHyperNetwork):
         manifest = BundleManifest(
@@ -79,7 +79,11 @@ def export(
 
 
 def make_probe(adapted: AdaptedStudent, held_out: DistillationData) -> bytes:
-    """What the adapted student answers on the first held-out prompt, for another process to compare with."""
+    """Return the adapted student's logits for the first held-out prompt, which another process can compare with its own.
+
+    Returns:
+        A safetensors file with `prompt_ids`, `token_ids` and `logits`.
+    """
     trajectory = held_out.trajectories[0]
     token_ids = trajectory.student_ids[-_PROBE_TOKENS:]
     tensors = {

@@ -1,4 +1,4 @@
-"""The README of a bundle, in the form that model hubs read: YAML front matter, then Markdown.
+"""Write the README of a bundle in the format of model hubs: YAML front matter, then Markdown.
 
 Source of the fields: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 """
@@ -22,10 +22,10 @@ _ARMS = {
 
 
 def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutKL, num_parameters: int) -> str:
-    """What the bundle is, what it was trained on and how well it does.
+    """Return the model card: what the bundle is, how it was trained, and its held-out KL.
 
     Args:
-        held_out: the last evaluation at the bundle's step or before it.
+        held_out: the last evaluation at or before the bundle's step.
     """
     student = Path(manifest.base_model).name
     front = {

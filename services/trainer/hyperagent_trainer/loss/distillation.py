@@ -1,4 +1,4 @@
-"""`compute_distillation_loss`: the divergence from the teacher's rows to the student behind its frozen head.
+"""Compute the divergence from the teacher's rows to the student's distribution, fused with its frozen output head.
 
 Legend of shape suffixes: N supervised rows, K kept ids, D hidden size, V vocabulary.
 
@@ -41,41 +41,41 @@ def compute_distillation_loss(
     workspace_bytes: int | None = None,
     backend: LossBackend = "auto",
 ) -> Tensor:
-    """`scale` times the sum over rows of the loss in nats; a scalar, differentiable once, in the hidden states only.
+    """Return `scale` times the sum of the rows' losses in nats: a scalar, differentiable once, in the hidden states only.
 
-    A row's loss is (1 - w) * t**2 * divergence(teacher || student) + w * cross-entropy: the divergence of the softmaxes
-    at temperature t, times t**2, which keeps gradients the size they are at 1, and the cross-entropy with the token that
-    really stands there at temperature 1, both as in Hinton et al. (arXiv:1503.02531, section 2); w is
-    `options.ce_weight`. It is never negative.
+    A row's loss is (1 - w) * t**2 * divergence(teacher || student) + w * cross-entropy, both as in Hinton et al.
+    (arXiv:1503.02531, section 2). The divergence compares the softmaxes at temperature t; the factor t**2 keeps its
+    gradients as large as they are at temperature 1. The cross-entropy with the actual token is taken at temperature 1;
+    w is `options.ce_weight`. The loss is never negative.
 
-    The gradient is computed in the forward pass and kept, N * D values; beside it memory does not grow with N. The
-    backward pass scales it in place, or a copy of it if the graph is retained.
+    The gradient is computed in the forward pass and kept, N * D values; apart from it, memory does not grow with N. The
+    backward pass scales it in place, or scales a copy of it if the graph is retained.
 
     Args:
         hidden_ND: the student's final hidden states at the supervised rows, in the head's dtype: bfloat16, float32 or
             float64. Logits and sums are float32 at least.
-        head_VD: the student's frozen output head. NaN or infinity in it or in the hidden states is not searched for;
-            the loss is then not finite.
-        rows: the teacher's, each normalized together with its tail; their temperature t, above 0, is that of both
-            softmaxes. Cross-entropy needs their target ids.
-        vocab_size: real entries; the head's rows from there on are padding and take no part.
+        head_VD: the student's frozen output head. It and the hidden states are not checked for NaN or infinity; with
+            either, the loss is not finite.
+        rows: the teacher's rows, each normalized together with its tail. Their temperature t, above 0, applies to both
+            softmaxes. The cross-entropy needs their target ids.
+        vocab_size: number of real entries; the head's rows from there on are padding and are ignored.
         options: forward KL without cross-entropy by default.
-        scale: 1 / the supervised rows of the whole optimizer step gives nats per supervised token. A factor that is
-            applied to the result instead does the same, but rounds a bfloat16 gradient a second time.
-        workspace_bytes: of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path has a
-            fixed workspace below 64 MiB.
-        backend: "auto" takes torch: the Triton kernels are proved in Triton's interpreter only, and are taken when asked
-            for until they have been compiled and measured on a GPU. They compute in bfloat16 and float32.
+        scale: 1 / (supervised rows of the whole optimizer step) gives nats per supervised token. Multiplying the result
+            by the factor instead has the same effect, but rounds a bfloat16 gradient a second time.
+        workspace_bytes: size of the buffers for logits; 96 MiB on a CPU and 600 MiB on a GPU by default. The Triton path
+            has a fixed workspace below 64 MiB.
+        backend: "auto" means torch. The Triton kernels are tested in Triton's interpreter only, so they run only on
+            request until they have been compiled and measured on a GPU. They compute in bfloat16 and float32.
 
     Raises:
-        InvalidRequest: the head is not frozen, there are no rows, the teacher's hold NaN, or shapes, types, ids or
+        InvalidRequest: the head is not frozen, there are no rows, the teacher's rows hold NaN, or shapes, types, ids or
             normalization are wrong. The backward pass raises it under `create_graph`.
     """
     options = options or LossOptions()
     if options.ce_weight and rows.target_ids_N is None:
         raise InvalidRequest(f"a ce_weight of {options.ce_weight} needs the target ids; give rows.target_ids_N")
     if not options.ce_weight:
-        # Without cross-entropy the target is an id like any other, and gets no entry of its own.
+        # Without cross-entropy the target is an id like any other and needs no entry of its own.
         rows = replace(rows, target_ids_N=None)
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden_ND.device)
@@ -94,7 +94,7 @@ def compute_distillation_loss(
 
 
 def default_workspace_bytes(device: torch.device) -> int:
-    """Bytes that the loss takes for logits on a device unless told otherwise."""
+    """Return the default size in bytes of the loss's buffers for logits on a device."""
     return _GPU_WORKSPACE if device.type == "cuda" else _CPU_WORKSPACE
 
 
@@ -106,9 +106,7 @@ def check_backend(backend: LossBackend, device: torch.device) -> None:
     """
     can_triton = find_spec("triton") and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET"))
     if backend == "triton" and not can_triton:
-        raise InvalidRequest(
-            'backend "triton" needs the triton package and a GPU; take "torch", or leave the choice to "auto"'
-        )
+        raise InvalidRequest('backend "triton" needs the triton package and a GPU; take "torch" or "auto"')
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -123,7 +121,7 @@ class _FusedLoss(torch.autograd.Function):
         backend: LossBackend,
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
-        # Autocast would take the products down to bfloat16 behind our back.
+        # Autocast would silently downcast the matrix products to bfloat16.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             if backend == "triton":
                 from hyperagent_trainer.loss import triton_backend
@@ -142,13 +140,13 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            # `once_differentiable` lets a second derivative pass as 0 when the incoming factor is a constant.
+            # `once_differentiable` would return a second derivative of 0 when the incoming factor is a constant.
             raise InvalidRequest("the distillation loss is differentiable once; call backward without create_graph")
         (grad_ND,) = ctx.saved_tensors
-        # Of the graph that is about to be freed nobody else will ask for the gradient.
+        # If the graph is freed after this pass, nothing else reads the gradient, so it can be overwritten.
         is_retained = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled_ND = torch.empty_like(grad_ND) if is_retained else grad_ND
-        # In blocks and in float32: a factor rounded to bfloat16 would be an error that all rows share.
+        # In blocks and in float32: a factor rounded to bfloat16 would be an error shared by all rows.
         for start in range(0, grad_ND.shape[0], _BACKWARD_ROWS):
             block = slice(start, start + _BACKWARD_ROWS)
             scaled_ND[block] = grad_ND[block] * grad_total[None, None]

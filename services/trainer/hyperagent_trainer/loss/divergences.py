@@ -1,16 +1,16 @@
-"""Divergences between two distributions over the same few buckets, each with its gradient.
+"""Compute divergences between two distributions over the same buckets, each with its gradient.
 
 Legend of shape suffixes: C rows, B buckets.
 
-p is the teacher, q the student, both as normalized log-probabilities; -inf is an empty bucket. A gradient is that with
+p is the teacher, q the student, both as normalized log-probabilities; -inf is an empty bucket. Gradients are taken with
 respect to the log of the student's unnormalized mass in each bucket (a logit, for a bucket of one id): with
-a = d loss / d q it is q * (a - sum q a).
+a = d loss / d q, the gradient is q * (a - sum q a).
 
-Every loss is a sum of terms that cannot be negative, not even by rounding, because a KL is taken as the Bregman
-divergence sum(p log(p / q) - p + q), equal to it for normalized p and q. Near p = q, where p log(p / q) alone
-cancels down to nothing, its terms are squares.
+Every loss is a sum of terms that cannot be negative, not even by rounding, because a KL is computed as the Bregman
+divergence sum(p log(p / q) - p + q), equal to it for normalized p and q. Near p = q, where p log(p / q) alone loses all
+its digits to cancellation, the terms of the Bregman divergence are squares.
 
-Everything is float64: it costs next to nothing on k + 1 buckets, and what is left of rounding is then the logits' own.
+Everything is float64: it costs next to nothing on k + 1 buckets, and the only rounding left is that of the logits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SERIES_BELOW = 1e-3
 
 
 def divergence_terms(logp_CB: Tensor, logq_CB: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Loss of each row in nats [C], at least 0, and its gradient [C, B]; all float64.
+    """Return each row's loss in nats [C], at least 0, and its gradient [C, B]; both float64.
 
-    A bucket that is empty on both sides takes no part.
+    A bucket that is empty on both sides contributes nothing.
     """
     if options.divergence == "jsd":
         return _jensen_shannon(logp_CB, logq_CB, options.jsd_beta)
@@ -37,21 +37,21 @@ def divergence_terms(logp_CB: Tensor, logq_CB: Tensor, options: LossOptions) -> 
 
 
 def _forward_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q); a = -p / q, so the gradient is q - p."""
+    """Return KL(p || q) and its gradient; a = -p / q, so the gradient is q - p."""
     p_CB, q_CB = logp_CB.exp(), logq_CB.exp()
     return _bregman(p_CB, q_CB, logq_CB - logp_CB).sum(1), q_CB - p_CB
 
 
 def _reverse_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p); a = log(q / p) + 1."""
+    """Return KL(q || p) and its gradient; a = log(q / p) + 1."""
     p_CB, q_CB = logp_CB.exp(), logq_CB.exp()
     return _bregman(q_CB, p_CB, logp_CB - logq_CB).sum(1), _centered(q_CB, logq_CB - logp_CB)
 
 
 def _jensen_shannon(logp_CB: Tensor, logq_CB: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv:2306.13649, eq. 1).
+    """Return beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, and its gradient.
 
-    a = (1 - beta) log(q / m).
+    The definition is arXiv:2306.13649, eq. 1; a = (1 - beta) log(q / m).
     """
     p_CB, q_CB = logp_CB.exp(), logq_CB.exp()
     m_CB = beta * p_CB + (1 - beta) * q_CB
@@ -62,7 +62,7 @@ def _jensen_shannon(logp_CB: Tensor, logq_CB: Tensor, beta: float) -> tuple[Tens
 
 
 def _total_variation(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    """sum |p - q| / 2; a = sign(q - p) / 2, and 0 where they are equal."""
+    """Return sum |p - q| / 2 and its gradient; a = sign(q - p) / 2, and 0 where they are equal."""
     difference_CB = logq_CB.exp() - logp_CB.exp()
     return difference_CB.abs().sum(1) / 2, _centered(logq_CB.exp(), difference_CB.sign() / 2)
 
@@ -75,28 +75,28 @@ _PLAIN: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 
 def _bregman(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """u log(u / v) - u + v = u (exp(x) - 1 - x) for x = log(v / u), at least 0; it is v where u = 0."""
+    """Return u log(u / v) - u + v = u (exp(x) - 1 - x) for x = log(v / u), at least 0; the result is v where u = 0."""
     near = x.abs() < 1
     small = torch.where(near, x, 0.0)
     series = small**2 * (0.5 + small / 6 + small**2 / 24)
     excess = torch.where(small.abs() < _SERIES_BELOW, series, torch.expm1(small) - small)
-    # Far from 0 nothing cancels, and exp(x) may overflow where v does not.
+    # Far from 0 nothing cancels, but exp(x) may overflow where v does not.
     far = v - u - torch.where(u > 0, u * x, 0.0)
     return torch.where(near, u * excess, far)
 
 
 def _log_mean_exp(x: Tensor, weight: float) -> Tensor:
-    """log(1 - weight + weight * exp(x)), exact near x = 0 and without overflow."""
+    """Return log(1 - weight + weight * exp(x)), exact near x = 0 and without overflow."""
     below = torch.log1p(weight * torch.expm1(x.clamp(max=1)))
     above = x + torch.log1p((1 - weight) * torch.expm1(-x.clamp(min=0)))
     return torch.where(x < 1, below, above)
 
 
 def _centered(q_CB: Tensor, a_CB: Tensor) -> Tensor:
-    """q * (a - sum q a), where empty buckets of q have any a.
+    """Return q * (a - sum q a); the value of a in empty buckets of q is ignored.
 
-    a is first taken relative to that of the fullest bucket: of a student that is sure, q (a - sum q a) there would
-    otherwise be the small difference of two large numbers.
+    The value of a in the fullest bucket is subtracted first. For a confident student, q (a - sum q a) in that bucket
+    would otherwise be the small difference of two large numbers.
     """
     a_CB = torch.where(q_CB > 0, a_CB, 0.0)
     a_CB = a_CB - a_CB.gather(1, q_CB.argmax(1, keepdim=True))

@@ -1,11 +1,11 @@
-"""Triton kernels of the loss: one pass over a slab of the vocabulary, its folding into running sums, the gradient.
+"""Triton kernels of the loss: a pass over one slab of the vocabulary, folding it into running sums, and the gradient.
 
 Legend of shape suffixes: M rows of a block, X ids of a slab, T tiles of the slab, J gathered ids, D hidden size,
-V vocabulary. Rows are program 0 of every grid, which alone may have more than 65,535 programs.
+V vocabulary. Rows are axis 0 of every grid, the only axis that may have more than 65,535 programs.
 
-Each tile of exponentials is relative to a reference of its own, the larger of the row's maximum so far and the tile's
-maximum, so nothing overflows whatever the logits. `fold_slab` brings tiles to one reference afterwards, and touches
-memory only for the rows whose maximum has risen. No atomics: results are the same in every run.
+Each tile of exponentials is relative to its own reference, the larger of the row's maximum so far and the tile's
+maximum, so nothing overflows whatever the logits are. `fold_slab` brings the tiles to one reference afterwards, and
+touches memory only for the rows whose maximum has risen. There are no atomics, so results are the same in every run.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def exponentiate_slab(
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile: logits in float32, those of gathered ids taken out, exponentials of the others, their sum.
+    """Compute one tile: float32 logits, moving out those of gathered ids, then exponentials of the others and their sum.
 
-    first_MT1 says where a row's gathered ids of each tile of the whole vocabulary begin in `sorted_ids_MJ`.
+    first_MT1 holds, for each tile of the whole vocabulary, where a row's gathered ids begin in `sorted_ids_MJ`.
     """
     tile = tl.program_id(1)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -68,7 +68,7 @@ def exponentiate_slab(
     first_tile = slab_start // BLOCK_X + tile
     first = tl.load(first_MT1 + rows * first_stride + first_tile, mask=is_row, other=0)
     end = tl.load(first_MT1 + rows * first_stride + first_tile + 1, mask=is_row, other=0)
-    # One tile serves as logits and as rest: two would not fit into registers.
+    # One tile holds the logits and then the rest: two would not fit into registers.
     z = tl.where(is_id[None, :], z, float("-inf"))
     for j in range(tl.max(end - first, axis=0)):
         slot = first + j
@@ -79,7 +79,7 @@ def exponentiate_slab(
         z = tl.where(is_hit, float("-inf"), z)
 
     reference = tl.maximum(tl.load(running_max_M + rows, mask=is_row, other=float("-inf")), tl.max(z, axis=1))
-    # With nothing but gathered ids so far, exp(-inf - 0) is the 0 that there should be.
+    # While only gathered ids have been seen, exp(-inf - 0) gives the correct 0.
     finite = tl.where(reference == float("-inf"), 0.0, reference)
     exponentials = tl.exp((z - finite[:, None]) * inverse_temperature)
     tl.store(tile_max_MT + rows * num_tiles + tile, reference, mask=is_row)
@@ -108,7 +108,7 @@ def fold_slab(
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row: bring its tiles and what it has summed so far to the larger of their references."""
+    """Bring one row's tiles and its running sums to the larger of their references."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_T)
     is_tile = tiles < num_tiles
@@ -149,7 +149,7 @@ def add_gathered(
     head_stride,
     BLOCK_D: tl.constexpr,
 ):
-    """One row and some of its columns: the part from the rest, plus the gathered ids' rows of the head, weighted."""
+    """Write some columns of one row's gradient: the part from the rest plus the weighted head rows of the gathered ids."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_d = d < hidden_size

@@ -1,10 +1,10 @@
-"""Products with the head whose sums stay float32 to the end, also where hidden states and head are bfloat16.
+"""Matrix products with the head whose sums stay float32, also where hidden states and head are bfloat16.
 
 Legend of shape suffixes: M rows of a block, J gathered ids, X ids of a slab, D hidden size, V vocabulary.
 
-A logit rounded to bfloat16 is off by up to |z| / 256, and near p = q so is every probability: the gradient, a
-difference of the two, is then mostly noise. On a GPU the product itself gives its float32 sums; PyTorch's products on
-a CPU round them, so there the head is widened, a slab at a time, and the widened slab serves both products.
+A logit rounded to bfloat16 is off by up to |z| / 256, and near p = q so is every probability; the gradient, a
+difference of the two, is then mostly noise. On a GPU the product returns its float32 sums. On a CPU PyTorch rounds
+them, so there the head is widened one slab at a time, and both products use the widened slab.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def operand_dtype(head_VD: Tensor) -> torch.dtype:
-    """What a slab of the head is multiplied in: its own type, or on a CPU float32 at least."""
+    """Return the dtype in which a slab of the head is multiplied: its own, but at least float32 on a CPU."""
     return head_VD.dtype if head_VD.is_cuda else torch.promote_types(head_VD.dtype, torch.float32)
 
 
 def slabs(head_VD: Tensor, slab_ids: int) -> Iterator[tuple[int, Tensor]]:
-    """First id and rows of each slab, in `operand_dtype`; one that had to be widened is overwritten by the next."""
+    """Yield the first id and the rows of each slab, in `operand_dtype`; a widened slab is overwritten by the next one."""
     dtype = operand_dtype(head_VD)
     buffer_XD = None if head_VD.dtype == dtype else head_VD.new_empty(head_VD[:slab_ids].shape, dtype=dtype)
     for start in range(0, head_VD.shape[0], slab_ids):
@@ -39,7 +39,7 @@ def logits_(out_MX: Tensor, hidden_MD: Tensor, slab_XD: Tensor) -> None:
 
 
 def add_product_(out_MD: Tensor, weights_MX: Tensor, slab_XD: Tensor) -> None:
-    """Add weights @ slab to `out_MD`, with sums of its type; on a GPU the weights are rounded to the slab's first."""
+    """Add weights @ slab to `out_MD`, summing in its dtype; on a GPU the weights are first rounded to the slab's dtype."""
     if slab_XD.is_cuda and out_MD.dtype != slab_XD.dtype:
         torch.addmm(out_MD, weights_MX.to(slab_XD.dtype), slab_XD, out_dtype=out_MD.dtype, out=out_MD)
     else:
@@ -47,10 +47,10 @@ def add_product_(out_MD: Tensor, weights_MX: Tensor, slab_XD: Tensor) -> None:
 
 
 def add_gathered_(out_MD: Tensor, weights_MJ: Tensor, ids_MJ: Tensor, head_VD: Tensor, *, room: int) -> None:
-    """Add to each row the sum of its ids' rows of the head, weighted; weights and sums of `out_MD`'s type.
+    """Add to each row the weighted sum of the head's rows at its ids; weights and sums have `out_MD`'s dtype.
 
     Args:
-        room: bytes for the sums of some rows, or for copies of the head's rows; at least one is made at a time.
+        room: bytes for temporary sums or copies of the head's rows; at least one row is held at a time.
     """
     size = head_VD.shape[1]
     if head_VD.dtype == out_MD.dtype:
@@ -59,7 +59,7 @@ def add_gathered_(out_MD: Tensor, weights_MJ: Tensor, ids_MJ: Tensor, head_VD: T
             part = slice(row, row + num_rows)
             out_MD[part] += F.embedding_bag(ids_MJ[part], head_VD, per_sample_weights=weights_MJ[part], mode="sum")
         return
-    # `embedding_bag` would round its sums to the head's type. Each row stands there as it is and widened.
+    # `embedding_bag` would round its sums to the head's dtype. Each row is held both as it is and widened.
     at_once = max(1, room // (size * (head_VD.element_size() + out_MD.element_size())))
     num_ids = min(ids_MJ.shape[1], at_once)
     num_rows = at_once // num_ids

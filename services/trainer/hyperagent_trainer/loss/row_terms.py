@@ -1,11 +1,11 @@
-"""From logits at the kept ids and sums over all others to each row's loss and the gradient of its logits.
+"""Turn logits at the kept ids and sums over all others into each row's loss and the gradient of its logits.
 
 Legend of shape suffixes: N supervised rows, C rows of a chunk, K kept ids, J gathered ids (the kept ones and, with
 cross-entropy, the target), B = K + 1 buckets.
 
-Both paths over the vocabulary, torch and Triton, reduce a row to the same few numbers: its logits at the J gathered
-ids, and maximum and sum of exponentials of all other logits (the *rest*). What a divergence makes of them is here, once.
-The rest is never 1 minus the others, which cancels to nothing when the student is sure.
+Both backends, torch and Triton, reduce a row to the same numbers: its logits at the J gathered ids, and the maximum and
+the sum of exponentials of all other logits (the *rest*). This module computes the loss from them for both. The rest is
+never computed as 1 minus the others, which would lose all its digits when the student is confident.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from hyperagent_trainer.loss.options import LossOptions
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss."""
+    """Options, temperature and scale of the loss."""
 
     options: LossOptions
     temperature: float
     scale: float
-    """Of the loss and its gradient, taken while they are float64: a gradient that leaves as bfloat16 is rounded once."""
+    """Factor of the loss and its gradient, applied in float64 so that a bfloat16 gradient is rounded only once."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Of the softmaxes that are needed: the divergence's, then the cross-entropy's where it is another one."""
+        """Temperatures of the softmaxes: the divergence's, then the cross-entropy's where it differs."""
         return (self.temperature,) if self.temperature == 1 or not self.options.ce_weight else (self.temperature, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class GatheredIds:
-    """The ids of each row whose logits get a gradient of their own, all others sharing one factor."""
+    """The ids of each row whose logits get their own gradient; all other ids share one factor."""
 
     ids_CJ: Tensor
     """int64; a dead entry repeats the row's first id."""
     is_live_CJ: Tensor
-    """False at padding, and at a target that is among the kept ids anyway."""
+    """bool: False at padding, and at the target's entry if the target is among the kept ids already."""
     is_target_CJ: Tensor | None
+    """bool: True at the target; None without cross-entropy."""
 
     def __getitem__(self, rows: slice) -> GatheredIds:
         is_target_CJ = None if self.is_target_CJ is None else self.is_target_CJ[rows]
@@ -52,10 +53,10 @@ class GatheredIds:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """Logits of the ids not gathered, at one temperature t: sum of exp(z / t) is exp(max / t) * sum."""
+    """Logits of the ids not gathered, at one temperature t; the sum of exp(z / t) is exp(max / t) * sum."""
 
     max_C: Tensor
-    """Of z, not of z / t; -inf if nothing is left."""
+    """Maximum of z, not of z / t; -inf if every id is gathered."""
     sum_C: Tensor
     temperature: float
 
@@ -65,20 +66,21 @@ class Rest:
 
 @dataclass(frozen=True, eq=False)
 class RowTerms:
-    """Loss and gradient of a chunk's rows; float64."""
+    """Losses and gradients of a chunk's rows; float64."""
 
     loss_C: Tensor
-    """Nats, scaled."""
+    """Loss of each row in nats, times the scale."""
     gathered_CJ: Tensor
     """d loss / d z at the gathered ids; 0 at dead entries."""
     rest_C: tuple[Tensor, ...]
-    """For each temperature t the factor f of d loss / d z = f * exp((z - max) / t) at every other id."""
+    """For each temperature t, the factor f in d loss / d z = f * exp((z - max) / t) at every other id."""
 
 
 def gather_ids(rows: TeacherRows) -> GatheredIds:
-    """The kept ids, and the target beside them.
+    """Return the kept ids and, with cross-entropy, the target.
 
-    With its own entry the target's gradient, q - 1, is never rounded to bfloat16, and its loss never cancels.
+    With its own entry, the target's gradient q - 1 is never rounded to bfloat16, and its loss does not suffer from
+    cancellation.
     """
     ids_CK, is_live_CK = rows.ids_NK, rows.logprobs_NK > -torch.inf
     if rows.target_ids_N is None:
@@ -96,14 +98,14 @@ def gather_ids(rows: TeacherRows) -> GatheredIds:
 def row_terms(
     z_CJ: Tensor, gathered: GatheredIds, rests: tuple[Rest, ...], rows: TeacherRows, objective: Objective
 ) -> RowTerms:
-    """The losses of a chunk and their gradients with respect to its logits.
+    """Compute the losses of a chunk of rows and their gradients with respect to its logits.
 
     Args:
         z_CJ: the student's logits at the gathered ids.
-        rests: for each of the objective's temperatures.
+        rests: one for each of the objective's temperatures.
     """
     z_CJ = torch.where(gathered.is_live_CJ, z_CJ.double(), -torch.inf)
-    # Relative to the row's largest logit, so that a large common part costs no digits.
+    # Relative to the row's largest logit, so that a large common offset costs no digits.
     top_C = torch.maximum(z_CJ.amax(1), rests[0].max_C.double())
     z_CJ = z_CJ - top_C[:, None]
     log_rest_C = [(r.max_C.double() - top_C) / r.temperature + r.sum_C.double().log() for r in rests]
@@ -127,13 +129,16 @@ def row_terms(
 def _divergence(
     z_CJ: Tensor, log_rest_C: Tensor, rows: TeacherRows, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient at the gathered ids, gradient summed over the rest; the logits are at the temperature already."""
+    """Return the loss, its gradient at the gathered ids and its gradient summed over the rest.
+
+    The logits are already divided by the temperature.
+    """
     k = rows.ids_NK.shape[1]
-    # A target outside the kept ids is one of "any other id".
+    # A target outside the kept ids belongs to the bucket "any other id".
     log_other_CX = torch.cat([z_CJ[:, k:], log_rest_C[:, None]], dim=1)
     log_mass_CB = torch.cat([z_CJ[:, :k], log_other_CX.logsumexp(1, keepdim=True)], dim=1)
     logp_CB = torch.cat([rows.logprobs_NK, rows.tail_logmass_N[:, None]], dim=1).double()
-    # The rounding of the teacher's row, whose sum the checks have found near enough to 1, is divided out.
+    # The checks have found the sum of the teacher's row close enough to 1; the remaining rounding is divided out.
     loss_C, grad_CB = divergence_terms(logp_CB.log_softmax(1), log_mass_CB.log_softmax(1), objective.options)
     share_CX = torch.where(log_other_CX > -torch.inf, (log_other_CX - log_mass_CB[:, k:]).exp(), 0.0)
     grad_CX = grad_CB[:, k:] * share_CX
@@ -144,7 +149,10 @@ def _divergence(
 
 
 def _cross_entropy(z_CJ: Tensor, log_rest_C: Tensor, is_target_CJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-log q of the target, as log(1 + mass of the others / mass of the target), and its gradients as above."""
+    """Return -log q of the target, as log(1 + mass of the others / mass of the target), and its gradients.
+
+    The gradients are those at the gathered ids and summed over the rest, as in `_divergence`.
+    """
     z_target_C = torch.where(is_target_CJ, z_CJ, 0.0).sum(1)
     others_CJ = torch.where(is_target_CJ, -torch.inf, z_CJ)
     log_odds_C = torch.logaddexp(others_CJ.logsumexp(1), log_rest_C) - z_target_C

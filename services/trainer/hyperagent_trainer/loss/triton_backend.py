@@ -1,12 +1,13 @@
-"""The loss over blocks of rows and slabs of the vocabulary, with Triton kernels: for a GPU, in less than 64 MiB.
+"""Compute the loss over blocks of rows and slabs of the vocabulary with Triton kernels, on a GPU in less than 64 MiB.
 
 Legend of shape suffixes: N supervised rows, M rows of a block, X ids of a slab, T tiles of a slab, J gathered ids,
 D hidden size, V vocabulary.
 
-The gradient's part from the ids not gathered, sum of softmax(z) over them times their rows of the head, is attention with
-the hidden state as query and the head as keys and values, and is computed as FlashAttention does it (arXiv:2205.14135):
-slab by slab, with a running maximum and a running sum. A kernel multiplies, takes out the gathered ids and exponentiates,
-so logits never reach memory; the second product is the vendor's. Both products are done once, 4 N D V operations in all.
+The part of the gradient that comes from the ids not gathered, the sum of softmax(z) over them times their rows of the
+head, is attention with the hidden state as query and the head as keys and values. It is computed as FlashAttention does
+(arXiv:2205.14135): slab by slab, with a running maximum and a running sum. One kernel multiplies, takes out the gathered
+ids and exponentiates, so logits never reach memory; the second product uses the vendor's library. Both products are done
+once, 4 N D V operations in all.
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ from hyperagent_trainer.loss import matmul
 from hyperagent_trainer.loss.kernels import add_gathered, exponentiate_slab, fold_slab
 from hyperagent_trainer.loss.row_terms import GatheredIds, Objective, Rest, gather_ids, row_terms
 
-# The terms of a row are float64 and several.
+# Limits the memory of the float64 arrays from which the rows' terms are computed.
 _TERM_ROWS = 512
-# Sorts behind every id, so that no tile holds it.
+# Sorts after every id, so that no tile contains it.
 _NOWHERE = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut. The default takes, at hidden size 2,048 in bfloat16, 24 MiB of exponentials and 16 of sums."""
+    """Sizes of the pieces into which the work is split.
+
+    At hidden size 2,048 in bfloat16 the defaults take 24 MiB for exponentials and 16 MiB for sums.
+    """
 
     rows: int = 2048
-    """Of a block."""
+    """Rows of a block."""
     slab_ids: int = 6144
-    """Of a slab; a multiple of a tile's."""
+    """Ids of a slab; a multiple of `tile_ids`."""
     tile_rows: int = 128
+    """Rows of a kernel's tile."""
     tile_ids: int = 256
+    """Ids of a kernel's tile."""
 
 
 _DEFAULT = Tiling()
@@ -53,13 +59,13 @@ def loss_and_gradient(
     wants_grad: bool,
     tiling: Tiling = _DEFAULT,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the rows' losses, float64, and its gradient in the hidden states' dtype if asked for.
+    """Return the sum of the rows' losses (float64) and, if `wants_grad`, its gradient in the hidden states' dtype.
 
     Args:
-        head_VD: without padding.
+        head_VD: the output head without its padding rows.
 
     Raises:
-        InvalidRequest: float64, or rows of the hidden states or of the head whose values do not stand side by side.
+        InvalidRequest: the hidden states are float64, or rows of the hidden states or of the head are not contiguous.
     """
     if hidden_ND.dtype == torch.float64:
         raise InvalidRequest('the Triton path computes in float32; take backend "torch" for float64')
@@ -68,7 +74,7 @@ def loss_and_gradient(
     n = hidden_ND.shape[0]
     grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-    # Each further temperature takes sums of its own, out of the same workspace.
+    # Each further temperature needs its own sums in the same workspace.
     block_rows = tiling.rows // len(objective.temperatures)
     for start in range(0, n, block_rows):
         block = slice(start, min(start + block_rows, n))
@@ -85,7 +91,7 @@ def _block(
     grad_MD: Tensor | None,
     tiling: Tiling,
 ) -> Tensor:
-    """Loss of a block's rows; writes their gradient into `grad_MD`."""
+    """Return the summed loss of a block's rows and write their gradient into `grad_MD`."""
     gathered = gather_ids(rows)
     passes = [
         _pass_over_vocabulary(hidden_MD, head_VD, gathered, t, tiling, wants_sums=grad_MD is not None)
@@ -119,7 +125,7 @@ def _pass_over_vocabulary(
     *,
     wants_sums: bool,
 ) -> tuple[Tensor, Rest, Tensor]:
-    """Logits [M, J] at the gathered ids, the rest, and sums [M, D] of exp((z - max) / t) * head over the rest.
+    """Return logits [M, J] at the gathered ids, the rest, and sums [M, D] of exp((z - max) / t) * head over the rest.
 
     Without `wants_sums` the sums have no columns.
     """

@@ -1,9 +1,9 @@
-"""What the loss refuses, each with a message of its own.
+"""Validate the loss's arguments, with a separate message for each fault.
 
 Legend of shape suffixes: N supervised rows, C rows of a block, K kept ids, D hidden size, V vocabulary.
 
-Shapes and types are compared on the host. What is inside the tensors is looked at in blocks of rows, and the findings
-come to the host together: one synchronization, however many checks and rows.
+Shapes and types are compared on the host. The tensors' values are checked in blocks of rows, and all results come to
+the host together: one synchronization, however many checks and rows there are.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from hyperagent_trainer.loss.options import LossOptions
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
-# Of log-probabilities in float32, or in a codec's 8 bits once its reader has normalized them.
+# Holds for log-probabilities in float32, and for a codec's 8 bits once its reader has normalized them.
 _SUM_TOLERANCE = 1e-3
 _BLOCK_IDS = 2**19
 
 
 def check_arguments(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, vocab_size: int, workspace: int) -> None:
-    """Check everything that needs no look inside a tensor.
+    """Check everything that does not depend on the tensors' values.
 
     Raises:
-        InvalidRequest: the head is not frozen, there are no rows, or shapes, types or devices do not fit.
+        InvalidRequest: the head is not frozen, there are no rows, or shapes, types or devices do not match.
     """
     if head_VD.requires_grad:
         raise InvalidRequest("the output head must be frozen: this loss computes no gradient for it")
@@ -39,7 +39,9 @@ def check_arguments(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, vocab
         )
     n, k = rows.ids_NK.shape
     if n == 0 or k == 0:
-        raise InvalidRequest(f"there are no supervised rows, or no kept ids (ids are {(n, k)}); that teaches nothing")
+        raise InvalidRequest(
+            f"there are no supervised rows or no kept ids: the ids have shape {(n, k)}; give at least one of each"
+        )
     others = [rows.logprobs_NK, rows.tail_logmass_N] + ([] if rows.target_ids_N is None else [rows.target_ids_N])
     if hidden_ND.shape[0] != n or [tuple(t.shape) for t in others] != [(n, k), (n,), (n,)][: len(others)]:
         raise InvalidRequest(
@@ -48,7 +50,7 @@ def check_arguments(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, vocab
         )
     if hidden_ND.dtype != head_VD.dtype or hidden_ND.dtype not in DTYPES:
         raise InvalidRequest(
-            f"hidden states ({hidden_ND.dtype}) and head ({head_VD.dtype}) must be of one type: bfloat16, float32, float64"
+            f"hidden states ({hidden_ND.dtype}) and head ({head_VD.dtype}) must be of one type: bfloat16, float32 or float64"
         )
     integers = [rows.ids_NK, *others[2:]]
     if any(t.dtype != torch.int64 for t in integers) or not all(t.is_floating_point() for t in others[:2]):
@@ -57,23 +59,23 @@ def check_arguments(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, vocab
         raise InvalidRequest("hidden states, head and the teacher's rows must be on one device")
     if not 1 <= vocab_size <= head_VD.shape[0]:
         raise InvalidRequest(
-            f"the head has {head_VD.shape[0]} rows of which {vocab_size} should be real; "
-            "it belongs to a different tokenizer"
+            f"vocab_size is {vocab_size}, but the head has {head_VD.shape[0]} rows; "
+            "the head belongs to a different tokenizer"
         )
     if workspace < 1:
-        raise InvalidRequest(f"a workspace of {workspace} bytes holds no logits; give at least one row's")
+        raise InvalidRequest(f"a workspace of {workspace} bytes holds no logits; workspace_bytes must be at least 1")
 
 
 def check_values(rows: TeacherRows, *, vocab_size: int, options: LossOptions) -> None:
-    """Look inside the teacher's rows.
+    """Check the values of the teacher's rows.
 
-    Hidden states and head are not searched: NaN or infinity in them leaves no loss finite.
+    Hidden states and head are not checked: NaN or infinity in them makes the loss not finite.
 
     Raises:
-        InvalidRequest: naming what is wrong and how many rows have it.
+        InvalidRequest: a value is wrong; the message names the fault and the number of rows that have it.
     """
     if not 0 < rows.temperature < float("inf"):
-        raise InvalidRequest(f"a temperature of {rows.temperature} is no softmax; it must be above 0")
+        raise InvalidRequest(f"a temperature of {rows.temperature} is no softmax; it must be finite and above 0")
     counts: dict[str, Tensor] = {}
     n, k = rows.ids_NK.shape
     block_rows = max(1, _BLOCK_IDS // k)
@@ -86,7 +88,7 @@ def check_values(rows: TeacherRows, *, vocab_size: int, options: LossOptions) ->
 
 
 def _faults(rows: TeacherRows, vocab_size: int, options: LossOptions) -> Iterator[tuple[str, Tensor]]:
-    """Each fault with a mask of the rows that have it."""
+    """Yield each fault's description with a mask of the rows that have it."""
     ids_CK, logp_CK, tail_C = rows.ids_NK, rows.logprobs_NK, rows.tail_logmass_N
     is_live_CK = logp_CK > -torch.inf
     yield "a log-probability of the teacher is NaN", logp_CK.isnan().any(1) | tail_C.isnan()
@@ -95,7 +97,7 @@ def _faults(rows: TeacherRows, vocab_size: int, options: LossOptions) -> Iterato
         ((ids_CK < 0) | (ids_CK >= vocab_size)).any(1),
     )
     yield (
-        "log-probability -inf marks padding, which stands after the kept ids and repeats the first of them",
+        "log-probability -inf marks padding, which must follow the kept ids and repeat the first of them",
         ~is_live_CK[:, 0] | (~is_live_CK & (ids_CK != ids_CK[:, :1])).any(1),
     )
     distinct = -1 - torch.arange(ids_CK.shape[1], device=ids_CK.device)
@@ -107,10 +109,10 @@ def _faults(rows: TeacherRows, vocab_size: int, options: LossOptions) -> Iterato
         ~((total_C - 1).abs() <= _SUM_TOLERANCE),
     )
     keeps_all_C = is_live_CK.sum(1) == vocab_size
-    yield "every id is kept, yet there is a tail; it must be -inf", keeps_all_C & (tail_C > -torch.inf)
+    yield "every id is kept, yet there is a tail; the tail must be -inf", keeps_all_C & (tail_C > -torch.inf)
     if options.divergence == "reverse_kl":
         yield (
-            "the teacher's tail is -inf though ids are left out, where reverse KL is infinite; choose jsd or forward_kl",
+            "the teacher's tail is -inf though ids are left out, so reverse KL is infinite; choose jsd or forward_kl",
             ~keeps_all_C & (tail_C == -torch.inf),
         )
     if rows.target_ids_N is not None:

@@ -1,4 +1,4 @@
-"""The adapted student: a source of adapters in front of a frozen student, and the distillation loss behind both."""
+"""The adapted student: a network that makes adapters, the frozen student that they adapt, and the distillation loss."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hyperagent_trainer.loss.options import LossBackend, LossOptions
 from hyperagent_trainer.student.student import Student
 
 AdapterNetwork = AgenticHyperNetwork | StaticLoRA
-"""What is trained: it makes adapters, of prompts or regardless of them."""
+"""The trained network: it makes adapters that depend on the prompt, or one for every prompt."""
 
 
 class AdaptedStudent:
-    """Everything one step computes, from prompts to the sum of the loss."""
+    """Computes a training step from prompts to the summed loss."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class AdaptedStudent:
         """Put a network in front of a student.
 
         Args:
-            loss_workspace_bytes, loss_backend: as of `compute_distillation_loss`.
+            loss_workspace_bytes, loss_backend: see `compute_distillation_loss`.
 
         Raises:
             ConfigError: the network reads more of the student's layers than it has.
@@ -48,7 +48,7 @@ class AdaptedStudent:
         self.student = student
         self.network = network
         self.reads_prompt = isinstance(network, AgenticHyperNetwork)
-        """Whether its adapters depend on the prompt."""
+        """Whether the adapters depend on the prompt."""
         featurizer = network.config.featurizer if isinstance(network, AgenticHyperNetwork) else EMBEDDINGS
         self._featurizer = make_featurizer(featurizer, student.model)
         self.injector = HookBasedLoRAInjector(student.model, scale=network.scale)
@@ -56,12 +56,12 @@ class AdaptedStudent:
         self._loss_backend = loss_backend
 
     def adapters(self, prompts: Sequence[NDArray[np.uint32]]) -> AdapterWeights:
-        """One adapter per prompt: a [B, R, I] and b [B, O, R] of every target layer."""
+        """Make one adapter per prompt: a [B, R, I] and b [B, O, R] for every target layer."""
         weights: AdapterWeights = self.network(*self.features(prompts))
         return weights
 
     def features(self, prompts: Sequence[NDArray[np.uint32]]) -> tuple[Tensor, Tensor]:
-        """What the network reads: features [B, P, E] and a mask [B, P], True at real tokens."""
+        """Return the network's inputs: features [B, P, E] and a mask [B, P], True at real tokens."""
         ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
         return self._featurizer(ids_BP), mask_BP
 
@@ -73,7 +73,11 @@ class AdaptedStudent:
         *,
         scale: float = 1.0,
     ) -> Tensor:
-        """`compute_distillation_loss` of the batch, forward KL by default; without adapters, of the bare student."""
+        """Return `compute_distillation_loss` of the batch, with forward KL by default.
+
+        Args:
+            adapters: one per trajectory; None computes the loss of the bare student.
+        """
         with self.injector.inject(adapters or {}):
             hidden_BTD = self.student.hidden_states(batch.token_ids_BT)
         return self._loss(hidden_BTD, batch, options, scale)
@@ -81,10 +85,10 @@ class AdaptedStudent:
     def backward(
         self, batch: Batch, adapters: AdapterWeights, options: LossOptions | None = None, *, scale: float = 1.0
     ) -> Tensor:
-        """`loss_sum`, whose gradient is added to that of the network's parameters; detached.
+        """Add the gradient of `loss_sum` to that of the network's parameters, and return the loss, detached.
 
-        The graph is cut at the adapters. The student's part is run backward first, with its layers still adapted, as
-        recomputation needs them, and freed; then the network's, once.
+        The graph is cut at the adapters. The student's part runs backward first and is freed, with its layers still
+        adapted because recomputation needs the adapters; then the network's part runs backward once.
         """
         leaves = {
             name: LoRAPair(pair.a.detach().requires_grad_(), pair.b.detach().requires_grad_())
@@ -116,7 +120,7 @@ class AdaptedStudent:
 
     @torch.no_grad()
     def logits(self, token_ids: NDArray[np.uint32], prompt: NDArray[np.uint32]) -> Tensor:
-        """Logits [T, V] of one sequence under the adapter of one prompt."""
+        """Return the logits [T, V] of one sequence under the adapter of one prompt."""
         ids_1T = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.student.head.device)
         with self.injector.inject(self.adapters([prompt])):
             hidden_1TD = self.student.hidden_states(ids_1T)

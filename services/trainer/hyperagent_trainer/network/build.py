@@ -1,4 +1,4 @@
-"""The network that a recipe asks for, and what it belongs to."""
+"""Build, shard, restore and describe the network of a recipe."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from hyperagent_trainer.student.student import Student
 
 log = structlog.get_logger()
 
-# FSDP2 looks for a module's output tensors, to know when its backward pass begins, and would not look into these.
+# FSDP2 searches a module's outputs for tensors, to know when its backward pass begins, and needs this to look into pairs.
 pytree.register_dataclass(LoRAPair)
 
 
 def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
-    """The static adapter that the recipe's hypernetwork starts from, if it names one.
+    """Read the static adapter that the recipe's hypernetwork starts from; None if the recipe names none.
 
     Raises:
-        ConfigError: it is no plain LoRA, or its rank or alpha is not the hypernetwork's.
+        ConfigError: the adapter is not a plain LoRA, or its rank or alpha is not the hypernetwork's.
         CorruptRecord: its files are damaged.
     """
     if recipe.warm_start is None:
@@ -41,16 +41,16 @@ def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
     if (read.rank, read.alpha) != (config.rank, config.alpha):
         raise ConfigError(
             f"the adapter in {recipe.warm_start} has rank {read.rank} and alpha {read.alpha:g}, the recipe's hypernetwork "
-            f"{config.rank} and {config.alpha:g}; give the hypernetwork those of the adapter"
+            f"{config.rank} and {config.alpha:g}; give the hypernetwork the adapter's rank and alpha"
         )
     return read
 
 
 def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdaptedStudent:
-    """The recipe's network at its start, on the student's device and in front of it.
+    """Make the recipe's initial network on the student's device, and put it in front of the student.
 
     Raises:
-        ConfigError: the recipe's targets are not the student's, the static adapter is for other layers, or its
+        ConfigError: the recipe's targets are not the student's, the static adapter is for other layers, or the recipe's
             loss_backend cannot run on the student's device.
     """
     network = make_network(recipe, student, warm_start)
@@ -71,7 +71,7 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
 
 
 def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdapterNetwork:
-    """The recipe's network at its start, on the student's device.
+    """Make the recipe's initial network on the student's device.
 
     Raises:
         ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
@@ -88,18 +88,18 @@ def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdap
 
 
 def shard_network(network: AdapterNetwork, ranks: Ranks) -> None:
-    """Shard the network over the ranks, whose gradients are then summed by its backward pass."""
+    """Shard the network over the ranks; its backward pass then sums the gradients over them."""
     fully_shard(network, mesh=ranks.mesh)
-    # The loss is divided by the rows of all ranks already; by default FSDP2 takes the mean.
+    # The loss is already divided by the rows of all ranks, but by default FSDP2 averages the gradients.
     network.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-    # Or it would ask for a scaled sum, which Gloo lacks.
+    # Otherwise FSDP2 would use a scaled sum, which Gloo does not support.
     network.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 
 def whole_network(
     network: AdapterNetwork, recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None
 ) -> AdapterNetwork:
-    """The network in one piece, which of a sharded one is a copy; every rank has to ask."""
+    """Return the unsharded network (a copy if it is sharded); a collective call that every rank must make."""
     state = {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
     if not any(isinstance(p, DTensor) for p in network.parameters()):
         return network
@@ -109,10 +109,10 @@ def whole_network(
 
 
 def restore_network(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AdapterNetwork:
-    """The network that a checkpoint holds, without its student.
+    """Restore the network of a checkpoint without its student.
 
     Raises:
-        CorruptRecord: the weights are not of the network that the manifest describes.
+        CorruptRecord: the weights do not fit the network that the manifest describes.
     """
     config = manifest.hypernetwork
     try:
@@ -130,7 +130,7 @@ def restore_network(manifest: NetworkManifest, weights: dict[str, Tensor]) -> Ad
 def describe(
     recipe: TrainRecipe, adapted: AdaptedStudent, warm_start: ImportedAdapter | None, *, data: DataIdentity
 ) -> NetworkManifest:
-    """What the network's checkpoints and its export say that they belong to."""
+    """Return the manifest that ties the network's checkpoints and exports to the student and the data."""
     mode: Mode = "static" if recipe.arm == "static" else "from_zero" if warm_start is None else "warm_start"
     return NetworkManifest(
         student_weights=adapted.student.weights,

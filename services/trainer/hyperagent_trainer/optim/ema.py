@@ -1,7 +1,8 @@
-"""The exponential moving average of what is trained.
+"""Keep an exponential moving average of the trained weights.
 
-Its first steps follow the weights closely, so that it forgets the start: the n-th uses min(decay, (1 + n) / (10 + n)), as
-TensorFlow's does (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
+Its first steps follow the weights closely, so that it forgets the initial weights: step n uses the decay
+min(decay, (1 + n) / (10 + n)), as TensorFlow does
+(https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class WeightAverage:
-    """Averages a network's trainable parameters, float32, where they are: of sharded ones each rank its part.
+    """Averages a network's trainable parameters in float32 on their device; of sharded ones each rank averages its part.
 
     Attributes:
-        tensors: the average, by parameter; empty without a decay, and then nothing costs anything.
-        num_updates: how many steps have gone into it.
+        tensors: the average, by parameter name; empty without a decay, in which case every method does nothing.
+        num_updates: number of steps that have gone into the average.
     """
 
     def __init__(self, network: nn.Module, decay: float | None) -> None:
-        """Begin with the weights as they are; a network that is to be sharded has to be already."""
+        """Start from the current weights; shard the network first."""
         self._network, self._decay = network, decay
         self._parameters = {} if decay is None else {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -31,7 +32,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
+        """Add the weights after a step to the average."""
         if self._decay is None:
             return
         self.num_updates += 1
@@ -41,14 +42,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Go on from a checkpoint's."""
+        """Replace the average and the number of updates with a checkpoint's."""
         for name, average in self.tensors.items():
             average.copy_(tensors[name])
         self.num_updates = num_updates
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the network computes with the average, and `tensors` are its own weights, which it has again afterwards."""
+        """Swap the network's weights with the average within the block; `tensors` then hold the network's own weights."""
         self._exchange()
         try:
             yield
@@ -58,7 +59,7 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         if isinstance(self._network, FSDPModule):
-            # After a forward pass without a backward pass it still holds gathered weights, and would go on with those.
+            # After a forward pass without a backward pass FSDP still holds the gathered weights, and would use the old ones.
             self._network.reshard()
         for name, parameter in self._parameters.items():
             own = parameter.detach().clone()

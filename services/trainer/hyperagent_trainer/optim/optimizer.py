@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, as the recipe says."""
+"""Make AdamW and its learning-rate schedule from the recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_optimizer(network: AdapterNetwork, recipe: TrainRecipe) -> torch.optim.
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, recipe: TrainRecipe) -> None:
-    """Set every group's learning rate to what the schedule gives for `step` (from 1)."""
+    """Set every group's learning rate to the schedule's value at `step` (from 1)."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * learning_rate_factor(step, recipe)
 

@@ -1,1 +1,1 @@
-"""Predicts the memory, operations and time of a run before it starts."""
+"""Predict the memory, operations and time of a run before it starts."""

@@ -1,4 +1,4 @@
-"""What `hyperagent plan` does: read the config and the lengths, compute, show."""
+"""Implement `hyperagent plan`: read the config and the lengths, compute the plan and show it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from hyperagent_trainer.student.meta import student_without_weights
 
 
 def plan(recipe: TrainRecipe, machine: str, *, mfu: float) -> Plan:
-    """The plan of a recipe; of the student's folder it reads config.json alone.
+    """Make the plan of a recipe; only config.json is read from the student's folder.
+
+    Args:
+        machine: name of the machine, such as "8xh200".
+        mfu: share of the peak that is assumed to be reached, see `make_plan`.
 
     Raises:
-        ConfigError: there is no such machine, or the folder holds no student.
+        ConfigError: the machine is unknown, or the folder holds no student.
         DataError: the tokens file cannot be read, or has no training split.
     """
     chosen = machine_named(machine)
@@ -44,7 +48,7 @@ def plan(recipe: TrainRecipe, machine: str, *, mfu: float) -> Plan:
 
 
 def trainable_network(recipe: TrainRecipe, model: PreTrainedModel) -> Trained:
-    """The recipe's network for a student on the meta device.
+    """Return the sizes of the recipe's network for a student on the meta device.
 
     Raises:
         ConfigError: the recipe's targets are not the student's.
@@ -61,7 +65,11 @@ def trainable_network(recipe: TrainRecipe, model: PreTrainedModel) -> Trained:
 
 
 def show(found: Plan, *, price: float | None, as_json: bool) -> None:
-    """The plan: JSON for programs, tables for people."""
+    """Print the plan: JSON for programs, tables for people.
+
+    Args:
+        price: price of one GPU for an hour; None shows no cost.
+    """
     summary = _summary(found, price)
     if as_json:
         print_result({**asdict(found), **summary}, as_json=True)
@@ -103,7 +111,7 @@ def _summary(found: Plan, price: float | None) -> dict[str, Any]:
 
 
 def explain_shortfall(found: Plan) -> str:
-    """What is short, what takes most, and how to mend it."""
+    """Explain how much memory is missing, what takes most of it, and how to fix it."""
     largest = sorted(found.memory, key=lambda item: -item.bytes)[:3]
     return (
         f"a GPU would need {found.memory_total / 1e9:.1f} GB and has {found.memory_available / 1e9:.0f}; most goes to "

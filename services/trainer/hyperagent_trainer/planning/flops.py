@@ -1,6 +1,6 @@
-"""What a run computes, in operations of matrix products, by what computes them.
+"""Count the operations of a run's matrix products, by the part that computes them.
 
-The student's are counted by `hyperagent.flops`; its adapters and the hypernetwork come on top.
+The student's are counted by `hyperagent.flops`; this module adds those of its adapters and the hypernetwork.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ HYPERNETWORK = "hypernetwork"
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Lengths of a training split, [n] each."""
+    """Lengths of the trajectories of a training split."""
 
     tokens: Sequence[int]
-    """In the student's view."""
+    """Tokens of each trajectory in the student's view."""
     supervised: Sequence[int]
+    """Supervised positions of each trajectory."""
     prompts: Sequence[int]
+    """Prompt tokens of each trajectory."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained in front of the student."""
+    """Sizes of the network that is trained in front of the student."""
 
     adapter_parameters: int
-    """Numbers in one adapter."""
+    """Number of parameters in one adapter."""
     num_parameters: int
+    """Number of trained parameters."""
     network: NetworkCost | None
-    """None for a static adapter."""
+    """Cost of the hypernetwork; None for a static adapter."""
 
 
 def epoch_operations(
@@ -47,16 +50,16 @@ def epoch_operations(
     trajectories: Trajectories,
     passes: Mapping[str, float],
 ) -> dict[str, float]:
-    """Of one epoch, forward and backward.
+    """Return the operations of one epoch, forward and backward, by the part that computes them.
 
     Args:
         model: the student on the meta device.
-        passes: of the student, `hyperagent.flops.FROZEN` or `EXECUTED`.
+        passes: number of passes over the student, `hyperagent.flops.FROZEN` or `EXECUTED`.
     """
     shape = ModelShape.of(model.get_decoder(), model.config.get_text_config())
     tokens = np.array(trajectories.tokens, dtype=np.int64)
     student = shape.training_flops(tokens, np.array(trajectories.supervised, dtype=np.int64), passes)
-    # Both operands of an adapter's product have gradients: one pass more than a frozen one.
+    # Both operands of an adapter's product have gradients: one pass more than for a frozen weight.
     adapters = 2 * trained.adapter_parameters * tokens.sum() * (passes["linear"] + 1)
     network = 0.0 if trained.network is None else sum(map(trained.network.training_flops, trajectories.prompts))
     return {
@@ -71,7 +74,10 @@ def epoch_operations(
 
 
 def _feature_flops(recipe: TrainRecipe, shape: ModelShape, model: PreTrainedModel, prompts: Sequence[int]) -> float:
-    """Of the student's first layers, forward alone, where the featurizer runs them; all layers are taken to cost the same."""
+    """Return the operations of the student's first layers, forward only, if the featurizer runs them.
+
+    All layers are assumed to cost the same.
+    """
     if recipe.hypernetwork.featurizer == EMBEDDINGS:
         return 0.0
     num_layers = int(recipe.hypernetwork.featurizer.removeprefix("hidden@"))

@@ -1,4 +1,4 @@
-"""Machines that `hyperagent plan` knows: those with GPUs, and the one it runs on, without."""
+"""Look up the machines that `hyperagent plan` knows: those with GPUs, and the CPU that it runs on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hyperagent.hardware import Machine
 from hyperagent_trainer.distributed import machine_bytes
 
 CPU = "1xcpu"
-"""The machine that the plan is made on, as one process uses it."""
+"""Name of the machine that the plan is made on, without a GPU and with one process."""
 
 CORE_FLOPS = 175e9
-"""Float32, of one core: measured (docs/plan.md)."""
+"""Float32 operations per second of one core, measured (docs/plan.md)."""
 
 
 def machine_named(name: str) -> Machine:
-    """The machine of that name: "1xcpu", or one of `hyperagent.hardware`.
+    """Return the machine of that name: "1xcpu", or one of `hyperagent.hardware`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no machine of that name.
     """
     if name != CPU:
         try:
@@ -30,15 +30,15 @@ def machine_named(name: str) -> Machine:
             raise ConfigError(f"{error}; or {CPU}, the machine at hand") from error
     flops = CORE_FLOPS * num_cores()
     memory = machine_bytes(torch.device("cpu"))
-    # One process exchanges nothing.
+    # A single process exchanges no data.
     return Machine(name, 1, 1, memory, flops, flops, link_bytes_per_s=float("inf"), node_link_bytes_per_s=float("inf"))
 
 
 def is_cpu(machine: Machine) -> bool:
-    """Whether it has no GPU."""
+    """Return whether the machine has no GPU."""
     return machine.name == CPU
 
 
 def num_cores() -> int:
-    """Of this machine, two threads of one core counted once."""
+    """Return the number of physical cores of this machine; two threads of one core count once."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""What a run holds in each GPU's memory, item by item.
+"""Compute what a run holds in each GPU's memory, item by item.
 
-Weights, gathered layers, kept inputs, picks, adapters and the network's state are arithmetic and exact. What autograd keeps is
-counted from widths, within 5 % of what it is found to keep (`plan_student`, `plan_network`); what a backward pass holds beside
-it, and the reserve, are estimates.
+Weights, gathered layers, kept inputs, router picks, adapters and the network's state are exact arithmetic. What autograd keeps
+is counted from layer widths, within 5 % of what it is measured to keep (`student_memory`, `network_cost`). The extra memory of
+a backward pass and the reserve are estimates.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from hyperagent_trainer.planning.student_memory import (
 )
 
 GPU_RESERVE = 6 * 10**9
-"""Of the driver, NCCL and fragmentation; an assumption."""
+"""Bytes for the driver, NCCL and fragmentation; an assumption."""
 CPU_RESERVE = 5 * 10**8
-"""Of the process without tensors: measured after its imports."""
-# Weight, gradient and AdamW's two moments, float32.
+"""Bytes of the process without tensors, measured after its imports."""
+# Bytes per trained parameter: weight, gradient and AdamW's two moments, float32.
 _TRAINED_BYTES = 16
 _AVERAGE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """One part of a GPU's memory."""
+    """One item of a GPU's memory."""
 
     name: str
     bytes: int
     is_exact: bool
+    """Whether the bytes are exact, not an estimate."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a GPU has to hold at once."""
+    """Size of the largest micro-batch of a GPU."""
 
     tokens: int
-    """Of a micro-batch, padding included."""
+    """Tokens of the micro-batch, padding included."""
     supervised_share: float
-    """Of the tokens."""
+    """Share of the tokens that are supervised."""
 
 
 def memory_items(
@@ -65,18 +66,18 @@ def memory_items(
     adapter_parameters: int,
     trained_parameters: int,
 ) -> tuple[MemoryItem, ...]:
-    """All that takes memory.
+    """Return every item that takes memory on a GPU.
 
     Args:
         model: the student on the meta device.
-        network: the hypernetwork, if it is one that is trained.
-        adapter_parameters: numbers in one adapter.
-        trained_parameters: of the network, whichever it is.
+        network: the hypernetwork; None if a static adapter is trained.
+        adapter_parameters: number of parameters in one adapter.
+        trained_parameters: number of parameters of the hypernetwork or the static adapter.
     """
     decoder, size, element = model.get_decoder(), model.config.get_text_config().hidden_size, element_bytes(recipe)
     tokens, layers, shards = load.tokens, decoder_layers(model), machine.gpus_per_node
     recomputes = recipe.checkpoint_activations
-    # A shard stays within a node, and a sharded network is gathered whole for its passes.
+    # Shards are distributed within a node, and a sharded network is gathered whole for its passes.
     network_shards = shards if recipe.shard_network else 1
     gathered_network = 0 if network_shards == 1 else 8 * trained_parameters
     per_parameter = _TRAINED_BYTES + (0 if recipe.ema_decay is None else _AVERAGE_BYTES)
@@ -104,7 +105,10 @@ def memory_items(
 
 
 def shard_bytes(decoder: nn.Module, shards: int, element: int) -> int:
-    """Of the decoder's parameters without the embedding table, cut along their first dimension as FSDP2 cuts them; the largest shard."""
+    """Return the bytes of the largest shard of the decoder without its embedding table.
+
+    Parameters are cut along their first dimension, as FSDP2 cuts them.
+    """
     rows = (
         (math.ceil(p.shape[0] / shards), p.shape[1:])
         for n, p in decoder.named_parameters()
@@ -114,18 +118,18 @@ def shard_bytes(decoder: nn.Module, shards: int, element: int) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The student's, in order."""
+    """Return the student's decoder layers in order."""
     found: nn.ModuleList = model.get_decoder().layers
     return found
 
 
 def element_bytes(recipe: TrainRecipe) -> int:
-    """Of a number in the student's dtype."""
+    """Return the bytes of one number in the student's dtype."""
     return 4 if recipe.student_dtype == "float32" else 2
 
 
 def parameter_bytes(module: nn.Module, element: int) -> int:
-    """Of a module whose numbers have `element` bytes."""
+    """Return the bytes of a module's parameters, each of `element` bytes."""
     return element * sum(p.numel() for p in module.parameters())
 
 
@@ -137,22 +141,25 @@ def _table_bytes(model: PreTrainedModel, element: int) -> int:
 
 
 def _pick_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Of experts' numbers, 16 bits each."""
+    """Return the bytes of the kept router picks, 16 bits each."""
     return 2 * tokens * num_experts_per_token(model.config.get_text_config()) * len(expert_blocks(model))
 
 
 def _activations(recipe: TrainRecipe, model: PreTrainedModel, machine: Machine, tokens: int) -> int:
-    """Kept inside decoder layers, of one at a time where they are run again or else of all, and held in one's backward pass."""
+    """Return the bytes kept inside decoder layers, plus the extra bytes held during one layer's backward pass.
+
+    With recomputation one layer at a time keeps its activations, otherwise all layers do.
+    """
     config, element = model.config.get_text_config(), element_bytes(recipe)
     kinds = layer_types(config)
     kept = {kind: mixer_bytes(config, kind, element=element, kernels=not is_cpu(machine)) for kind in kinds}
-    beside = {kind: mixer_gradient_bytes(config, kind, element=element) for kind in kept}
-    block, block_beside = block_bytes(config, element=element), block_gradient_bytes(config, element=element)
+    extra = {kind: mixer_gradient_bytes(config, kind, element=element) for kind in kept}
+    block, block_extra = block_bytes(config, element=element), block_gradient_bytes(config, element=element)
     if not recipe.checkpoint_activations:
         inside = sum(kept[kind] + block for kind in kinds)
-        return round(tokens * (inside + max(beside.values()) + block_beside))
+        return round(tokens * (inside + max(extra.values()) + block_extra))
     has_tiles = num_experts(config) and recipe.moe_tile_tokens is not None
     at_once = min(tokens, recipe.moe_tile_tokens or tokens) if has_tiles else tokens
-    # Tiles keep their inputs, and their outputs are put together.
+    # Tiles keep their inputs, and their outputs are concatenated.
     tiles = 2 * element * config.hidden_size * tokens if at_once < tokens else 0
-    return round(tokens * max(kept[kind] + beside[kind] for kind in kept) + at_once * (block + block_beside) + tiles)
+    return round(tokens * max(kept[kind] + extra[kind] for kind in kept) + at_once * (block + block_extra) + tiles)

@@ -1,9 +1,9 @@
-"""What a run will need of a machine: memory of each GPU, operations, days; from configs and lengths alone.
+"""Predict a run's memory on each GPU, its operations and its days from configs and lengths.
 
 Operations are those of matrix products. The student's are counted by `hyperagent.flops`, as `hyperagent data plan` counts
-them for trajectories that are not tokenized yet; here its adapters and the hypernetwork come on top. Time is work divided by
-an assumed share of the peak, the *frozen MFU*: what recomputation does a second time counts as no work. Whatever is assumed
-is named in the plan (`Plan.assumptions`).
+them for trajectories that are not tokenized yet; this module adds those of its adapters and the hypernetwork. Time is work
+divided by an assumed share of the peak, the *frozen MFU*, where recomputation does not count as work. All assumptions are
+listed in the plan (`Plan.assumptions`).
 """
 
 from __future__ import annotations
@@ -35,41 +35,49 @@ from hyperagent_trainer.planning.memory import (
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a machine."""
+    """The predicted cost of a run on a machine."""
 
     memory: tuple[MemoryItem, ...]
+    """Items of each GPU's memory."""
     memory_available: int
+    """Bytes of each GPU's memory."""
     num_gpus: int
-    """Of the machine."""
+    """Number of the machine's GPUs."""
     num_steps: int
     tokens_per_step: float
     operations: Mapping[str, float]
-    """Of a step, by what computes them, over all GPUs, with recomputation."""
+    """Operations of a step over all GPUs, by the part that computes them, including recomputation."""
     step_efficiency: float
     """Mean over maximum of the GPUs' work."""
     step_s: float
-    """The longer of computing and gathering, which overlap, and the sum of gradients."""
+    """Seconds of a step: the longer of computing and gathering, which overlap, plus the sum of gradients."""
     compute_s: float
+    """Seconds per step of computing."""
     gather_s: float
-    """Of a step: every layer is gathered twice for each micro-batch."""
+    """Seconds per step of gathering: every layer is gathered twice for each micro-batch."""
     reduce_s: float
-    """Of a step: the network's gradients are summed within nodes and between them."""
+    """Seconds per step of summing the network's gradients within nodes and between them."""
     assumptions: tuple[str, ...]
+    """Sentences that state what the plan assumes."""
 
     @property
     def memory_total(self) -> int:
+        """Bytes that each GPU needs."""
         return sum(item.bytes for item in self.memory)
 
     @property
     def flops_per_step(self) -> float:
+        """Operations of a step over all GPUs, including recomputation."""
         return sum(self.operations.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the run fits into each GPU's memory."""
         return self.memory_total <= self.memory_available
 
     @property
     def days(self) -> float:
+        """Days that the steps take, without evaluations."""
         return self.num_steps * self.step_s / 86_400
 
 
@@ -82,14 +90,14 @@ def make_plan(
     *,
     mfu: float,
 ) -> Plan:
-    """The plan of a recipe.
+    """Make the plan of a recipe.
 
     Args:
         model: the student on the meta device.
-        mfu: share of the peak that the frozen student's work and the hypernetwork's are assumed to reach.
+        mfu: share of the peak that the work of the frozen student and the hypernetwork is assumed to reach.
 
     Raises:
-        ConfigError: the recipe's number of processes is not that of a node's GPUs.
+        ConfigError: the recipe's number of processes is neither 1 nor the number of a node's GPUs.
     """
     num_gpus, machine = machine.gpus, _used(recipe, machine)
     lengths = trajectories.tokens
@@ -127,20 +135,20 @@ def make_plan(
 
 
 def _used(recipe: TrainRecipe, machine: Machine) -> Machine:
-    """What of the machine the recipe's processes use."""
+    """Return the part of the machine that the recipe's processes use."""
     if recipe.processes not in (1, machine.gpus_per_node):
         raise ConfigError(
             f"the recipe starts {recipe.processes} processes, {machine.name} has {machine.gpus_per_node} GPUs in each node; "
-            "make them equal"
+            "make the two numbers equal"
         )
-    # One process trains on one GPU, whatever else there is.
+    # A single process trains on one GPU, however many there are.
     return replace(machine, gpus_per_node=1, nodes=1) if recipe.processes == 1 else machine
 
 
 def _schedule(
     recipe: TrainRecipe, model: PreTrainedModel, machine: Machine, lengths: Sequence[int]
 ) -> list[tuple[float, StepPlan]]:
-    """Operations and plan of each step of an epoch."""
+    """Return the operations and the plan of each step of an epoch."""
     cost = StepCost.of(model.get_decoder(), model.config.get_text_config())
     costs = [cost(length) for length in lengths]
     steps = batch_order(lengths, batch_size=recipe.batch_size, seed=recipe.seed, epoch=0)
@@ -149,22 +157,22 @@ def _schedule(
 
 
 def _compute_s(recipe: TrainRecipe, operations: Mapping[str, float], machine: Machine) -> float:
-    """Of one GPU at its peak. The hypernetwork computes in float32, whatever the student does."""
+    """Return the seconds of one GPU at its peak; the hypernetwork computes in float32, whatever the student's dtype."""
     rate = machine.float32_flops if recipe.student_dtype == "float32" else machine.flops
     network = operations[HYPERNETWORK]
     return (sum(operations.values()) - network) / rate + network / machine.float32_flops
 
 
 def _gather_s(recipe: TrainRecipe, model: PreTrainedModel, machine: Machine, micro_batches: float) -> float:
-    """Layers' weights, from the other GPUs of a node, for the forward and again for the backward pass."""
+    """Return the seconds to gather the layers' weights from a node's other GPUs, for the forward and the backward pass."""
     gathered = sum(parameter_bytes(layer, element_bytes(recipe)) for layer in decoder_layers(model))
     return 2 * micro_batches * gathered * (1 - 1 / machine.gpus_per_node) / machine.link_bytes_per_s
 
 
 def _reduce_s(recipe: TrainRecipe, trained: Trained, machine: Machine, micro_batches: float) -> float:
-    """The network's float32 gradients, there and back: a sum in every node, and of those the sum over all nodes.
+    """Return the seconds to sum the network's float32 gradients within every node and then over all nodes.
 
-    The frozen student has no gradients. A sharded network's are summed after each backward pass, others once a step.
+    The frozen student has no gradients. Those of a sharded network are summed after each backward pass, others once a step.
     """
     gradients = 4 * trained.num_parameters * (micro_batches if recipe.shard_network else 1)
     within = 2 * gradients * (1 - 1 / machine.gpus_per_node) / machine.link_bytes_per_s

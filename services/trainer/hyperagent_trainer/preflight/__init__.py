@@ -1,1 +1,1 @@
-"""Checks that prove a student can be trained before training starts."""
+"""Check that a student can be trained before training starts."""

@@ -1,4 +1,4 @@
-"""What `hyperagent preflight` does: load, check, show."""
+"""Implement `hyperagent preflight`: load the student, run the checks and show the report."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from hyperagent_trainer.student.student import Student
 
 
 def run(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
-    """The pre-flight of a recipe's student and network; a student that does not fit is never loaded.
+    """Run the pre-flight of a recipe's student and network; a student that does not fit into memory is never loaded.
+
+    Args:
+        tokens_per_sample: length of the longest trajectory in tokens.
 
     Raises:
-        ConfigError: the folder holds no student, or the recipe's targets are not its own.
+        ConfigError: the folder holds no student, or the recipe's targets are not the student's.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: torch.dtype = getattr(torch, recipe.student_dtype)
@@ -48,7 +51,7 @@ def run(recipe: TrainRecipe, *, tokens_per_sample: int) -> PreflightReport:
 
 
 def show(report: PreflightReport, *, as_json: bool) -> None:
-    """The report: JSON for programs, a table for people, with what to do about the checks that failed."""
+    """Print the report: JSON for programs, a table for people with the remedies of the failed checks."""
     if as_json:
         print_result(report.to_json(), as_json=True)
         return

@@ -1,7 +1,7 @@
-"""The first gradients: whether the loss reaches the whole network, and whether the first step has a sane size.
+"""Check the first gradients: the loss must reach the whole network, and the first step must have a reasonable size.
 
-Where B starts at zero, only what makes B can have a gradient at step 0, and all of it must; after one step B is not
-zero any more, and what makes A, and the encoder, must have theirs.
+Where B starts at zero, only the parameters that generate B can have a gradient at step 0, and all of them must. After one
+step B is no longer zero, and the parameters that generate A, and the encoder, must have a gradient too.
 
 Legend of shape suffixes: B samples, I and O a layer's input and output size, R rank.
 """
@@ -23,14 +23,14 @@ from hyperagent_trainer.report import Check
 
 _MAKES_B = "B"
 _A_SPREAD = (0.5, 2.0)
-# A first step as large as this share of a weight has left the student behind.
+# Largest accepted first step as a share of a weight's norm; with a larger one the student is no longer recognizable.
 _MAX_FIRST_STEP = 0.5
-# AdamW evens out a group's scale, but not in float32's last digits: epsilon is 1e-8.
+# AdamW evens out a group's scale, except for gradients near its epsilon of 1e-8.
 _MAX_IMBALANCE = 1e4
 
 
 def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], torch.optim.Optimizer]) -> Iterator[Check]:
-    """Checks that train the probe's network for one step, as training's first one."""
+    """Run the checks that train the probe's network for one step, like the first one of training."""
     parts = _parts(probe.adapted.network)
     yield _a_spread(probe)
     yield _balance(probe)
@@ -50,7 +50,7 @@ def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], tor
 
 
 def _backward(probe: Probe, optimizer: torch.optim.Optimizer) -> bool:
-    """Leave the loss's gradients in the network; False if the loss has none to give."""
+    """Compute the network's gradients; return False if the loss does not depend on the network."""
     optimizer.zero_grad(set_to_none=True)
     loss = probe.loss(probe.generate())
     if loss.requires_grad:
@@ -59,7 +59,7 @@ def _backward(probe: Probe, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _parts(network: AdapterNetwork) -> dict[str, list[list[nn.Parameter]]]:
-    """Parts of a network, each in the pieces that must have a gradient as a whole."""
+    """Return the parts of a network, each as a list of pieces; every piece as a whole must have a gradient."""
     if isinstance(network, StaticLoRA):
         return {"A": [[a] for a in network.a], _MAKES_B: [[b] for b in network.b]}
     generator = network.generator
@@ -83,19 +83,22 @@ def _gradient_check(name: str, parts: Mapping[str, list[list[nn.Parameter]]], pr
             "student parameters with a gradient": of_student,
         },
         "every norm above 0 and finite, no gradient in the student",
-        "what gets no gradient never learns; see that adapters are not detached, that A is not zero and "
+        "parameters without a gradient never learn; make sure that adapters are not detached, that A is not zero and "
         "that nothing runs under no_grad",
     )
 
 
 def _norm(parameters: list[nn.Parameter]) -> float:
-    """Norm of the gradient of them all; 0 where there is none."""
+    """Return the norm of the gradient over all parameters; 0 if none has a gradient."""
     return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
 
 
 @torch.no_grad()
 def _a_spread(probe: Probe) -> Check:
-    """PEFT draws A uniformly within 1/sqrt(I) (kaiming_uniform_ with a = sqrt(5)), of standard deviation 1/sqrt(3 I)."""
+    """Compare the spread of A with PEFT's.
+
+    PEFT draws A uniformly within 1/sqrt(I) (kaiming_uniform_ with a = sqrt(5)): its standard deviation is 1/sqrt(3 I).
+    """
     ratios = [float(pair.a.std()) * math.sqrt(3 * pair.a.shape[-1]) for pair in probe.generate().values()]
     low, high = _A_SPREAD
     return Check(
@@ -103,12 +106,12 @@ def _a_spread(probe: Probe) -> Check:
         all(low <= ratio <= high for ratio in ratios),
         {"least std of A, of PEFT's": min(ratios), "largest": max(ratios)},
         f"between {low:g} and {high:g}",
-        "B's gradients are proportional to A, so its spread sets the speed of all learning; scale what makes A",
+        "B's gradients are proportional to A, so A's spread sets the speed of all learning; scale the parameters that make A",
     )
 
 
 def _balance(probe: Probe) -> Check:
-    """Gradients to B, by the path of the target inside its layer."""
+    """Compare the gradients to B between groups of targets, by the path of the target inside its layer."""
     leaves = probe.zero_leaves()
     squares: dict[str, list[float]] = defaultdict(list)
     for name, gradient in b_gradients(probe.loss(leaves), leaves).items():
@@ -123,7 +126,8 @@ def _balance(probe: Probe) -> Check:
             "ratio": largest / least if least else math.inf,
         },
         f"every group above 0, the largest at most {_MAX_IMBALANCE:g} times the least",
-        "a group whose gradients vanish compared with the others' is clipped away with them; leave it out or look at its layers",
+        "a group whose gradients are much smaller than the others' does not learn once gradients are clipped; leave the group "
+        "out, or inspect its layers",
     )
 
 
@@ -145,7 +149,7 @@ def _first_step(probe: Probe) -> Check:
 
 
 def _delta_norms(adapters: AdapterWeights) -> dict[str, float]:
-    """Largest Frobenius norm of b @ a over the samples, by target, without making b @ a [O, I]."""
+    """Return the largest Frobenius norm of b @ a over the samples, by target, without computing b @ a [O, I]."""
     norms = {}
     for name, pair in adapters.items():
         gram_BRR = (pair.b.transpose(1, 2) @ pair.b) * (pair.a @ pair.a.transpose(1, 2))

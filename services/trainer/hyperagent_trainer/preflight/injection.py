@@ -1,4 +1,4 @@
-"""The injection of adapters into the student: exact where nothing is to change, whole where something is.
+"""Check the injection of adapters: a zero adapter must change nothing, and every target's adapter must take effect.
 
 Legend of shape suffixes: B samples, T tokens, P prompt tokens, E feature size, D hidden size, O a layer's output
 size, R rank.
@@ -20,7 +20,7 @@ from hyperagent_trainer.student.activation_checkpoint import recomputed_layers
 
 
 def check_injection(probe: Probe) -> Iterator[Check]:
-    """Checks that leave the network as it is, on a student whose logits are finite."""
+    """Run the checks that do not change the network; the student's logits must be finite."""
     yield _every_target_reached(probe)
     yield _routing(probe)
     if probe.adapted.reads_prompt:
@@ -30,7 +30,7 @@ def check_injection(probe: Probe) -> Iterator[Check]:
 
 @torch.no_grad()
 def check_start(probe: Probe) -> Check:
-    """An untrained network changes nothing."""
+    """Check that an untrained network does not change the student's logits."""
     start = probe.start()
     bare, again = probe.logits(start), probe.logits(start)
     adapted = probe.logits(probe.generate())
@@ -45,13 +45,16 @@ def check_start(probe: Probe) -> Check:
             "not finite": int((~bare.isfinite()).sum()),
         },
         "every logit finite and, bit for bit, the frozen student's, or those under the static adapter of a warm start",
-        "training has to start from what is there, not from noise; initialize what makes B to zero, and use "
-        "deterministic kernels if two passes differ",
+        "training must start from the student as it is, not from noise; initialize the parameters that make B to zero, and "
+        "use deterministic kernels if two passes differ",
     )
 
 
 def _every_target_reached(probe: Probe) -> Check:
-    """The loss depends on B of every target exactly if its module runs and its delta is added to what it returns."""
+    """Check that every target's adapter takes effect.
+
+    The loss depends on B of a target if and only if its module runs and the delta is added to the module's output.
+    """
     leaves = probe.zero_leaves()
     with outputs_of({name: probe.module(name) for name in leaves}) as calls:
         gradients = b_gradients(probe.loss(leaves), leaves)
@@ -67,7 +70,7 @@ def _every_target_reached(probe: Probe) -> Check:
             **({"first": unreached[0]} if unreached else {}),
         },
         "every target runs in a forward pass, and its delta reaches the loss",
-        "an adapter that is not applied trains nothing and says nothing; leave out modules that never run, or fix the injector",
+        "an adapter that is not applied silently trains nothing; leave out modules that never run, or fix the injector",
     )
 
 
@@ -96,16 +99,16 @@ def _routing(probe: Probe) -> Check:
             "changed by a small one": f"{float((bare != with_small).float().mean()):.2%}",
         },
         "the same experts for every token with and without a zero adapter",
-        "an expert picked at random, or by another rule than the student's, makes every gradient one of another network; "
-        "take the noise out of the router",
+        "if experts are picked at random, or by another rule than the student's, every gradient is that of another network; "
+        "remove the noise from the router",
     )
 
 
 def _samples_apart(probe: Probe) -> Check:
-    """Sample 0 depends on its own prompt and not at all on that of sample 1: by gradient, exactly, and by value."""
+    """Check that sample 0 depends on its own prompt and not on that of sample 1, by gradient (exactly) and by value."""
     features_BPE, mask_BP = probe.adapted.features(probe.prompts)
     features_BPE = features_BPE.clone().requires_grad_()
-    # With B of an untrained network at zero nothing would depend on anything, so what makes it is moved off zero.
+    # An untrained network's B is zero, so nothing would depend on the prompts; its parameters are moved off zero.
     network = copy.deepcopy(probe.adapted.network)
     with torch.no_grad():
         for parameter in network.b_parameters():
@@ -141,7 +144,10 @@ def _samples_apart(probe: Probe) -> Check:
 
 def _checkpointing(probe: Probe) -> Check:
     name, bound_text = "checkpointing", "gradients to B as without activation checkpointing, every layer run twice"
-    remedy = "recomputed layers must see the adapters they saw first; keep the injection open until the backward pass is done"
+    remedy = (
+        "recomputed layers must see the same adapters as in the forward pass; keep the injection open until the backward "
+        "pass is done"
+    )
     model = probe.student.model
     if not model.supports_gradient_checkpointing:
         return Check(name, True, {"supported by the student": "no"}, bound_text, remedy)
@@ -175,7 +181,10 @@ def _checkpointing(probe: Probe) -> Check:
 
 
 def _gradients_within(probe: Probe) -> tuple[list[Tensor | None], int]:
-    """Gradients to B of every target, with the injection open until they are done; and how often the first target ran."""
+    """Return the gradients to B of every target, and how often the first target ran.
+
+    The injection stays open until the gradients are computed.
+    """
     leaves = probe.zero_leaves()
     first = next(iter(leaves))
     with outputs_of({first: probe.module(first)}) as calls, probe.adapted.injector.inject(leaves):
@@ -185,12 +194,12 @@ def _gradients_within(probe: Probe) -> tuple[list[Tensor | None], int]:
 
 
 def _indices(output: object) -> Tensor:
-    """A router's picks [B * T, experts per token]: what it returns that is no floating point."""
+    """Return a router's picks [B * T, experts per token]: the tensor of its output that is not floating point."""
     parts = output if isinstance(output, tuple) else (output,)
     return next(part for part in parts if isinstance(part, Tensor) and not part.is_floating_point())
 
 
 def _unit_rows(like: Tensor) -> Tensor:
-    """Fixed numbers of unit spread in the shape of `like`, the same whatever has been drawn before."""
+    """Return fixed normal numbers in the shape of `like`, independent of the global random state."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(like.shape, generator=generator).to(like)

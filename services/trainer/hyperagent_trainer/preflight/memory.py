@@ -1,8 +1,8 @@
-"""What a training step will hold in memory, estimated before the first one.
+"""Estimate the memory of a training step before the first one.
 
 Weights, optimizer state, adapters and the loss's workspace are exact arithmetic. Activations are not: what autograd
-keeps for the backward pass is counted on two short probes, and the slope is carried on to the step's tokens. That
-leaves out what a kernel needs for itself while it runs, so the sum is a lower estimate.
+keeps for the backward pass is counted on two short probes and extrapolated linearly to the step's tokens. That leaves
+out the temporary memory of kernels, so the sum is a lower estimate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hyperagent_trainer.preflight.probe import Probe
 from hyperagent_trainer.report import Check
 from hyperagent_trainer.student.student import Student
 
-# Whole chunks, to which the Gated DeltaNet's reference implementation pads.
+# Multiples of the chunk to which the Gated DeltaNet's reference implementation pads.
 _PROBE_TOKENS = (2 * LINEAR_ATTENTION_CHUNK, 4 * LINEAR_ATTENTION_CHUNK)
 
 
@@ -34,10 +34,11 @@ class MemoryBudget:
     batch_size: int
     """Trajectories that are computed at once."""
     tokens_per_sample: int
-    """Of the longest trajectory, in the student's view."""
+    """Tokens of the longest trajectory in the student's view."""
     loss_workspace_bytes: int
+    """Bytes of the loss's workspace."""
     recomputes: bool = False
-    """Whether decoder layers keep their inputs alone and are run again, one at a time, in the backward pass."""
+    """Whether decoder layers keep only their inputs and are run again, one at a time, in the backward pass."""
     averages: bool = False
     """Whether an average of the trained weights is kept."""
 
@@ -55,24 +56,27 @@ def memory_budget(recipe: TrainRecipe, student: Student, *, tokens_per_sample: i
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each part."""
+    """Bytes of each part of a step's memory."""
 
     student: int
+    """Weights of the student."""
     network: int
-    """Weights, and for those that are trained gradients, AdamW's two moments, and their average if one is kept."""
+    """Weights and, for trained weights, gradients, AdamW's two moments, and the moving average if one is kept."""
     adapters: int
-    """Factors of a batch and their gradients."""
+    """Factors of a batch's adapters and their gradients."""
     activations: int
-    """What the student's forward pass keeps for its backward pass."""
+    """Tensors that the student's forward pass keeps for its backward pass."""
     loss_workspace: int
+    """Buffers of the loss."""
 
     @property
     def total(self) -> int:
+        """Sum of all parts in bytes."""
         return sum(asdict(self).values())
 
 
 def estimate_memory(probe: Probe, budget: MemoryBudget) -> MemoryEstimate:
-    """The parts of one step on this student; runs two short forward passes."""
+    """Estimate the memory of one step on this student; runs two short forward passes."""
     parameters = list(probe.adapted.network.parameters())
     with torch.no_grad():
         pairs = [LoRAPair(pair.a[:1], pair.b[:1]) for pair in probe.generate().values()]
@@ -89,7 +93,7 @@ def estimate_memory(probe: Probe, budget: MemoryBudget) -> MemoryEstimate:
 
 
 def check_memory(probe: Probe, budget: MemoryBudget) -> Check:
-    """Whether the estimate fits into the memory of the machine that computes."""
+    """Check that the estimate fits into the memory of the device."""
     estimate, available = estimate_memory(probe, budget), machine_bytes(probe.student.head.device)
     return _memory_check(
         {
@@ -106,7 +110,12 @@ def check_memory(probe: Probe, budget: MemoryBudget) -> Check:
 
 
 def check_weights_fit(skeleton: nn.Module, device: torch.device) -> Check:
-    """Whether the weights of a model on the meta device would fit, to be asked before they are read."""
+    """Check that the weights of a model would fit into memory before they are read.
+
+    Args:
+        skeleton: the model on the meta device.
+        device: the device that the weights would be loaded to.
+    """
     sizes, available = bytes_by_dtype(skeleton), machine_bytes(device)
     return _memory_check(
         {**{f"student in {name}": gib(size) for name, size in sizes.items()}, "machine": gib(available)},
@@ -115,7 +124,7 @@ def check_weights_fit(skeleton: nn.Module, device: torch.device) -> Check:
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's parameters, of sharded ones this rank's part; tied ones count once."""
+    """Return the bytes of a model's parameters by dtype; sharded ones count with this rank's part, tied ones once."""
     sizes: Counter[str] = Counter()
     for p in model.parameters():
         local = p.to_local() if isinstance(p, DTensor) else p
@@ -124,13 +133,13 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 
 def gib(size: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes for people, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def saved_bytes(probe: Probe, num_tokens: int) -> int:
-    """Bytes that autograd keeps of one forward pass of one sample, without the student's own weights."""
-    # Sharded weights are gathered into memory of their own; they count alike whatever the number of tokens.
+    """Return the bytes that autograd keeps for one forward pass of one sample, without the student's own weights."""
+    # Sharded weights are gathered into new memory; they add the same bytes for any number of tokens.
     owned = {p.untyped_storage().data_ptr() for p in probe.student.model.parameters() if not isinstance(p, DTensor)}
     kept: dict[int, int] = {}
     held: list[Tensor] = []
@@ -139,7 +148,7 @@ def saved_bytes(probe: Probe, num_tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             kept[storage.data_ptr()] = storage.nbytes()
-            # A freed storage's address would be given out again, and two tensors would count as one.
+            # The address of a freed storage could be reused, and two tensors would count as one.
             held.append(tensor)
         return tensor
 
@@ -155,7 +164,7 @@ def _activation_bytes_per_token(probe: Probe, *, recomputes: bool) -> float:
     saved = _saved_bytes_per_token(probe)
     if not recomputes:
         return saved
-    # Every layer's input, and all that one of them keeps while it is run again.
+    # Every layer's input, and everything that one layer keeps while it is run again.
     num_layers = len(probe.student.model.get_decoder().layers)
     return num_layers * probe.student.head.shape[1] * probe.student.head.element_size() + saved / num_layers
 
@@ -171,5 +180,5 @@ def _memory_check(measured: dict[str, str], fits: bool) -> Check:
         fits,
         measured,
         "an estimate no larger than the machine's memory",
-        "the step would be ended by the system; take a smaller batch, shorter trajectories or a larger machine",
+        "the process would run out of memory; take a smaller batch, shorter trajectories or a larger machine",
     )

@@ -1,4 +1,4 @@
-"""What the pre-flight runs on: two short sequences of random tokens with random teacher's rows, and their prompts.
+"""The pre-flight's probe: two short sequences of random tokens with random teacher's rows, and their prompts.
 
 Legend of shape suffixes: B samples, T tokens, D hidden size, V vocabulary, N rows, K kept ids, I and O a layer's input
 and output size, R rank.
@@ -21,7 +21,7 @@ from hyperagent_trainer.data.dataset import Batch
 from hyperagent_trainer.data.teacher_rows import TeacherRows
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
-# Unequal, so that padding takes part.
+# Of unequal length, so that padding is tested too.
 _SEQUENCE_TOKENS = (24, 17)
 _PROMPT_TOKENS = (13, 9)
 _TOP_K = 8
@@ -29,7 +29,7 @@ _TAIL = 0.1
 
 
 class Probe:
-    """An adapted student and the batch to try it on; the same for the same vocabulary."""
+    """An adapted student and a batch to test it on; the batch depends only on the vocabulary's size."""
 
     def __init__(self, adapted: AdaptedStudent) -> None:
         self.adapted = adapted
@@ -42,24 +42,24 @@ class Probe:
             self.target_names = tuple(adapted.adapters(self.prompts))
 
     def hidden(self, adapters: AdapterWeights | None) -> Tensor:
-        """Final hidden states [B, T, D] under the adapters; of the bare student without."""
+        """Return the final hidden states [B, T, D] under the adapters, or those of the bare student for None."""
         with self.adapted.injector.inject(adapters or {}):
             return self.student.hidden_states(self.batch.token_ids_BT)
 
     def logits(self, adapters: AdapterWeights | None) -> Tensor:
-        """[B, T, V]."""
+        """Return the logits [B, T, V] under the adapters, or those of the bare student for None."""
         return self.hidden(adapters) @ self.student.head.T
 
     def loss(self, adapters: AdapterWeights) -> Tensor:
-        """The trainer's loss, in nats per supervised row."""
+        """Return the trainer's loss in nats per supervised row."""
         return self.adapted.loss_sum(self.batch, adapters) / self.batch.num_rows
 
     def generate(self) -> AdapterWeights:
-        """The network's adapters of the probe's prompts, with their graph."""
+        """Return the network's adapters for the probe's prompts, attached to the graph."""
         return self.adapted.adapters(self.prompts)
 
     def start(self) -> AdapterWeights | None:
-        """The adapters that an untrained network must be equal to: none, or the static one of a warm start."""
+        """Return the adapters that an untrained network must equal: None, or the static adapter of a warm start."""
         network = self.adapted.network
         if isinstance(network, StaticLoRA) or network.base is None:
             return None
@@ -67,19 +67,19 @@ class Probe:
         return weights
 
     def zero_leaves(self) -> AdapterWeights:
-        """A of the network and B of zeros, cut from its graph; B asks for its gradient."""
+        """Return adapters with the network's A and a zero B, detached from the graph; B requires a gradient."""
         with torch.no_grad():
             return {
                 n: LoRAPair(p.a.clone(), torch.zeros_like(p.b).requires_grad_()) for n, p in self.generate().items()
             }
 
     def module(self, name: str) -> nn.Module:
-        """The student's module of that name."""
+        """Return the student's module of that name."""
         return self.student.model.get_submodule(name)
 
 
 def b_gradients(loss: Tensor, leaves: AdapterWeights) -> dict[str, Tensor | None]:
-    """d loss / d B [B, O, R] by target; None where the loss does not depend on it."""
+    """Return d loss / d B [B, O, R] by target; None where the loss does not depend on B."""
     if not loss.requires_grad:
         return dict.fromkeys(leaves)
     found = torch.autograd.grad(loss, [pair.b for pair in leaves.values()], allow_unused=True)
@@ -88,7 +88,7 @@ def b_gradients(loss: Tensor, leaves: AdapterWeights) -> dict[str, Tensor | None
 
 @contextmanager
 def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Any]]]:
-    """Collects what each module returns while the block runs, call by call."""
+    """Collect the outputs of each module, call by call, while the block runs."""
     calls: dict[str, list[Any]] = {name: [] for name in modules}
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: calls[name].append(output))
@@ -102,7 +102,7 @@ def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Any]
 
 
 def resolution(tensor: Tensor) -> float:
-    """Relative difference that two orders of summing may make in the tensor's dtype."""
+    """Return the relative difference that two orders of summation may cause in the tensor's dtype."""
     return 100 * torch.finfo(tensor.dtype).eps
 
 

@@ -1,14 +1,14 @@
-"""The pre-flight: whether this student, this network and the loss between them can train, proved before they do.
+"""Run the pre-flight: check that this student, network and loss can be trained, before training starts.
 
-    student     vocabulary, frozen, targets of every layer           `preflight_student`
-    attention   a fused kernel that computes what it should           `attention`
-    injection   exact start, every target reached, routing, samples   `preflight_injection`
-    gradients   step 0, step 1, balance, magnitudes                  `preflight_gradients`
-    memory      what a step will hold, against the machine           `memory_estimate`
+    student     vocabulary, frozen, targets of every layer             `preflight.student`
+    attention   a fused kernel with correct results                    `student.attention`
+    injection   exact start, every target reached, routing, samples    `preflight.injection`
+    gradients   step 0, step 1, balance, magnitudes                    `preflight.gradients`
+    memory      memory of a step, compared with the machine's          `preflight.memory`
 
-Everything runs on the real parts: the student's own forward pass, the trainer's injector, network, loss and
-optimizer, on a batch of random tokens. Only copies of the network are trained, for one step, and no global random
-state is used, so that training is the same with a pre-flight as without.
+Everything runs on the real parts, the student's own forward pass and the trainer's injector, network, loss and optimizer,
+with a batch of random tokens. Only copies of the network are trained, for one step, and no global random state is used, so
+training is the same with and without a pre-flight.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from hyperagent_trainer.preflight.student import check_student
 from hyperagent_trainer.report import Check, PreflightReport
 
 OptimizerFactory = Callable[[AdapterNetwork], torch.optim.Optimizer]
-"""Makes the optimizer that training will use, set for its first step."""
+"""Makes the optimizer that training will use, with the learning rate of its first step."""
 
 
 def run_preflight(
     adapted: AdaptedStudent, make_optimizer: OptimizerFactory, budget: MemoryBudget, *, attention: Check
 ) -> PreflightReport:
-    """Make every check; nothing is changed, whatever they find.
+    """Run every check and return the report; `adapted` is not changed.
 
     Args:
-        adapted: what is about to be trained, before its first step.
+        adapted: the adapted student that is about to be trained, before its first step.
         budget: the size of a step, for the estimate of its memory.
-        attention: how the attention that is in use was found.
+        attention: the check of the attention kernel in use.
 
     Raises:
-        HyperagentError: the parts do not fit together at all, such as an adapter of another student.
+        HyperagentError: the parts do not fit together, such as an adapter of another student.
     """
     probe = Probe(_with_network(adapted, copy.deepcopy(adapted.network)))
     checks: list[Check] = [*check_student(adapted.student, probe.target_names), attention]
@@ -52,7 +52,7 @@ def run_preflight(
         if start.measured["not finite"]:
             return PreflightReport(tuple(checks))
         checks += check_injection(probe)
-        # These train the probe's hypernetwork by a step, and so come last.
+        # These train the probe's network for one step, so they come after the checks that need the initial network.
         checks += check_gradients(probe, make_optimizer)
         checks.append(check_memory(probe, budget))
     return PreflightReport(tuple(checks))

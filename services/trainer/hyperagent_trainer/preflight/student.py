@@ -1,4 +1,4 @@
-"""The student by itself: whether its parts agree, whether it is frozen, and whether the targets cover it."""
+"""Check the student alone: its parts must match, it must be frozen, and the targets must cover it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperagent_trainer.student.student import Student
 
 
 def check_student(student: Student, target_names: Iterable[str]) -> Iterator[Check]:
-    """Checks that need no forward pass."""
+    """Run the checks that need no forward pass."""
     names = list(target_names)
     yield _vocabulary(student)
     yield _frozen(student)
@@ -37,7 +37,7 @@ def _vocabulary(student: Student) -> Check:
             "head size": head_size,
         },
         f"no more entries than rows, sizes equal to the hidden size of {decoder_size}",
-        "an id without a row, or a table of another model, would be read as garbage; "
+        "an id without a row, or a table of another model, would give meaningless results; "
         "put the student's own tokenizer and weights in one folder",
     )
 
@@ -72,7 +72,7 @@ def _targets_exist(student: Student, names: list[str]) -> Check:
 
 
 def _coverage(student: Student, names: list[str]) -> Check:
-    """Every decoder layer has a target, and layers of one kind have the same ones."""
+    """Check that every decoder layer has a target, and that layers of one kind have the same targets."""
     prefix, layers = decoder_prefix(student.model), student.model.get_decoder().layers
     kinds = layer_types(student.model.config.get_text_config())
     paths: list[set[str]] = [set() for _ in layers]
@@ -96,7 +96,7 @@ def _coverage(student: Student, names: list[str]) -> Check:
             "uncovered or partial": ", ".join(map(str, partial)) or "none",
         },
         "a target in every decoder layer, the same ones in all layers of a kind",
-        "layers without an adapter stay as they are while the others learn around them; name the projections of every kind "
+        "layers without an adapter do not change, and the others learn to compensate; name the projections of every kind "
         "of layer (Qwen3-Next: self_attn.* and linear_attn.*)",
     )
 
@@ -115,5 +115,5 @@ def _router_untouched(student: Student, names: list[str]) -> Check:
             "router parameters that can learn": learning,
         },
         "none among the targets, none learns" + (", at least one router found" if expects else ""),
-        "an adapter on a router changes which experts answer, and routed experts are no linear layers; leave both out",
+        "an adapter on a router changes which experts are picked, and routed experts are no linear layers; leave both out",
     )

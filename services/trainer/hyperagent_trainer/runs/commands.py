@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 
 
 class RunCommands(StrictModel):

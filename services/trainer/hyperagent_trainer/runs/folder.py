@@ -22,8 +22,8 @@ import re
 from pathlib import Path
 
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 
 PLACE_PATTERN = r"^[0-9]{1,10}(-[0-9a-f]{16})?$"
 """A place as text: the number of lines, and the digest unless only the number is known."""

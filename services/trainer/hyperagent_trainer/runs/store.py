@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.files import new_directory
 from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import START, MetricLines, Place, read_lines

@@ -1,14 +1,15 @@
-"""What the student keeps between its forward and backward pass: activation checkpointing and tiles of experts.
+"""Limit the student's activation memory: activation checkpointing and tiling of mixture-of-experts blocks.
 
-Each decoder layer keeps its input and is run again in the backward pass. Mixture-of-experts blocks run a few thousand
+Each decoder layer keeps only its input and is run again in the backward pass. Mixture-of-experts blocks run a few thousand
 tokens at a time, so that their memory does not grow with the sequence: a block copies each token once for every expert it
 goes to, ten times in Qwen3-Next, and keeps several such copies for the backward pass, 30 GB at 131,072 tokens
 (arXiv:2506.13996 tiles dense blocks likewise).
 
-What a router picked is kept and not computed again. Kernels that sum in another order, or a near tie, give a few tokens
-other experts the second time. With grouped products the saved shapes do not depend on the picks, so nothing would raise,
-and the gradient would be of two different networks (pytorch/pytorch#171355, huggingface/transformers#47467). Saving the
-result of `topk` itself would not do: the routers of transformers divide it in place.
+The experts that a router picked are kept and not computed again. Kernels that sum in another order, or near ties, would
+give a few tokens other experts the second time. With grouped products the saved shapes do not depend on the picks, so
+nothing would raise, and the gradient would mix two different networks (pytorch/pytorch#171355,
+huggingface/transformers#47467). Saving the result of `topk` itself would not work: the routers of transformers divide it
+in place.
 """
 
 from __future__ import annotations
@@ -34,37 +35,37 @@ _MAX_DISAGREEMENT = 0.02
 
 
 class RoutingWatch:
-    """How often recomputation would have picked another expert than the forward pass did."""
+    """Counts how often recomputation would have picked another expert than the forward pass did."""
 
     def __init__(self) -> None:
         self._changed: Tensor | None = None
         self._picks = 0
 
     def count(self, replayed: Tensor, recomputed: Tensor) -> None:
-        """Picks [tokens, k] of one router, as the forward pass made them and as they would be made now."""
+        """Compare one router's picks [tokens, k]: those of the forward pass and those that it would make now."""
         changed = (replayed.sort(-1).values != recomputed.sort(-1).values).sum()
         self._changed = changed if self._changed is None else self._changed + changed
         self._picks += replayed.numel()
 
     def take(self) -> float:
-        """Share of the picks since the last call; 0 without a router.
+        """Return the share of changed picks since the last call; 0 without a router.
 
         Raises:
-            DataError: it is so large that the layers cannot have seen the same input and the same adapter twice.
+            DataError: the share is so large that the two passes cannot have had the same input and the same adapter.
         """
         share = 0.0 if self._changed is None else float(self._changed) / self._picks
         self._changed, self._picks = None, 0
         if share > _MAX_DISAGREEMENT:
             raise DataError(
-                f"{share:.1%} of the experts picked in the forward pass would not be picked in its recomputation: the two "
-                "ran under different adapters, or a kernel is not deterministic; the gradient would be wrong"
+                f"{share:.1%} of the experts picked in the forward pass would not be picked in its recomputation, so the "
+                "gradient would be wrong: the two passes ran under different adapters, or a kernel is not deterministic"
             )
         return share
 
 
 @contextmanager
 def recomputation(model: PreTrainedModel, recipe: TrainRecipe) -> Iterator[RoutingWatch]:
-    """Within the block, the student keeps for its backward pass what the recipe says."""
+    """Apply the recipe's activation checkpointing and expert tiling to the student within the block."""
     if not recipe.checkpoint_activations:
         yield RoutingWatch()
         return
@@ -78,7 +79,7 @@ def recomputation(model: PreTrainedModel, recipe: TrainRecipe) -> Iterator[Routi
 
 @contextmanager
 def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
-    """Within the block, decoder layers are run again in the backward pass instead of keeping their activations."""
+    """Within the block, run decoder layers again in the backward pass instead of keeping their activations."""
     watch = RoutingWatch()
 
     with warnings.catch_warnings():
@@ -88,23 +89,24 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": picks_kept(watch)}
         )
     was_training = model.training
-    # transformers checkpoints layers in training mode alone; a frozen student without dropout computes the same in it.
+    # transformers checkpoints layers in training mode only; a frozen student without dropout computes the same in it.
     model.train()
     try:
         yield watch
     finally:
         model.train(was_training)
         model.gradient_checkpointing_disable()
-        # Enabling also hooks the embeddings, so that inputs ask for gradients, and disabling leaves that behind.
+        # Enabling also hooks the embeddings so that inputs require gradients, and disabling does not remove that hook.
         model.disable_input_require_grads()
 
 
 @contextmanager
 def tiled_experts(model: nn.Module, *, tile_tokens: int, watch: RoutingWatch) -> Iterator[None]:
-    """Within the block, every mixture-of-experts block runs tile by tile, and again tile by tile in the backward pass.
+    """Within the context, run every mixture-of-experts block tile by tile, also in the backward pass's recomputation.
 
     Args:
-        tile_tokens: of each sample; a sequence that is no longer runs as it does without tiles.
+        tile_tokens: tokens of each sample in a tile; a sequence that is no longer runs as it does without tiles.
+        watch: counts the picks that the recomputation would change.
     """
     with ExitStack() as stack:
         for block in expert_blocks(model).values():
@@ -124,7 +126,7 @@ def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, watch: Routing
 
 
 def picks_kept(watch: RoutingWatch) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
-    """A `context_fn` of `torch.utils.checkpoint`: what `topk` picks in the forward pass, it picks in the recomputation."""
+    """Return a `context_fn` for `torch.utils.checkpoint` that makes `topk` repeat the forward pass's picks."""
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         picks: list[Tensor] = []
@@ -143,7 +145,7 @@ class _Record(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with torch.no_grad():
             indices = func(*args, **(kwargs or {})).indices
-        # 16 bits hold every expert's number, and 131,072 tokens of ten picks in 48 layers are 126 MB then.
+        # 16 bits hold every expert's index; 131,072 tokens with ten picks in 48 layers then take 126 MB.
         self._picks.append(indices.short())
         return _values_at(args[0], indices)
 
@@ -164,5 +166,5 @@ class _Replay(TorchFunctionMode):
 
 
 def _values_at(probabilities: Tensor, indices: Tensor) -> Any:
-    """What `topk` would return, with one graph in both passes: torch compares what each saves for the backward pass."""
+    """Return what `topk` would, with the same graph in both passes: torch compares the tensors that each pass saves."""
     return torch.return_types.topk((probabilities.gather(-1, indices), indices))

@@ -1,9 +1,9 @@
-"""Which kernel computes the student's softmax attention: found out by trying, since at 131,072 tokens it is most of a step.
+"""Choose the kernel for the student's softmax attention by trying each one: at 131,072 tokens it is most of a step.
 
-PyTorch picks among its kernels by rules that know neither the card nor the version of cuDNN, and the one that is fastest at a
+PyTorch picks among its kernels by rules that know neither the GPU model nor the version of cuDNN, and the fastest kernel at a
 head size of 256 differs between them. Each candidate runs alone, forward and backward, through the function that the student's
-layers call; what raises or is wrong is refused, and the fastest of the rest is taken. On a CPU PyTorch has one fused kernel, and
-nothing is timed there.
+layers call. A candidate that raises or gives wrong results is refused, and the fastest of the others is used. On a CPU PyTorch
+has one fused kernel, and nothing is timed there.
 """
 
 from __future__ import annotations
@@ -32,30 +32,32 @@ _SDPA: dict[AttentionName, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# The package (https://github.com/Dao-AILab/flash-attention), by the name that transformers has for it.
+# The package flash-attn (https://github.com/Dao-AILab/flash-attention) and the name that transformers gives it.
 _PACKAGES: dict[AttentionName, str] = {"flash_attn": "flash_attention_2"}
 NAMES: tuple[AttentionName, ...] = ("cudnn", "flash", "efficient", "flash_attn")
 _SHORT_TOKENS = 256
 _LONG_TOKENS = 16_384
 _NUM_TIMED = 3
-# Largest error of output and gradients over the largest value: some roundings of the dtype, or of TF32 for float32.
+# Largest accepted error of output and gradients, relative to the largest value: a few roundings of the dtype, or of TF32
+# for float32.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-3}
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""Causal attention of the student's heads: q [1, H, T, D], k and v [1, KV, T, D] to [1, T, H, D]."""
+"""Causal attention of the student's heads: maps q [1, H, T, D] and k, v [1, KV, T, D] to [1, T, H, D]."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What was chosen, and why."""
+    """The chosen kernel and the check that records why."""
 
     name: AttentionName | None
-    """None for PyTorch's own choice: on a CPU, for a student without softmax attention, or where nothing works."""
+    """None for PyTorch's own choice: on a CPU, for a student without softmax attention, or where no candidate works."""
     check: Check
+    """The pre-flight check with the result of every candidate."""
 
     @contextmanager
     def in_use(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside, the student's layers use it, also those that are run again in the backward pass."""
+        """Make the student's layers use the kernel within the block, also when they are run again in the backward pass."""
         if self.name in _PACKAGES:
             before = model.config._attn_implementation
             model.set_attn_implementation(_PACKAGES[self.name])
@@ -64,8 +66,8 @@ class Attention:
             finally:
                 model.set_attn_implementation(before)
         elif self.name is not None:
-            # These settings are the process's, so that autograd's threads have them too. The others follow for the
-            # network, whose float32 not every kernel takes.
+            # These settings are process-wide, so autograd's threads have them too. The other kernels follow because the
+            # network computes in float32, which not every kernel supports.
             others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
             with sdpa_kernel([_SDPA[self.name], *others], set_priority=True):
                 yield
@@ -82,12 +84,12 @@ def choose_attention(
     num_tokens: int,
     earlier: AttentionName | None,
 ) -> Attention:
-    """Try what there is.
+    """Try the available kernels and choose one.
 
     Args:
-        wanted: a candidate to be taken, or "auto".
-        num_tokens: of the longest trajectory.
-        earlier: what the run has used before, and goes on with while it works; timings vary, and a resumed run must not.
+        wanted: the kernel that must be used, or "auto".
+        num_tokens: length of the longest trajectory.
+        earlier: the kernel that the run used before. It is kept while it works: timings vary, but a resumed run must not.
     """
     layer = next((m for m in model.modules() if hasattr(m, "num_key_value_groups")), None)
     if layer is None:
@@ -95,23 +97,28 @@ def choose_attention(
     heads = _Heads.of(model)
     if device.type != "cuda":
         error = _error(_sdpa, layer, heads, device, dtype)
-        told: Measured = {
+        measured: Measured = {
             "chosen": "PyTorch's" if wanted == "auto" else f"none, {wanted} is for GPUs",
             "relative error": error,
         }
-        return _chosen(None, told, passed=wanted == "auto" and error <= _TOLERANCE[dtype])
+        return _chosen(None, measured, passed=wanted == "auto" and error <= _TOLERANCE[dtype])
     candidates = {name: _alone(name) for name in _SDPA}
     if is_flash_attn_2_available():
         candidates |= {name: _package(name) for name in _PACKAGES}
     found = try_candidates(candidates, layer, heads, device, dtype, num_tokens=num_tokens)
     name = pick(found, wanted=wanted, earlier=earlier)
-    return _chosen(name, {"chosen": name or "none", **{n: _told(f) for n, f in found.items()}}, passed=name is not None)
+    results = {str(n): _describe_result(f) for n, f in found.items()}
+    return _chosen(name, {"chosen": name or "none", **results}, passed=name is not None)
 
 
 def pick(
     found: dict[AttentionName, float | str], *, wanted: AttentionName, earlier: AttentionName | None
 ) -> AttentionName | None:
-    """The candidate to use, of milliseconds or reasons by name; None if what is wanted, or everything, was refused."""
+    """Return the candidate to use, or None if the wanted one, or every one, was refused.
+
+    Args:
+        found: by candidate, milliseconds, or the reason why it was refused.
+    """
     works = {name: time for name, time in found.items() if not isinstance(time, str)}
     if wanted != "auto":
         return wanted if wanted in works else None
@@ -129,7 +136,7 @@ def try_candidates(
     *,
     num_tokens: int,
 ) -> dict[AttentionName, float | str]:
-    """Milliseconds of a forward and a backward pass of each, or why it is refused."""
+    """Return, for each candidate, the milliseconds of a forward and a backward pass, or why it is refused."""
     found: dict[AttentionName, float | str] = {}
     for name, attend in candidates.items():
         try:
@@ -138,7 +145,7 @@ def try_candidates(
                 found[name] = f"off by {error:.2g} of the largest value"
                 continue
             found[name] = _milliseconds(attend, layer, heads, device, dtype, min(num_tokens, _LONG_TOKENS))
-        # A kernel that cannot do a shape says so with either of these, out of memory among them.
+        # A kernel that does not support a shape raises either of these; so does running out of memory.
         except (RuntimeError, ValueError) as refusal:
             found[name] = str(refusal).strip().split("\n")[0][:200]
     return found
@@ -156,7 +163,7 @@ class _Heads:
         return cls(config.num_attention_heads, num_key_value_heads(config), head_dim(config))
 
     def draw(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        """Queries, keys and values, and a gradient of the output; no global random state is used."""
+        """Draw queries, keys and values, and a gradient of the output, without using the global random state."""
         generator = torch.Generator().manual_seed(0)
         shapes = [(1, n, num_tokens, self.size) for n in (self.num, self.num_kv, self.num_kv)]
         shapes.append((1, num_tokens, self.num, self.size))
@@ -187,7 +194,7 @@ def _package(name: AttentionName) -> Attend:
 
 
 def _error(attend: Attend, layer: nn.Module, heads: _Heads, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest error of output and gradients, over the largest value of each, against attention written out in float64."""
+    """Return the largest error of output and gradients, each relative to its largest value, against float64 attention."""
     inputs, gradient = heads.draw(_SHORT_TOKENS, device, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     query, key, value = exact
@@ -208,7 +215,7 @@ def _error(attend: Attend, layer: nn.Module, heads: _Heads, device: torch.device
 def _milliseconds(
     attend: Attend, layer: nn.Module, heads: _Heads, device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> float:
-    """Of a forward and a backward pass on a GPU, the fastest of a few."""
+    """Return the milliseconds of a forward and a backward pass on a GPU: the fastest of several runs."""
     inputs, gradient = heads.draw(num_tokens, device, dtype)
     times: list[float] = []
     for _ in range(1 + _NUM_TIMED):
@@ -222,13 +229,17 @@ def _milliseconds(
 
 
 def agreed(choose: Callable[[AttentionName | None], Attention], ranks: Ranks) -> Attention:
-    """The first rank's choice, on every rank; `choose` is told what it has to be, or None."""
+    """Return the first rank's choice on every rank.
+
+    Args:
+        choose: makes the choice; it gets the name that the first rank chose, or None.
+    """
     own = choose(None) if ranks.is_first else None
     number = int(ranks.max(0 if own is None or own.name is None else 1 + NAMES.index(own.name)))
     return own or choose(NAMES[number - 1] if number else None)
 
 
-def _told(found: float | str) -> str:
+def _describe_result(found: float | str) -> str:
     return f"refused: {found}" if isinstance(found, str) else f"{found:.1f} ms"
 
 
@@ -238,14 +249,14 @@ def _chosen(name: AttentionName | None, measured: Measured, *, passed: bool) -> 
         passed,
         measured,
         "a fused kernel whose output and gradients are those of float64",
-        "without one, attention would hold a number for every pair of tokens, or train on wrong gradients; "
-        "name another in the recipe's `attention`, or install a PyTorch for this GPU",
+        "without one, attention would store a number for every pair of tokens, or training would use wrong gradients; "
+        "name another kernel in the recipe's `attention`, or install a PyTorch for this GPU",
     )
     return Attention(name, check)
 
 
 def earlier_choice(report: Path) -> AttentionName | None:
-    """What an earlier start of the run has chosen, from its preflight.json, if there is one."""
+    """Return the kernel that an earlier start of the run chose, read from its preflight.json, or None."""
     try:
         checks = json.loads(report.read_bytes())["checks"]
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""The student's architecture without its weights."""
+"""Build the student's architecture without its weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hyperagent.errors import ConfigError
 
 
 def student_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder's config.json, on the meta device.
+    """Build the model that a folder's config.json describes, on the meta device.
 
     Raises:
-        ConfigError: the folder holds no config.json of a model that transformers knows.
+        ConfigError: the folder has no config.json of a model that transformers knows.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(

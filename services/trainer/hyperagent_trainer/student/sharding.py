@@ -1,10 +1,10 @@
-"""The frozen student sharded over ranks, each of which reads only its own part of the weights.
+"""Shard the frozen student over ranks, each of which reads only its own part of the weights.
 
 The model is built without memory (meta device), sharded layer by layer with FSDP2, and only then filled: from each
-tensor in the files a rank reads the rows that it keeps. No rank ever holds the whole student; the embedding table and
-the output head, which the featurizer and the loss read as plain tensors, stay whole on every rank.
+tensor in the files a rank reads the rows that it keeps. No rank ever holds the whole student. The embedding table and
+the output head stay whole on every rank, because the featurizer and the loss read them as plain tensors.
 
-Files keep every routed expert by itself, transformers' models hold them stacked: of those a rank reads its own experts.
+The files store routed experts separately, while transformers' models stack them; a rank reads only its own experts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hyperagent.errors import ConfigError
 from hyperagent_trainer.student.meta import student_without_weights
 
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""A stacked tensor of routed experts, and what each expert's rows are made of in the files."""
+"""Stacked tensors of routed experts, and the tensors in the files from which each expert's rows are concatenated."""
 _UNUSED = ("mtp.",)
-"""Weights that the files hold for other uses: Qwen3-Next's multi-token prediction."""
+"""Prefixes of weights in the files that training does not use: Qwen3-Next's multi-token prediction."""
 
 
 def load_sharded(folder: Path, mesh: DeviceMesh, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen student of a model folder, sharded over `mesh`.
+    """Load the frozen student of a model folder, sharded over `mesh`.
 
     Raises:
-        ConfigError: the files lack a weight of the model, hold one that it has no place for, or of another shape; or
-            the model has a buffer that no file holds and that is not of a rotary embedding.
+        ConfigError: the files lack a weight of the model, hold one that the model does not have or one of another shape,
+            or the model has a buffer that no file holds and that does not belong to a rotary embedding.
     """
     model = student_without_weights(folder, dtype)
     model.eval().requires_grad_(False)
@@ -58,15 +58,15 @@ def shard_student(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
-    # As a root of its own: training calls the decoder, never the model around it.
+    # The decoder is an FSDP root: training calls the decoder, never the model around it.
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
 
 
 def embedding_table(folder: Path, dtype: torch.dtype) -> Tensor:
-    """The embedding table [V, E] of a student, with nothing else of its weights read.
+    """Read the embedding table [V, E] of a student, and nothing else of its weights.
 
     Args:
-        dtype: of the table, whatever the folder holds.
+        dtype: dtype of the returned table, whatever the folder holds.
 
     Raises:
         ConfigError: the folder holds no model, or its files lack the table.
@@ -80,7 +80,7 @@ def embedding_table(folder: Path, dtype: torch.dtype) -> Tensor:
 
 
 def _make_rotary_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute what no file holds, and memory that has just been allocated holds only by chance."""
+    """Compute the rotary embeddings' buffers: no file holds them, and `to_empty` leaves their memory uninitialized."""
     for name, module in model.named_modules():
         if module._non_persistent_buffers_set:
             if "inv_freq" not in module._non_persistent_buffers_set:
@@ -123,10 +123,14 @@ class _Files:
         self._open.close()
 
     def read(self, name: str, rows: slice, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a model's weight, with where among them they begin."""
+        """Yield parts of the rows of a model's weight, each with the index at which it begins within `rows`.
+
+        Raises:
+            ConfigError: the files lack the weight or hold one of another shape.
+        """
         prefix, _, last = name.rpartition(".")
         if name not in self._slices and prefix.endswith(".experts") and last in _STACKED:
-            # Every rank marks them all, or another's would pass for weights that nothing reads.
+            # Every rank marks all experts as used, or it would report those of other ranks as unused weights.
             self._used.update(f"{prefix}.{e}.{part}.weight" for e in range(shape[0]) for part in _STACKED[last])
             for expert in range(rows.start, rows.stop):
                 parts = [self._read(f"{prefix}.{expert}.{part}.weight") for part in _STACKED[last]]
@@ -151,10 +155,14 @@ class _Files:
         return tensor
 
     def require_all_used(self) -> None:
-        """Raises ConfigError if the files hold weights that nothing has read."""
+        """Check that every weight in the files has been read.
+
+        Raises:
+            ConfigError: the files hold weights that the model does not have.
+        """
         left = sorted(n for n in self._slices if n not in self._used and not n.startswith(_UNUSED))
         if left:
             raise ConfigError(
-                f"the weights in {self._folder} hold {len(left)} tensors the model has no place for, first {left[0]}; "
-                "its config.json is of another model"
+                f"the weights in {self._folder} hold {len(left)} tensors that the model does not have, the first is "
+                f"{left[0]}; its config.json is of another model"
             )

@@ -1,4 +1,4 @@
-"""The frozen student."""
+"""Load the frozen student and run it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Student:
     def __init__(
         self, folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None
     ) -> None:
-        """Load from a folder of safetensors weights and tokenizer files.
+        """Load the student from a folder of safetensors weights and tokenizer files.
 
         Args:
-            dtype: of the weights, whatever the folder holds.
-            mesh: what the student is sharded over; whole without.
+            dtype: dtype of the loaded weights, whatever the folder holds.
+            mesh: devices over which the student is sharded; it is not sharded without.
 
         Raises:
             ConfigError: the folder lacks a file, the model's vocabulary is smaller than the tokenizer's, or on a GPU the
@@ -52,13 +52,13 @@ class Student:
         if self.vocab_size > self.head.shape[0]:
             raise ConfigError(
                 f"the tokenizer in {folder} has {self.vocab_size} entries, its model only {self.head.shape[0]}; "
-                "put the student's own tokenizer beside its weights"
+                "put the student's own tokenizer into the folder of its weights"
             )
 
     def hidden_states(self, token_ids_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, D].
+        """Return the final hidden states [B, T, D].
 
-        Padding stands on the right and needs no mask: every layer is causal, so nothing before it can see it.
+        Padding must be on the right and needs no mask: every layer is causal, so no token before it depends on it.
         """
         output: Tensor = self.model.get_decoder()(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         return output
@@ -73,13 +73,19 @@ def _load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
 
 
 def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
-    """transformers falls back to a loop in PyTorch with no more than a warning; at 131,072 tokens it takes hours."""
+    """Check that the kernels of Gated DeltaNet layers can be imported on a GPU.
+
+    Without them transformers only warns and falls back to a loop in PyTorch, which takes hours at 131,072 tokens.
+
+    Raises:
+        ConfigError: the student needs the kernels and they cannot be imported.
+    """
     if device.type != "cuda" or LINEAR_ATTENTION not in layer_types(model.config.get_text_config()):
         return
     why = "flash-linear-attention is not installed, or too old"
     if is_flash_linear_attention_available():
         try:
-            # transformers does the same when it defines the layer, and takes every error for "not installed".
+            # transformers imports them too when it defines the layer, but reports every error as "not installed".
             kernels = import_module("fla.ops.gated_delta_rule")
         except (ImportError, OSError, RuntimeError) as error:
             why = f"importing them fails with {type(error).__name__}: {error}"
@@ -87,6 +93,6 @@ def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
             if hasattr(kernels, "chunk_gated_delta_rule"):
                 return
     raise ConfigError(
-        f"the student has Gated DeltaNet layers, whose kernels for a GPU cannot be used: {why}; "
+        f"the student has Gated DeltaNet layers, but their GPU kernels cannot be used: {why}; "
         "install them with `pip install 'hyperagent-trainer[gpu]'`"
     )

@@ -12,9 +12,9 @@ import torch
 
 from hyperagent.cache.base import CacheReader
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
-from hyperagent.files import write_atomically
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import ImportedAdapter
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import AttentionName, TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData, load_split
 from hyperagent_trainer.distributed import Ranks

@@ -16,8 +16,8 @@ from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.remote import open_for_reading
 from hyperagent.data.files.tokens_file import HELD_OUT
 from hyperagent.errors import DataError
-from hyperagent.files import write_atomically
 from hyperagent.http.run_models import RunStatus
+from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.checkpoint.best import BestEvaluation
 from hyperagent_trainer.checkpoint.manager import CheckpointStore
 from hyperagent_trainer.config import TrainRecipe

@@ -1,1 +1,1 @@
-"""The bytes of the cache: records, shards, codecs, the manifest."""
+"""Byte formats of the cache: records, shards, codecs and the manifest."""

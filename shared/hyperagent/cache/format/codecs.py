@@ -1,11 +1,11 @@
-"""How a block's kept ids and their log-probabilities become bytes: three codecs, from as they are to entropy-coded.
+"""Three codecs for a block's kept ids and log-probabilities, from uncompressed to entropy-coded.
 
-    exact    ids as u32 and log-probabilities as float16, by rank; a reader copies them and is done
-    compact  ids sorted and Elias-Fano coded; log-probabilities as 8 bits between the row's highest and lowest
-    archive  ids as gaps; log-probabilities in steps that grow as probability falls; all of it entropy-coded
+    exact    ids as u32 and log-probabilities as float16, by rank; decoding needs no computation
+    compact  ids sorted and Elias-Fano coded; log-probabilities as 8 bits between the row's minimum and maximum
+    archive  ids as gaps; log-probabilities in steps that grow as probability falls; all entropy-coded
 
-The lossy two shift a row's log-probabilities so that the kept mass is what it was, because a student should not be
-taught a tail that the teacher did not have. Their distortion on real rows is in docs/results.md.
+The two lossy codecs shift a row's log-probabilities to preserve the kept mass, because otherwise the student would
+learn a tail that the teacher did not have. Their distortion on real rows is in docs/results.md.
 
 Legend of shape suffixes: N rows, n = kept ids of all rows together, row after row.
 """
@@ -26,59 +26,59 @@ from hyperagent.errors import CorruptRecord
 _T = TypeVar("_T", bound=np.generic)
 Floats = NDArray[np.floating]
 LOWEST_F16 = float(np.finfo(np.float16).min)
-"""A log-probability below it would become -inf, and its probability is zero anyway."""
+"""Lower bound for log-probabilities: lower ones would become -inf in float16, and their probability is negligible."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeptIds:
-    """The kept ids of N rows without padding, one row after the other, as codecs store them; each row keeps at least one."""
+    """Kept ids of N rows, concatenated without padding as codecs store them; each row keeps at least one."""
 
     counts_N: NDArray[np.int64]
     ids_n: NDArray[np.uint32]
-    """Distinct within a row."""
+    """Token ids, shape [n], distinct within a row."""
     logprobs_n: Floats
 
 
 class Codec(Protocol):
-    """Kept ids to bytes and back."""
+    """Encode kept ids to bytes and decode them."""
 
     @property
     def name(self) -> str:
-        """As in a cache's settings."""
+        """Name of the codec in a cache's settings."""
 
     @property
     def code(self) -> int:
-        """What stands for it in a record's header."""
+        """Number of the codec in a record's header."""
 
     @property
     def by_rank(self) -> bool:
-        """Whether ids come back by descending log-probability, ties by id; otherwise they come by id."""
+        """Whether decoded ids are sorted by descending log-probability, ties by id; otherwise they are sorted by id."""
 
     @property
     def scalar(self) -> type[np.floating]:
-        """The type in which a row's tail and target are stored."""
+        """Dtype in which a row's tail and target are stored."""
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """The bytes of `kept`, and its log-probabilities [n] as they will be read, in the order they were given."""
+        """Return the bytes of `kept` and the log-probabilities [n] that decoding will give, in input order."""
 
     def decode(self, content: memoryview, counts_N: NDArray[np.int64], *, vocab_size: int) -> KeptIds:
-        """What `encode` was given, but for rounding; arrays may share memory with `content`.
+        """Return what `encode` was given, up to rounding; arrays may share memory with `content`.
 
         Raises:
-            CorruptRecord: `content` does not hold so many ids.
+            CorruptRecord: `content` does not hold the expected number of ids.
         """
 
 
 class Exact:
-    """See the module."""
+    """Uncompressed codec; see the module docstring."""
 
     name, code, by_rank, scalar = "exact", 1, True, np.float32
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """u32 [n] ids, f16 [n] log-probabilities."""
+        """Encode as u32 [n] ids and f16 [n] log-probabilities."""
         del vocab_size
         rounded_n = np.maximum(kept.logprobs_n, LOWEST_F16).astype(np.float16)
-        # Rounding makes ties, and ties are ordered by id. Bits of positive float16 rise with what they stand for.
+        # Rounding makes ties, and ties are ordered by id. The bits of positive float16 values sort like the values.
         rows_n = _per_id(np.arange(len(kept.counts_N), dtype=np.uint64), kept.counts_N)
         ordered_n = rows_n << np.uint64(48) | (np.float16(0) - rounded_n).view(np.uint16).astype(
             np.uint64
@@ -89,7 +89,7 @@ class Exact:
         return ordered_n.astype("<u4").tobytes() + logprobs_n.astype("<f2").tobytes(), rounded_n
 
     def decode(self, content: memoryview, counts_N: NDArray[np.int64], *, vocab_size: int) -> KeptIds:
-        """See `Codec.decode`; copies nothing."""
+        """See `Codec.decode`; the arrays are views of `content`."""
         del vocab_size
         n = int(counts_N.sum())
         _require_bytes(content, 6 * n)
@@ -97,17 +97,17 @@ class Exact:
 
 
 class Compact:
-    """See the module."""
+    """Codec with 8-bit log-probabilities and Elias-Fano coded ids; see the module docstring."""
 
     name, code, by_rank, scalar = "compact", 2, False, np.float16
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """f32 [N] highest, f16 [N] step, u8 [n] steps below it, Elias-Fano of row * vocabulary + id."""
+        """Encode as f32 [N] maximum, f16 [N] step, u8 [n] steps below the maximum, Elias-Fano of row * vocabulary + id."""
         starts = _starts(kept.counts_N)
         logprobs_n = kept.logprobs_n.astype(np.float32)
         highest = np.maximum.reduceat(logprobs_n, starts)
         span = highest - np.minimum.reduceat(logprobs_n, starts)
-        # Rounded up, so that the lowest still is 255 steps or fewer below the highest.
+        # Rounded up, so that the minimum is at most 255 steps below the maximum.
         step = np.nextafter((span / 255).astype(np.float16), np.float16(np.inf), dtype=np.float16)
         highest_n, step_n = _per_id(highest, kept.counts_N), _per_id(step.astype(np.float32), kept.counts_N)
         steps_n = np.rint((highest_n - logprobs_n) / step_n).astype(np.uint8)
@@ -139,11 +139,11 @@ class Compact:
 
 
 class Archive:
-    """See the module.
+    """Entropy-coded codec; see the module docstring.
 
-    The cost in KL of an error e in a log-probability is p e**2 / 2, so all ids cost alike if the step is proportional
-    to 1 / sqrt(p): the square root of the probability is rounded to a grid. Below the probability where that step
-    would reach `_WIDEST` nats, log-probabilities are rounded to multiples of it, so that no id is off by more than half.
+    The cost in KL of an error e in a log-probability is p e**2 / 2, so the cost is the same for all ids if the step is
+    proportional to 1 / sqrt(p): the square root of the probability is rounded to a grid. Below the probability where that step
+    would reach `_WIDEST` nats, log-probabilities are rounded to multiples of it, so that no error exceeds half of it.
     """
 
     name, code, by_rank, scalar = "archive", 3, False, np.float16
@@ -156,7 +156,7 @@ class Archive:
 
     def __init__(self) -> None:
         self._turn = (self._FINEST / self._WIDEST) ** 2
-        """The probability below which the step stays the same."""
+        """Probability below which the step is constant."""
         self._turn_step = 2 * (1 - self._turn**0.5) / self._FINEST
         steps = np.arange(1 << 16, dtype=np.float64)
         with np.errstate(divide="ignore"):
@@ -165,7 +165,7 @@ class Archive:
         self.logprob_of_step: NDArray[np.float32] = np.where(steps <= self._turn_step, upper, lower).astype(np.float32)
 
     def encode(self, kept: KeptIds, *, vocab_size: int) -> tuple[bytes, Floats]:
-        """f16 [N] shift, sizes of five zstd frames, the frames: gaps' low, middle, high byte, steps' low, high byte."""
+        """Encode as f16 [N] shift, sizes of five zstd frames, then the frames: gaps' low, middle, high byte, steps' low, high."""
         logprobs_n = kept.logprobs_n.astype(np.float64)
         upper_n = 2 * (1 - np.exp(logprobs_n / 2)) / self._FINEST
         lower_n = self._turn_step + (np.log(self._turn) - logprobs_n) / self._WIDEST
@@ -195,17 +195,17 @@ class Archive:
         gaps = low | middle.astype(np.uint32) << np.uint32(8) | high.astype(np.uint32) << np.uint32(16)
         sums = np.cumsum(gaps, dtype=np.uint32)
         starts = _starts(counts_N)
-        # The sum runs on over the rows; what it had reached before a row is taken off again. Wraps are harmless.
+        # The cumulative sum spans all rows; its value before each row is subtracted again. Wraparound is harmless.
         ids_n = sums - _per_id((sums - gaps)[starts], counts_N)
         shift = np.frombuffer(content[: 2 * N], "<f2").astype(np.float32)
         logprobs_n = self.logprob_of_step[steps_low | steps_high.astype(np.uint16) << np.uint16(8)]
         return KeptIds(counts_N, ids_n, logprobs_n + _per_id(shift, counts_N))
 
     def planes(self, content: memoryview, num_rows: int, num_kept: int) -> list[bytes]:
-        """The five decompressed planes of the gaps and steps of `num_kept` ids, a byte of each.
+        """Decompress the five byte planes of the gaps and steps of `num_kept` ids.
 
         Raises:
-            CorruptRecord: `content` does not hold so many ids.
+            CorruptRecord: `content` does not hold the expected number of ids.
         """
         frames = content[2 * num_rows :]
         if len(frames) < self._HEADER.size:
@@ -234,14 +234,14 @@ def _starts(counts_N: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _per_id(values_N: NDArray[_T], counts_N: NDArray[np.int64]) -> NDArray[_T]:
-    """Each row's value once for each of its ids."""
+    """Repeat each row's value once for each of its ids."""
     same = bool((counts_N == counts_N[0]).all())
-    # With one count for all, numpy copies without looking at each.
+    # With a single count, numpy repeats without reading per-row counts, which is faster.
     return np.repeat(values_N, counts_N[0] if same else counts_N)
 
 
 def _mass_shift(true_n: Floats, rounded_n: Floats, starts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """[N], what to add to a row's rounded log-probabilities for the row to have its true mass."""
+    """Return the offsets [N] to add to each row's rounded log-probabilities to restore the row's true mass."""
     true_N = np.add.reduceat(np.exp(true_n, dtype=np.float64), starts)
     rounded_N = np.add.reduceat(np.exp(rounded_n, dtype=np.float64), starts)
     return np.log(true_N / rounded_N).astype(np.float32)
@@ -250,7 +250,7 @@ def _mass_shift(true_n: Floats, rounded_n: Floats, starts: NDArray[np.int64]) ->
 def _sorted_by_id(
     kept: KeptIds, values_n: NDArray[np.unsignedinteger], vocab_size: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.unsignedinteger]]:
-    """Row * vocabulary + id, rising, and the values in that order; the values are integers of 16 bits or fewer."""
+    """Return row * vocabulary + id in ascending order, and the values (integers of at most 16 bits) in that order."""
     rows = np.arange(len(kept.counts_N), dtype=np.uint64) * np.uint64(vocab_size)
     keyed = (_per_id(rows, kept.counts_N) + kept.ids_n) << np.uint64(16) | values_n.astype(np.uint64)
     keyed.sort()

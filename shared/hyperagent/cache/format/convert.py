@@ -1,4 +1,4 @@
-"""Between records and the rows everybody passes on, which are by rank and padded to one width."""
+"""Conversion between records and `TopKRows`, whose rows are sorted by rank and padded to one width."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hyperagent.topk import TopKRows
 
 
 def to_record(key: bytes, rows: TopKRows, manifest: Manifest, *, first_token: int, num_tokens: int) -> bytes:
-    """The record of a block's valid `rows`, stored in the way that the cache's manifest says.
+    """Encode a block's valid `rows` as a record, with the settings of the cache's manifest.
 
     Args:
-        first_token, num_tokens: as of `encode_block`.
+        first_token, num_tokens: see `encode_block`.
     """
     identity, settings = manifest.identity, manifest.settings
     if settings.kept_mass < 1:
@@ -32,16 +32,16 @@ def to_record(key: bytes, rows: TopKRows, manifest: Manifest, *, first_token: in
 
 
 def decode_rows(header: Header, payload: memoryview, identity: TeacherIdentity) -> StoredRows:
-    """`decode_block` of a record of this teacher's."""
+    """Decode a block's record with the vocabulary and temperatures of the teacher `identity`."""
     return decode_block(header, payload, vocab_size=identity.vocab_size, num_temperatures=len(identity.temperatures))
 
 
 def to_top_k_rows(stored: StoredRows, top_k: int) -> TopKRows:
-    """`stored` with every row's ids by descending log-probability, ties by id, and padding up to `top_k`."""
+    """Convert `stored` to rows sorted by descending log-probability, ties by id, padded up to `top_k`."""
     counts_N = stored.kept.counts_N
     ids_NK, logprobs_NK = padded_rows(stored, top_k)
     if not stored.by_rank:
-        # Ids come rising and the sort is stable, so ties stay in the order of their ids; padding sorts last.
+        # Ids are ascending and the sort is stable, so ties remain ordered by id; padding sorts last.
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")
         ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
         logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
@@ -57,7 +57,7 @@ def to_top_k_rows(stored: StoredRows, top_k: int) -> TopKRows:
 
 
 def padded_rows(stored: StoredRows, top_k: int) -> tuple[NDArray[np.uint32], NDArray[np.floating]]:
-    """Ids and log-probabilities [N, K] as they are stored; padding repeats the first id, with -inf."""
+    """Return ids and log-probabilities [N, K] in stored order; padding repeats the first id with -inf."""
     counts_N = stored.kept.counts_N
     shape = (len(counts_N), top_k)
     if len(stored.kept.ids_n) == len(counts_N) * top_k:

@@ -1,10 +1,10 @@
-"""Elias-Fano coding: a rising sequence of integers in about 2 + log2(universe / count) bits each.
+"""Elias-Fano coding of an ascending sequence of integers in about 2 + log2(universe / count) bits each.
 
-Every number is cut into `low` bits, which are stored as they are, and the rest, which is stored in unary as one bit
-set at `rest + index`, so that the rests' order needs no more than two bits a number (Elias, "Efficient Storage and
+Every number is split into `low` bits, which are stored directly, and the rest, which is stored in unary as one bit
+set at `rest + index`, so that the rests take at most two bits per number (Elias, "Efficient Storage and
 Retrieval by Content and Address of Static Files", 1974; Vigna, "Quasi-succinct indices", 2013).
 
-`low` is one of the widths that unpack by bytes alone: whole bytes, and one field of 0, 1, 2 or 4 bits.
+`low` is one of the widths that can be unpacked bytewise: whole bytes plus one field of 0, 1, 2 or 4 bits.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ WIDTHS = tuple(8 * whole + field for whole in range(3) for field in _FIELD_BITS)
 
 
 def low_bits(count: int, universe: int) -> int:
-    """The width, of `WIDTHS`, with which `count` numbers below `universe` take the fewest bytes."""
+    """Return the width in `WIDTHS` with which `count` numbers below `universe` take the fewest bytes."""
     return min(WIDTHS, key=lambda low: encoded_bytes(count, universe, low))
 
 
 def encoded_bytes(count: int, universe: int, low: int | None = None) -> int:
-    """Size of `count` numbers below `universe`."""
+    """Return the encoded size in bytes of `count` numbers below `universe`."""
     low = low_bits(count, universe) if low is None else low
     whole, field = divmod(low, 8)
     return whole * count + -(-field * count // 8) + _unary_bytes(count, universe, low)
 
 
 def encode(numbers: NDArray[np.uint32], universe: int) -> bytes:
-    """Encode strictly rising `numbers` [n], each below `universe`, which is at most 2**32."""
+    """Encode strictly ascending `numbers` [n], each below `universe`, which is at most 2**32."""
     low = low_bits(len(numbers), universe)
     whole, field = divmod(low, 8)
     parts = [(numbers >> np.uint32(8 * index)).astype(np.uint8).tobytes() for index in range(whole)]
@@ -44,10 +44,10 @@ def encode(numbers: NDArray[np.uint32], universe: int) -> bytes:
 
 
 def decode(content: memoryview, count: int, universe: int) -> NDArray[np.uint32]:
-    """The numbers [count] that `encode` was given.
+    """Decode the numbers [count] that `encode` was given.
 
     Raises:
-        CorruptRecord: `content` does not hold so many numbers.
+        CorruptRecord: `content` does not hold `count` numbers.
     """
     low = low_bits(count, universe)
     whole, field = divmod(low, 8)
@@ -58,7 +58,7 @@ def decode(content: memoryview, count: int, universe: int) -> NDArray[np.uint32]
     unary = np.unpackbits(np.frombuffer(content[end:], np.uint8), bitorder="little")
     ones = np.flatnonzero(unary.view(np.bool_))
     if len(ones) != count:
-        raise CorruptRecord(f"it holds {len(ones)} ids where {count} belong")
+        raise CorruptRecord(f"it holds {len(ones)} ids, but {count} were expected")
     numbers: NDArray[np.uint32] = (ones - np.arange(count)).astype(np.uint32)
     if field:
         numbers <<= np.uint32(field)
@@ -74,7 +74,7 @@ def _unary_bytes(count: int, universe: int, low: int) -> int:
 
 
 def _pack(values: NDArray[np.uint8], width: int) -> bytes:
-    """`values` of `width` bits, the first in the lowest bits of a byte."""
+    """Pack `values` of `width` bits each, the first in the lowest bits of a byte."""
     per_byte = 8 // width
     padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
     padded[: len(values)] = values

@@ -1,8 +1,8 @@
-"""Keys: what a teacher's rows are found by. All are BLAKE3 digests under the teacher's fingerprint.
+"""Cache keys: BLAKE3 digests over the teacher's fingerprint and the tokens that determine a record.
 
-A causal teacher's row depends on the tokens before it and nothing else, so the rows of a block of tokens are found by a
-chain over all blocks up to it. Trajectories that begin alike share their first blocks, and a capture that was cut off
-goes on at the first block that is missing. (The chain is that of vLLM's prefix cache,
+A causal teacher's row depends only on the tokens up to it, so a block's key is a hash chain over all blocks up to
+that block. Trajectories with a common prefix share their first blocks, and an interrupted capture continues at the
+first missing block. (The chain is that of vLLM's prefix cache,
 https://docs.vllm.ai/en/latest/design/prefix_caching.html.)
 """
 
@@ -22,16 +22,16 @@ _TRAJECTORY_DOMAIN = b"hyperagent-topk-key-2"
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """A block of a trajectory that has supervised positions."""
+    """Block of a trajectory that has supervised positions."""
 
     index: int
     key: bytes
     first_token: int
     num_tokens: int
     rows: slice
-    """Which of the trajectory's rows stand in it."""
+    """Slice of the trajectory's rows that the block holds."""
     positions: NDArray[np.uint32]
-    """Theirs, in the trajectory."""
+    """Positions of these rows in the trajectory, ascending."""
 
     @property
     def num_rows(self) -> int:
@@ -39,7 +39,7 @@ class BlockPlan:
 
 
 def trajectory_key(fingerprint: str, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32]) -> str:
-    """Digest (hex) of all that decides a trajectory's rows: the teacher, the tokens [T], the positions [N]."""
+    """Return the digest (hex) of everything that determines a trajectory's rows: teacher, tokens [T], positions [N]."""
     digest = blake3(_TRAJECTORY_DOMAIN)
     digest.update(bytes.fromhex(fingerprint))
     digest.update(len(token_ids).to_bytes(8, "little") + len(positions).to_bytes(8, "little"))
@@ -51,7 +51,7 @@ def trajectory_key(fingerprint: str, token_ids: NDArray[np.uint32], positions: N
 def plan_blocks(
     fingerprint: str, token_ids: NDArray[np.uint32], positions: NDArray[np.uint32], *, block_tokens: int
 ) -> Iterator[BlockPlan]:
-    """The blocks that hold the rows of rising `positions` [N] of `token_ids` [T], in order."""
+    """Yield, in order, the blocks that hold the rows at ascending `positions` [N] of `token_ids` [T]."""
     chain = blake3(_CHAIN_DOMAIN + bytes.fromhex(fingerprint)).digest()
     firsts = np.searchsorted(positions, np.arange(0, len(token_ids) + block_tokens, block_tokens))
     for index, first_token in enumerate(range(0, len(token_ids), block_tokens)):

@@ -1,4 +1,4 @@
-"""A cache's manifest: whose rows it holds, and how they are stored."""
+"""Manifest of a cache: the teacher's identity and the storage settings."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hyperagent.cache.format.codecs import CODECS, COMPACT, Codec
 from hyperagent.errors import ConfigError, CorruptRecord, StorageError
-from hyperagent.files import write_once
 from hyperagent.identity import TeacherIdentity
+from hyperagent.storage.files import write_once
 
 FORMAT_VERSION = 2
 _NAME = "manifest.json"
 
 
 class CacheSettings(BaseModel):
-    """How rows are stored; decided when a cache is made, and the same for all of its records."""
+    """Storage settings of a cache, fixed at its creation and common to all of its records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     codec: Annotated[str, Field(pattern=f"^({'|'.join(CODECS)})$")] = COMPACT.name
-    """exact, compact or archive; see `hyperagent.cache.format.codecs`."""
+    """Codec of the rows: exact, compact or archive; see `hyperagent.cache.format.codecs`."""
     kept_mass: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of a row, the most likely ids are kept whose probabilities reach this; 1 keeps all that the teacher gave."""
+    """Probability mass to keep per row: the most likely ids that reach it are kept; 1 keeps all that the teacher gave."""
     min_k: Annotated[int, Field(ge=1)] = 8
-    """The fewest ids that a row keeps all the same, if the teacher gave so many."""
+    """Minimum number of ids to keep per row, if the teacher gave that many."""
     block_tokens: Annotated[int, Field(ge=16, le=8192)] = 1024
-    """Tokens whose rows make one record, which is what is shared, checked and resumed at."""
+    """Tokens per record; records are the unit of sharing, checking and resuming."""
 
     @property
     def row_codec(self) -> Codec:
-        """The codec by its name."""
+        """Codec with the name `codec`."""
         return CODECS[self.codec]
 
     def digest(self) -> str:
-        """Digest (hex) of all settings."""
+        """Return the digest (hex) of all settings."""
         return blake3(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module."""
+    """Identity and storage settings of a cache."""
 
     identity: TeacherIdentity
     settings: CacheSettings
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write a new cache's manifest; does nothing if there is one.
+    """Write the manifest of a new cache; do nothing if there already is one.
 
     Raises:
         StorageError: the file system refused.
@@ -64,16 +64,16 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.identity.fingerprint,
         "settings": manifest.settings.model_dump(),
     }
-    # Of two teachers that start at once one makes the cache.
+    # If two teachers start at once, only one creates the cache.
     write_once(manifest_path(root), json.dumps(content, indent=2).encode() + b"\n")
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of an existing cache.
+    """Read the manifest of an existing cache.
 
     Raises:
-        ConfigError: there is none, or it is of an unknown format version.
-        CorruptRecord: it is damaged.
+        ConfigError: there is no manifest, or its format version is unknown.
+        CorruptRecord: the manifest is damaged.
         StorageError: the file system refused.
     """
     path = manifest_path(root)
@@ -86,18 +86,18 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, name: str) -> Manifest:
-    """The manifest of the cache `name` from its bytes.
+    """Parse the manifest of the cache `name` from its bytes.
 
     Raises:
-        ConfigError: it is of an unknown format version.
-        CorruptRecord: it is damaged.
+        ConfigError: its format version is unknown.
+        CorruptRecord: the manifest is damaged.
     """
     try:
         fields = json.loads(content)
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"the cache in {name} is of format version {version}, this release reads {FORMAT_VERSION}; populate a new one"
+                f"the cache in {name} has format version {version}, but this release reads {FORMAT_VERSION}; populate a new one"
             )
         identity = TeacherIdentity.from_fields(fields["identity"])
         settings = CacheSettings(**fields["settings"])
@@ -115,5 +115,5 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
 
 
 def manifest_path(root: Path) -> Path:
-    """Where a cache's manifest stands."""
+    """Return the path of a cache's manifest."""
     return root / _NAME

@@ -1,7 +1,7 @@
-"""The cache's records as bytes: a header with checksums, and a payload. docs/cache-format.md specifies every byte.
+"""Byte format of records: a header with checksums, and a payload. docs/cache-format.md specifies every byte.
 
-A *block* record holds the rows of up to `block_tokens` consecutive tokens; a *trajectory* record names the blocks of one
-trajectory. Numbers are little-endian; arrays are row-major.
+A *block* record holds the rows of up to `block_tokens` consecutive tokens; a *trajectory* record lists the blocks
+of one trajectory. Numbers are little-endian; arrays are row-major.
 
 Legend of shape suffixes: N rows of a block, n kept ids of all rows together, M temperatures besides 1.
 """
@@ -23,16 +23,16 @@ from hyperagent.topk import TopKRows
 
 MAGIC = b"HATKREC2"
 ALIGNMENT = 32
-"""Records begin at multiples of it, so that a reader finds the next one behind damage."""
+"""Records begin at multiples of this many bytes, so that a reader finds the next one after damage."""
 _HEADER = struct.Struct("<8s B B H I I I I I 32s 16s f f")
-"""Magic, kind, codec, top k, bytes of payload, first token, tokens, rows, kept ids, key, payload's checksum, KL, mass."""
+"""Magic, kind, codec, top k, payload bytes, first token, tokens, rows, kept ids, key, payload checksum, KL, mass."""
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _BLOCK_ENTRY = struct.Struct("<II32s")
 
 
 class Kind(enum.IntEnum):
-    """What a record holds."""
+    """Kind of a record: a block's rows or a trajectory's block list."""
 
     BLOCK = 1
     TRAJECTORY = 2
@@ -40,35 +40,35 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What a reader must know of a record before it reads its payload."""
+    """Header of a record: everything needed to read its payload."""
 
     kind: Kind
     codec: int
-    """Of a block; 0 otherwise."""
+    """Codec number of a block; 0 for a trajectory."""
     top_k: int
-    """The most ids that a row keeps."""
+    """Largest number of ids that a row keeps."""
     payload_bytes: int
     first_token: int
-    """Where in its trajectory a block begins; 0 of a trajectory. A block belongs to every trajectory that begins alike."""
+    """Token at which a block begins; 0 for a trajectory. All trajectories with the same prefix share the block."""
     num_tokens: int
     num_rows: int
     num_kept: int
-    """Kept ids of all rows together; 0 of a trajectory."""
+    """Total number of kept ids in all rows; 0 for a trajectory."""
     key: bytes
     checksum: bytes
     """XXH3-128 of the payload."""
     kl_nats: float
-    """Of a block, mean over its rows of KL(row as it came || as it is stored), over kept ids and tail, both normalized."""
+    """Mean over a block's rows of KL(original row || stored row) in nats, over kept ids and tail, both normalized."""
     kept_mass: float
-    """Of a block, mean over its rows of the probability of the kept ids."""
+    """Mean over a block's rows of the probability of the kept ids."""
 
     @property
     def record_bytes(self) -> int:
-        """Size of the whole record, padding included."""
+        """Size of the whole record in bytes, padding included."""
         return padded(HEADER_BYTES + self.payload_bytes)
 
     def to_bytes(self) -> bytes:
-        """`HEADER_BYTES` bytes."""
+        """Encode the header as `HEADER_BYTES` bytes."""
         fields = _HEADER.pack(
             MAGIC, self.kind, self.codec, self.top_k, self.payload_bytes, self.first_token, self.num_tokens,
             self.num_rows, self.num_kept, self.key, self.checksum, self.kl_nats, self.kept_mass,
@@ -76,15 +76,15 @@ class Header:
         return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
 
     def payload(self, content: memoryview) -> memoryview:
-        """What stands behind this header in a record's bytes."""
+        """Return the payload that follows this header in a record's bytes."""
         return content[HEADER_BYTES : HEADER_BYTES + self.payload_bytes]
 
     @classmethod
     def from_bytes(cls, content: memoryview) -> Header:
-        """Read the header that `content` begins with.
+        """Read the header at the beginning of `content`.
 
         Raises:
-            CorruptRecord: it is none.
+            CorruptRecord: `content` does not begin with a valid header.
         """
         if len(content) < HEADER_BYTES:
             raise CorruptRecord(f"it has {len(content)} bytes, fewer than a header")
@@ -92,7 +92,7 @@ class Header:
         if content[:8] != MAGIC:
             raise CorruptRecord(f"it begins with {bytes(content[:8])!r}, not with {MAGIC!r}")
         if _CHECKSUM.unpack_from(content, _HEADER.size)[0] != xxhash.xxh3_64_intdigest(fields):
-            raise CorruptRecord("its header's checksum does not fit")
+            raise CorruptRecord("its header's checksum does not match")
         _, kind, *rest = _HEADER.unpack(fields)
         try:
             return cls(Kind(kind), *rest)
@@ -102,46 +102,46 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """The rows of a block as its codec decoded them; the cache's internal form.
+    """Rows of a block as its codec decoded them; the cache's internal form.
 
     `hyperagent.topk.TopKRows` has one width, one order and one dtype. Here rows keep the codec's order and dtype and are
     not padded, because sorting and widening them takes longer than decoding, and the trainer needs neither.
     """
 
     positions_N: NDArray[np.uint32]
-    """In the trajectory, rising."""
+    """Positions in the trajectory, ascending."""
     kept: KeptIds
     tail_logmass_N: NDArray[np.floating]
     target_logprob_N: NDArray[np.floating]
     tail_logsumexps_NM: NDArray[np.floating]
-    """At the teacher's temperatures; see `hyperagent.topk.TopKRows`."""
+    """Logsumexps of the tails at the teacher's temperatures; see `hyperagent.topk.TopKRows`."""
     by_rank: bool
-    """Whether a row's ids come by descending log-probability, ties by id; otherwise they come by id."""
+    """Whether a row's ids are sorted by descending log-probability, ties by id; otherwise they are sorted by id."""
 
 
 @dataclass(frozen=True)
 class BlockOfTrajectory:
-    """One block that a trajectory consists of."""
+    """One block of a trajectory."""
 
     index: int
-    """Which block of the trajectory: it begins at token `index * block_tokens`."""
+    """Number of the block in the trajectory; the block begins at token `index * block_tokens`."""
     num_rows: int
     key: bytes
 
 
 def padded(size: int) -> int:
-    """`size` bytes rounded up to whole `ALIGNMENT`s."""
+    """Return `size` rounded up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def encode_block(
     key: bytes, rows: TopKRows, *, first_token: int, num_tokens: int, codec: Codec, vocab_size: int
 ) -> bytes:
-    """The record of valid `rows` (see `TopKRows.validate`) whose positions lie in one block.
+    """Encode valid `rows` (see `TopKRows.validate`) whose positions lie in one block as a record.
 
     Args:
-        first_token: where the block begins; positions count from the trajectory's beginning.
-        num_tokens: tokens of the block.
+        first_token: token at which the block begins; positions count from the trajectory's beginning.
+        num_tokens: number of tokens in the block.
     """
     counts_N = rows.counts
     mask_NK = np.arange(rows.top_k) < counts_N[:, None]
@@ -176,14 +176,14 @@ def encode_block(
 
 
 def decode_block(header: Header, payload: memoryview, *, vocab_size: int, num_temperatures: int) -> StoredRows:
-    """The rows of a block whose payload's checksum fits; arrays may share memory with `payload`.
+    """Decode the rows of a block whose checksum has been verified; arrays may share memory with `payload`.
 
     Raises:
-        CorruptRecord: the payload is not what the header says.
+        CorruptRecord: the payload does not match the header.
     """
     codec = CODEC_OF_CODE.get(header.codec)
     if header.kind is not Kind.BLOCK or codec is None:
-        raise CorruptRecord(f"it is no block of a known codec: kind {header.kind}, codec {header.codec}")
+        raise CorruptRecord(f"it is not a block of a known codec: kind {header.kind}, codec {header.codec}")
     N, M = header.num_rows, num_temperatures
     scalar = np.dtype(codec.scalar).newbyteorder("<")
     is_ragged = header.num_kept != N * header.top_k
@@ -212,7 +212,7 @@ def decode_block(header: Header, payload: memoryview, *, vocab_size: int, num_te
 
 
 def encode_trajectory(key: bytes, blocks: Sequence[BlockOfTrajectory], *, num_tokens: int) -> bytes:
-    """The record that names a trajectory's `blocks`, in order."""
+    """Encode the record that lists a trajectory's `blocks` in order."""
     payload = b"".join(_BLOCK_ENTRY.pack(block.index, block.num_rows, block.key) for block in blocks)
     num_rows = sum(block.num_rows for block in blocks)
     header = Header(
@@ -223,13 +223,13 @@ def encode_trajectory(key: bytes, blocks: Sequence[BlockOfTrajectory], *, num_to
 
 
 def decode_trajectory(header: Header, payload: memoryview) -> tuple[BlockOfTrajectory, ...]:
-    """The blocks of a trajectory whose payload's checksum fits.
+    """Decode the blocks of a trajectory whose checksum has been verified.
 
     Raises:
-        CorruptRecord: the payload is not what the header says.
+        CorruptRecord: the payload does not match the header.
     """
     if header.kind is not Kind.TRAJECTORY or len(payload) % _BLOCK_ENTRY.size:
-        raise CorruptRecord(f"it is no trajectory: kind {header.kind}, {len(payload)} bytes of payload")
+        raise CorruptRecord(f"it is not a trajectory: kind {header.kind}, {len(payload)} bytes of payload")
     blocks = tuple(BlockOfTrajectory(*entry) for entry in _BLOCK_ENTRY.iter_unpack(payload))
     if sum(block.num_rows for block in blocks) != header.num_rows:
         raise CorruptRecord(f"its blocks do not have the {header.num_rows} rows of its header")
@@ -237,26 +237,26 @@ def decode_trajectory(header: Header, payload: memoryview) -> tuple[BlockOfTraje
 
 
 def check_record(content: memoryview) -> tuple[Header, memoryview]:
-    """Header and payload of a whole record; every byte is checked.
+    """Return the header and payload of a whole record after checking every byte.
 
     Raises:
-        CorruptRecord: the bytes are not a record that was written; says how they differ.
+        CorruptRecord: the bytes are not a valid record; the message says how they differ.
     """
     header = Header.from_bytes(content)
     if len(content) != header.record_bytes:
-        raise CorruptRecord(f"it has {len(content)} bytes, not the {header.record_bytes} that its header says")
+        raise CorruptRecord(f"it has {len(content)} bytes, not the {header.record_bytes} given in its header")
     payload = header.payload(content)
     if xxhash.xxh3_128_digest(payload) != header.checksum:
-        raise CorruptRecord("its checksum does not fit")
+        raise CorruptRecord("its checksum does not match")
     if any(content[HEADER_BYTES + header.payload_bytes :]):
-        raise CorruptRecord("the bytes that fill it up are not zero")
+        raise CorruptRecord("its padding is not zero")
     return header, payload
 
 
 def _mean_kl(
     kept: KeptIds, tail_N: NDArray[np.floating], stored_n: NDArray[np.floating], stored_tail_N: NDArray[np.floating]
 ) -> float:
-    """Mean over rows of KL(row || stored row) in nats, over kept ids and tail, after scaling both to sum to 1."""
+    """Return the mean over rows of KL(row || stored row) in nats, over kept ids and tail, both scaled to sum to 1."""
     starts = np.cumsum(kept.counts_N) - kept.counts_N
     p_n, p_N = np.exp(kept.logprobs_n, dtype=np.float64), np.exp(tail_N, dtype=np.float64)
     q_n, q_N = np.exp(stored_n, dtype=np.float64), np.exp(stored_tail_N, dtype=np.float64)

@@ -1,11 +1,11 @@
-"""Shards: the append-only files that records stand in. docs/cache-format.md specifies every byte.
+"""Shards: append-only files of records. docs/cache-format.md specifies every byte.
 
     header   magic, the teacher's fingerprint, checksum
     records  one after the other, each beginning at a multiple of `ALIGNMENT`
-    footer   of a sealed shard: where each record stands, sorted by key; a digest of the whole shard
+    footer   in a sealed shard: the location of each record, sorted by key; a digest of the whole shard
 
-A shard that is being written is named `.open` and locked by its one writer; a sealed one is named `.shard` and never
-changes again.
+A shard that is being written ends in `.open` and is locked by its only writer; a sealed shard ends in `.shard` and
+never changes again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from hyperagent.cache.format.record import ALIGNMENT, HEADER_BYTES, MAGIC, Header, check_record
 from hyperagent.errors import CorruptRecord
-from hyperagent.file_lock import try_lock
-from hyperagent.files import fsync_directory, is_temporary, temporary_sibling
+from hyperagent.storage.file_lock import try_lock
+from hyperagent.storage.files import fsync_directory, is_temporary, temporary_sibling
 
 _MAGIC = b"HATKSHD2"
 _HEADER = struct.Struct("<8s32s16x")
 SHARD_HEADER_BYTES = _HEADER.size + 8
 _FOOTER_ENTRY = np.dtype([("key", "V32"), ("offset", "<u8"), ("length", "<u4"), ("kind", "<u4")])
 _TRAILER = struct.Struct("<QQ8s32s8s")
-"""Where the footer begins, its entries, its checksum, BLAKE3 of everything before the digest, magic."""
+"""Offset of the footer, number of entries, footer checksum, BLAKE3 of everything before the digest, magic."""
 _END_MAGIC = b"HATKEND2"
 OPEN, SEALED = ".open", ".shard"
 _WINDOW_BYTES = 1 << 20
@@ -41,7 +41,7 @@ _WINDOW_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Location:
-    """Where a record stands."""
+    """Location of a record."""
 
     shard: str
     """The shard's file name without its suffix."""
@@ -51,42 +51,42 @@ class Location:
 
 @dataclass(frozen=True)
 class Found:
-    """What a scan met: a whole record, or damage."""
+    """Result of a scan: a whole record, or a damaged region."""
 
     offset: int
     length: int
     header: Header | None
-    """None where damage has taken the header too."""
+    """Header of the record; None if the header is damaged too."""
     damage: str = ""
-    """How the bytes differ from what was written; empty of a whole record."""
+    """Description of the damage; empty for a whole record."""
 
 
 class ShardWriter:
-    """The one writer of an open shard; the lock is the operating system's and ends with the process."""
+    """The only writer of an open shard; the operating system releases its lock when the process ends."""
 
     def __init__(self, path: Path, descriptor: int, end: int) -> None:
-        """Use `create` or `resume`."""
+        """Initialize from an open descriptor; use `create` or `resume` instead."""
         self.path = path
         self.name = path.stem
         self.end = end
-        """Where the next record goes."""
+        """Offset of the next record."""
         self._descriptor = descriptor
 
     @classmethod
     def create(cls, folder: Path, fingerprint: str) -> ShardWriter:
-        """A new, empty, durable shard.
+        """Create an empty, durable shard.
 
         Raises:
-            OSError: the file system refused; nothing is left.
+            OSError: a file operation failed; nothing remains on disk.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}{OPEN}"
-        # The rename comes after the header, so that a shard always has one.
+        # The file is renamed after the header is written, so that a shard always has one.
         temporary = temporary_sibling(path)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         writer = cls(path, descriptor, 0)
         try:
-            # The name is new, so that nobody else can hold the lock.
+            # The name is new, so nobody else can hold the lock.
             try_lock(descriptor, exclusive=True)
             fields = _HEADER.pack(_MAGIC, bytes.fromhex(fingerprint))
             writer.append(fields + xxhash.xxh3_64_digest(fields))
@@ -103,17 +103,17 @@ class ShardWriter:
 
     @classmethod
     def resume(cls, path: Path, *, end: int) -> ShardWriter | None:
-        """An open shard that nobody writes any more, cut off at `end`; None if somebody does, or it is not there.
+        """Resume an abandoned open shard, truncated at `end`; return None if another process writes it or it is gone.
 
         Raises:
-            OSError: the file system refused.
+            OSError: a file operation failed.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            # Its writer may have sealed it, and so renamed it, between our opening it and our having the lock.
+            # Its writer may have sealed and renamed it after it was opened here and before it was locked.
             if (
                 try_lock(descriptor, exclusive=True)
                 and path.exists()
@@ -129,10 +129,10 @@ class ShardWriter:
         return None
 
     def append(self, content: bytes) -> int:
-        """Write at the end; returns where that was. Durable once `sync` has returned.
+        """Append a record and return its offset; it is durable once `sync` has returned.
 
         Raises:
-            OSError: the file system refused; call `cut` before anything else.
+            OSError: writing failed; call `cut` before anything else.
         """
         offset = self.end
         view = memoryview(content)
@@ -143,27 +143,27 @@ class ShardWriter:
         return offset
 
     def sync(self) -> None:
-        """Make everything durable.
+        """Flush everything to disk.
 
         Raises:
-            OSError: it is not, and never will be (https://wiki.postgresql.org/wiki/Fsync_Errors): close this writer.
+            OSError: data was lost and retrying cannot help (https://wiki.postgresql.org/wiki/Fsync_Errors): close this writer.
         """
         os.fsync(self._descriptor)
 
     def cut(self, end: int) -> None:
-        """Take back what was appended behind `end`.
+        """Remove everything that was appended after `end`.
 
         Raises:
-            OSError: the file system refused.
+            OSError: a file operation failed.
         """
         os.ftruncate(self._descriptor, end)
         self.end = end
 
     def seal(self) -> None:
-        """Write the footer and give the shard its final name; then it is closed.
+        """Write the footer, give the shard its final name, and close it.
 
         Raises:
-            OSError: the file system refused; the records are as readable as before.
+            OSError: a file operation failed; the records remain readable.
         """
         entries = sorted(
             (found.header.key, found.offset, found.length, int(found.header.kind))
@@ -188,17 +188,17 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Give the shard up; the next writer goes on with it."""
+        """Close the shard and release its lock; the next writer continues it."""
         os.close(self._descriptor)
 
 
 def locate(folder: Path, name: str) -> Path:
-    """The file of a shard, open or sealed.
+    """Return the path of a shard, open or sealed.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such shard.
     """
-    # In this order a shard that is sealed between the two looks is found by the second.
+    # In this order, a shard that is sealed between the two checks is found by the second.
     for suffix in (OPEN, SEALED):
         path = folder / f"{name}{suffix}"
         if path.exists():
@@ -207,30 +207,30 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """All shards, sorted by name."""
+    """Return the paths of all shards, sorted by name."""
     return sorted(path for path in folder.glob("*") if path.suffix in (OPEN, SEALED) and not is_temporary(path))
 
 
 def fingerprint_of(path: Path) -> str:
-    """The teacher (hex) that a shard's header names.
+    """Read the fingerprint (hex) of the teacher from a shard's header.
 
     Raises:
-        CorruptRecord: it is not a shard's header.
+        CorruptRecord: the header is not that of a shard.
     """
     with path.open("rb") as file:
         content = file.read(SHARD_HEADER_BYTES)
     if len(content) < SHARD_HEADER_BYTES or content[:8] != _MAGIC:
         raise CorruptRecord("it does not begin like a shard")
     if xxhash.xxh3_64_digest(content[: _HEADER.size]) != content[_HEADER.size :]:
-        raise CorruptRecord("its header's checksum does not fit")
+        raise CorruptRecord("its header's checksum does not match")
     return str(_HEADER.unpack_from(content)[1].hex())
 
 
 def read_footer(path: Path) -> tuple[NDArray[np.void], int]:
-    """`parse_footer` of a sealed shard's file.
+    """Read the footer of a sealed shard's file; see `parse_footer`.
 
     Raises:
-        CorruptRecord: there is no footer that fits the file.
+        CorruptRecord: the file has no valid footer.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -243,13 +243,13 @@ def read_footer(path: Path) -> tuple[NDArray[np.void], int]:
 
 
 def parse_footer(read: Callable[[int, int], bytes], size: int) -> tuple[NDArray[np.void], int]:
-    """Entries of a sealed shard's footer, sorted by key, and where its records end.
+    """Return the entries of a sealed shard's footer, sorted by key, and the end offset of its records.
 
     Args:
-        read: the shard's bytes from one offset to before another.
+        read: returns the shard's bytes between two offsets.
 
     Raises:
-        CorruptRecord: there is no footer that fits the shard.
+        CorruptRecord: the shard has no valid footer.
     """
     if size < SHARD_HEADER_BYTES + _TRAILER.size:
         raise CorruptRecord(f"it has {size} bytes, fewer than a header and a footer")
@@ -258,7 +258,7 @@ def parse_footer(read: Callable[[int, int], bytes], size: int) -> tuple[NDArray[
         raise CorruptRecord("it does not end with a footer")
     footer = read(footer_at, size - _TRAILER.size)
     if xxhash.xxh3_64_digest(footer) != checksum:
-        raise CorruptRecord("its footer's checksum does not fit")
+        raise CorruptRecord("its footer's checksum does not match")
     return np.frombuffer(footer, _FOOTER_ENTRY), footer_at
 
 
@@ -266,7 +266,7 @@ def check_seal(path: Path) -> None:
     """Check every byte of a sealed shard against its digest.
 
     Raises:
-        CorruptRecord: one has changed.
+        CorruptRecord: a byte has changed.
     """
     read_footer(path)
     size = path.stat().st_size
@@ -274,11 +274,11 @@ def check_seal(path: Path) -> None:
         file.seek(size - 40)
         stored = file.read(32)
     if digest_of(path, size - 40) != stored:
-        raise CorruptRecord("its digest does not fit")
+        raise CorruptRecord("its digest does not match")
 
 
 def digest_of(path: Path, end: int) -> bytes:
-    """BLAKE3 of a file's first `end` bytes."""
+    """Return the BLAKE3 hash of a file's first `end` bytes."""
     digest = blake3()
     with path.open("rb") as file:
         while end > 0 and (part := file.read(min(end, 1 << 20))):
@@ -288,9 +288,9 @@ def digest_of(path: Path, end: int) -> bytes:
 
 
 def scan(path: Path, *, start: int, end: int) -> Iterator[Found]:
-    """Every record between two offsets and, between them, what is damaged; every byte is read.
+    """Yield every record and every damaged region between two offsets; every byte is read.
 
-    Behind damage the scan goes on at the next header that is whole, so nothing after it is lost.
+    After damage, the scan continues at the next valid header, so no later record is lost.
     """
     with path.open("rb") as file:
         while start < end:
@@ -304,7 +304,7 @@ def _record_at(descriptor: int, start: int, end: int) -> Found:
     try:
         header = Header.from_bytes(memoryview(os.pread(descriptor, HEADER_BYTES, start)))
         if start + header.record_bytes > end:
-            raise CorruptRecord(f"{end - start} of its {header.record_bytes} bytes are there")
+            raise CorruptRecord(f"{end - start} of its {header.record_bytes} bytes are present")
         check_record(memoryview(os.pread(descriptor, header.record_bytes, start)))
     except CorruptRecord as error:
         if header is not None and start + header.record_bytes <= end:
@@ -314,7 +314,7 @@ def _record_at(descriptor: int, start: int, end: int) -> Found:
 
 
 def _next_header(descriptor: int, start: int, end: int) -> int:
-    """Where the first whole header at or behind `start` begins, or `end`."""
+    """Return the offset of the first valid header at or after `start`, or `end` if there is none."""
     while start < end:
         window = os.pread(descriptor, _WINDOW_BYTES, start)
         for offset in range(0, len(window), ALIGNMENT):

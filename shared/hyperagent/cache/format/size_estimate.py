@@ -1,4 +1,4 @@
-"""What rows will take on disk, before there are any."""
+"""Estimate of the disk space that rows take before any are stored."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hyperagent.cache.format.elias_fano import encoded_bytes
 
 _BLOCK_ROWS = 1024
 _ARCHIVED_VALUE_BYTES = 0.55
-"""What a log-probability takes in the archive codec, measured on real rows (docs/results.md)."""
+"""Bytes per log-probability in the archive codec, measured on real rows (docs/results.md)."""
 
 
 def bytes_per_row(codec: str, *, top_k: int, vocab_size: int, num_temperatures: int) -> float:
-    """Bytes of a row that keeps `top_k` ids; of the archive codec an estimate that supposes ids without a pattern."""
+    """Return the bytes of a row that keeps `top_k` ids; for the archive codec an estimate that assumes random ids."""
     num_scalars = 2 + num_temperatures
     match codec:
         case EXACT.name:
@@ -23,6 +23,6 @@ def bytes_per_row(codec: str, *, top_k: int, vocab_size: int, num_temperatures: 
                 encoded_bytes(_BLOCK_ROWS * top_k, _BLOCK_ROWS * vocab_size) / _BLOCK_ROWS + top_k + 6 + 2 * num_scalars
             )
         case _:
-            # log2 of the number of sets of `top_k` ids.
+            # log2 of the number of possible sets of `top_k` ids.
             bits = (lgamma(vocab_size + 1) - lgamma(top_k + 1) - lgamma(vocab_size - top_k + 1)) / log(2)
             return bits / 8 + _ARCHIVED_VALUE_BYTES * top_k + 2 + 2 * num_scalars

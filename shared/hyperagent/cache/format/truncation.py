@@ -1,4 +1,4 @@
-"""Adaptive k: of each row, keep only as many ids as its mass needs."""
+"""Adaptive k: keep only as many ids of each row as needed to reach a probability mass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from hyperagent.topk import TopKRows
 
 
 def keep_mass(rows: TopKRows, *, kept_mass: float, min_k: int, temperatures: Sequence[float]) -> TopKRows:
-    """`rows` with the fewest most likely ids whose probabilities sum to `kept_mass`, and padding behind them.
+    """Keep the fewest most likely ids of each row whose probabilities sum to `kept_mass`, followed by padding.
 
-    What is left out goes to the tail, at every temperature, so a row's mass stays 1. A row whose ids do not reach `kept_mass` keeps all.
+    Dropped ids are added to the tail at every temperature, so a row's mass remains 1. A row whose ids do not reach
+    `kept_mass` keeps all of them.
 
     Args:
         kept_mass: above 0, at most 1.
-        min_k: ids that a row keeps in any case, if it has as many.
-        temperatures: those of `rows.tail_logsumexps`.
+        min_k: minimum number of ids to keep per row, if it has that many.
+        temperatures: temperatures of `rows.tail_logsumexps`.
     """
     cumulated_NK = np.cumsum(np.exp(rows.logprobs, dtype=np.float64), axis=1)
     needed_N = (cumulated_NK < kept_mass).sum(axis=1) + 1

@@ -1,7 +1,7 @@
-"""Freeing space: records that count are copied into new shards, and the old files go.
+"""Compaction and garbage collection: live records are copied into new shards, and the old files are deleted.
 
-A process may be killed at any moment of it: what was copied is durable before the index is pointed there, and the old file
-is deleted last. Others may read meanwhile; who finds a shard gone asks the index again.
+Compaction may be killed at any moment: copies are durable before the index points to them, and old files are deleted
+last. Other processes may read meanwhile; a reader that misses a shard looks its record up in the index again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hyperagent.cache.format.shard import OPEN, SEALED, SHARD_HEADER_BYTES, Shar
 from hyperagent.cache.index import Entry
 from hyperagent.cache.local import LocalCache
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 _COPY_BYTES = 8 << 20
 log = structlog.get_logger()
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What compaction has done."""
+    """Result of compaction."""
 
     shards_before: int
     shards_after: int
@@ -37,7 +37,7 @@ class CompactReport:
 
 @dataclass(frozen=True)
 class CollectReport:
-    """What collecting garbage has done."""
+    """Result of garbage collection."""
 
     trajectories_removed: int
     blocks_removed: int
@@ -46,19 +46,19 @@ class CollectReport:
 
 
 def compact(cache: LocalCache, progress: Progress = no_progress) -> CompactReport:
-    """Rewrite shards that hold dead bytes, or are small, and seal what comes of it.
+    """Rewrite shards that hold dead bytes or are small, and seal the new shards.
 
     Raises:
-        CorruptRecord: a record that counts is damaged; nothing is lost, and `repair` quarantines its shard.
-        StorageError: the file system refused; what was compacted until then stays so.
+        CorruptRecord: a live record is damaged; nothing is lost, and `repair` quarantines its shard.
+        StorageError: a file operation failed; shards compacted before remain compacted.
     """
     cache.release_shard()
     before = shard_paths(cache.shards)
     bytes_before = _size(before)
-    # Holding the locks keeps everybody, this process too, from appending to what is about to go.
+    # The locks keep every process, including this one, from appending to shards that are about to be deleted.
     with owned_shards(cache, [path for path in before if path.suffix == OPEN]) as owned:
         wasteful = [path for path in before if path in owned or (path.suffix == SEALED and _is_wasteful(cache, path))]
-        # A single small shard that is all alive would only be copied.
+        # A single small shard without dead bytes would only be copied.
         if len(wasteful) > 1 or any(path in owned or _dead_bytes(cache, path) for path in wasteful):
             for done, path in enumerate(wasteful):
                 progress(done, len(wasteful))
@@ -70,11 +70,11 @@ def compact(cache: LocalCache, progress: Progress = no_progress) -> CompactRepor
 
 
 def collect_garbage(cache: LocalCache, keep: Iterable[str] | None, progress: Progress = no_progress) -> CollectReport:
-    """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and what killed writers left.
+    """Remove trajectories that are not in `keep`, blocks that no trajectory needs, and leftovers of killed writers.
 
     Args:
-        cache: opened alone, so that nobody reads what goes.
-        keep: keys of trajectories that stay; without it all of them.
+        cache: opened with `exclusive`, so that no other process reads removed records.
+        keep: keys of the trajectories to keep; None keeps all.
 
     Raises:
         As `compact`.
@@ -92,7 +92,7 @@ def collect_garbage(cache: LocalCache, keep: Iterable[str] | None, progress: Pro
 
 
 def copy_records(cache: LocalCache, entries: Iterable[Entry]) -> None:
-    """Write records again, into the shard that is being written, and have the index name the copies.
+    """Copy records into the shard that is being written and make the index point to the copies.
 
     Raises:
         As `compact`.
@@ -107,10 +107,10 @@ def copy_records(cache: LocalCache, entries: Iterable[Entry]) -> None:
 
 
 def delete_shard(cache: LocalCache, path: Path) -> None:
-    """Forget a shard and delete its file.
+    """Remove a shard from the index and delete its file.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file operation failed.
     """
     with cache.index.transaction():
         cache.index.remove_shard(path.stem)
@@ -123,12 +123,12 @@ def delete_shard(cache: LocalCache, path: Path) -> None:
 
 @contextmanager
 def owned_shards(cache: LocalCache, paths: Iterable[Path]) -> Iterator[set[Path]]:
-    """Hold the locks of open shards; yields those that nobody else writes."""
+    """Lock the open shards and yield those that no other process writes."""
     ends = cache.index.ends()
     owners = {path: ShardWriter.resume(path, end=ends.get(path.stem, SHARD_HEADER_BYTES)) for path in paths}
     for path, owner in owners.items():
         if owner is None:
-            log.warning("shard left as it is, another process writes it", shard=str(path))
+            log.warning("shard skipped because another process writes it", shard=str(path))
     try:
         yield {path for path, owner in owners.items() if owner}
     finally:

@@ -1,4 +1,4 @@
-"""Bringing one cache's records into another: of a teacher on another machine, or stored in another way."""
+"""Import of one cache's records into another: from another machine, or with other storage settings."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _BLOCKS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What has been brought in."""
+    """Result of a merge."""
 
     trajectories: int
-    """Of the source."""
+    """Number of trajectories in the source."""
     already_there: int
-    """Of them, those that the target had, whole."""
+    """Number of these that the target already had intact."""
 
 
 def merge(source: LocalCache, target: LocalCache, progress: Progress = no_progress) -> MergeReport:
-    """Put every trajectory of `source` into `target`; what is there already stays. Interrupted, it can be run again.
+    """Copy every trajectory of `source` into `target`, keeping existing ones; can be rerun after an interruption.
 
     Raises:
         IdentityMismatch: they hold different teachers' rows.
-        ConfigError: they store rows in ways that cannot be turned into one another without rounding twice.
-        CorruptRecord: a record of `source` is damaged; what was brought in until then stays.
-        StorageError: the file system refused; what was brought in until then stays.
+        ConfigError: converting between their storage settings would round rows twice or split blocks differently.
+        CorruptRecord: a record of `source` is damaged; records copied before are kept.
+        StorageError: a file operation failed; records copied before are kept.
     """
     if source.identity.fingerprint != target.identity.fingerprint:
         require_same(
@@ -56,7 +56,7 @@ def merge(source: LocalCache, target: LocalCache, progress: Progress = no_progre
         blocks = source.trajectory(key).blocks
         for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
             target.write_records(_records(source, target, blocks[start : start + _BLOCKS_AT_ONCE]))
-        # Last, because it says that the others are there.
+        # The trajectory is written last, because its presence implies that of its blocks.
         target.write_records([source.record(bytes.fromhex(key))])
     progress(len(keys), len(keys))
     return MergeReport(len(keys), already_there)

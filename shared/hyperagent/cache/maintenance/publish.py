@@ -1,4 +1,4 @@
-"""Copy a cache to an object store, from which `hyperagent.cache.remote` reads it."""
+"""Publish a cache to an object store, from which `hyperagent.cache.remote` reads it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _UPLOAD_BYTES = 8 << 20
 
 
 def publish(cache: LocalCache, url: str, progress: Progress = no_progress) -> int:
-    """Compact and seal a cache's shards and copy what `url` does not have yet; returns the bytes copied.
+    """Compact and seal a cache's shards, copy files that `url` lacks, and return the number of bytes copied.
 
-    The manifest goes last, so that who finds one finds all of it. A shard that compaction has replaced stays at `url`,
-    and does no harm: its records are the same.
+    The manifest is copied last, so a cache with a manifest is complete. A shard that compaction has replaced stays at
+    `url`, which is harmless because its records are the same.
 
     Raises:
         ConfigError: another cache is published there.
-        Conflict: somebody writes into the cache, so that what is published would not be all of it.
-        StorageError: the store, or the file system, refused; run again, it goes on.
+        Conflict: another process writes to the cache, so the published copy would be incomplete.
+        StorageError: an operation of the store or the file system failed; a rerun continues.
     """
     files, folder = open_file_system(url)
     manifest = manifest_path(cache.root).read_bytes()
     with storage_errors(url):
         there = files.cat_file(f"{folder}/{manifest_path(cache.root).name}") if has_manifest(files, folder) else None
     if there is not None and parse_manifest(there, url) != Manifest(cache.identity, cache.settings):
-        raise ConfigError(f"another cache is published at {url}; name another address")
+        raise ConfigError(f"another cache is published at {url}; choose another address")
     compact(cache)
     shards = shard_paths(cache.shards)
     if growing := [path.name for path in shards if path.suffix != SEALED]:
-        raise Conflict(f"somebody writes into {cache.root} ({growing[0]}); publish when they have ended")
+        raise Conflict(f"another process writes to {cache.root} ({growing[0]}); publish when it has finished")
     total, done, copied = sum(path.stat().st_size for path in shards), 0, 0
     with storage_errors(url):
         files.makedirs(f"{folder}/shards", exist_ok=True)
         files.makedirs(f"{folder}/data", exist_ok=True)
         for path in shards:
             target, size = f"{folder}/shards/{path.name}", path.stat().st_size
-            # A sealed shard never changes, and an upload that broke off is shorter.
+            # A sealed shard never changes, and an interrupted upload is shorter, so comparing sizes is enough.
             if not files.exists(target) or files.size(target) != size:
                 _upload(path, files, target)
                 copied += size

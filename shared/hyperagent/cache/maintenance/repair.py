@@ -1,4 +1,4 @@
-"""Repair a cache after damage: whole records are kept, damaged shards are quarantined and never served."""
+"""Repair a damaged cache: intact records are kept, and damaged shards are quarantined and never read again."""
 
 from __future__ import annotations
 
@@ -13,50 +13,48 @@ from hyperagent.cache.locks import held_exclusively
 from hyperagent.cache.maintenance.compact import copy_records, owned_shards
 from hyperagent.cache.maintenance.verify import Damage, verify
 from hyperagent.errors import StorageError
-from hyperagent.files import fsync_directory, is_temporary, remedy_of
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import fsync_directory, is_temporary, remedy_of
 
 QUARANTINE = "quarantine"
-"""The folder that damaged shards are moved to, for inspection; safe to delete."""
+"""Folder to which damaged shards are moved for inspection; safe to delete."""
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was found, and what there is now."""
+    """Result of a repair."""
 
     damaged: tuple[Damage, ...]
     quarantined: tuple[Path, ...]
-    """The shards that held damage, unchanged, where they are now."""
+    """New paths of the damaged shards; their contents are unchanged."""
     to_populate: tuple[str, ...]
-    """Trajectories (keys) that damage has taken blocks of; populating again computes those and nothing else."""
+    """Keys of trajectories that lost blocks; populating again computes only these blocks."""
     trajectories: int
-    """Those that are whole."""
+    """Number of intact trajectories."""
 
 
 def repair(root: Path, progress: Progress = no_progress) -> RepairReport:
-    """Rebuild the index, copy the whole records out of damaged shards, and quarantine those shards.
+    """Rebuild the index, copy intact records out of damaged shards, and quarantine those shards.
 
     Raises:
         ConfigError: there is no cache.
         CorruptRecord: its manifest is damaged.
-        Conflict: somebody has it open.
-        StorageError: the file system refused.
+        Conflict: another process has it open.
+        StorageError: a file operation failed.
     """
     fingerprint = read_manifest(root).identity.fingerprint
     with held_exclusively(root / "readers.lock"):
         try:
             rebuild_index(root, fingerprint)
         except OSError as error:
-            raise StorageError(
-                f"could not make the index again: {error.strerror or error}; {remedy_of(error)}"
-            ) from error
+            raise StorageError(f"could not rebuild the index: {error.strerror or error}; {remedy_of(error)}") from error
     with LocalCache.open(root, exclusive=True) as cache:
         found = verify(cache, progress)
         lost = {bytes.fromhex(damage.key) for damage in found.damaged if damage.key}
         with cache.index.transaction():
             cache.index.remove([*lost, *(bytes.fromhex(key) for key in found.incomplete)])
         damaged = [path for path in sorted({damage.path for damage in found.damaged}) if path.exists()]
-        # Owned, so that nothing is copied into what is about to go.
+        # The shard is locked, so that nothing is copied into it before it is moved away.
         with owned_shards(cache, [path for path in damaged if path.suffix == OPEN]):
             quarantined = [_quarantine(cache, path) for path in damaged]
         for path in root.rglob("*"):

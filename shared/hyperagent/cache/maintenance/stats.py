@@ -1,4 +1,4 @@
-"""Count what a cache holds, and digest it."""
+"""Statistics and digest of a cache's contents."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from hyperagent.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds."""
+    """Counts and averages over a cache's contents."""
 
     trajectories: int
     blocks: int
     supervised_tokens: int
-    """Rows on disk: tokens whose distribution is kept. One that several trajectories share counts once."""
+    """Number of stored rows, that is tokens with a stored distribution. A row that trajectories share counts once."""
     context_tokens: int
-    """Tokens of all trajectories, supervised or not."""
+    """Number of tokens in all trajectories, supervised or not."""
     shared_tokens: int
-    """Rows that are not on disk again because an earlier trajectory begins with them too."""
+    """Number of rows saved because another trajectory has the same prefix."""
     bytes: int
-    """Of all shards."""
+    """Total size of all shards in bytes."""
     dead_bytes: int
-    """Of records that do not count any more; compaction frees them."""
+    """Bytes of records that are no longer live; compaction frees them."""
     codec: str
     top_k: int
     mean_k: float
-    """Ids that a row keeps."""
+    """Mean number of ids kept per row."""
     kept_mass: float
-    """Probability of a row's kept ids, mean."""
+    """Mean probability of a row's kept ids."""
     kl_nats: float
-    """What storing has cost: KL(teacher's row || stored row), mean."""
+    """Mean KL(teacher's row || stored row) in nats, the distortion caused by storage."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -45,7 +45,7 @@ class CacheStats:
 
 
 def cache_digest(digests: Mapping[str, str]) -> str:
-    """One digest (hex) of many trajectories' digests (hex), by key: two caches with the same one hold the same rows."""
+    """Combine trajectories' digests (hex) by key into one digest (hex); caches with equal digests hold the same rows."""
     digest = blake3()
     for key in sorted(digests):
         digest.update(bytes.fromhex(key + digests[key]))
@@ -53,7 +53,7 @@ def cache_digest(digests: Mapping[str, str]) -> str:
 
 
 def count(cache: LocalCache, progress: Progress = no_progress) -> CacheStats:
-    """Count what there is, from the records' headers; `progress` is called with (shards done, shards)."""
+    """Count the contents of a cache from its record headers; `progress` is called with (shards done, shards)."""
     blocks = trajectories = rows = kept = context = live_bytes = 0
     kl = mass = 0.0
     paths = shard_paths(cache.root / "shards")

@@ -19,40 +19,40 @@ from hyperagent.cache.format.shard import (
 from hyperagent.cache.local import LocalCache
 from hyperagent.cache.maintenance.stats import cache_digest
 from hyperagent.errors import CorruptRecord
-from hyperagent.files import is_temporary
 from hyperagent.progress import Progress, no_progress
+from hyperagent.storage.files import is_temporary
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was written."""
+    """A damaged region of a shard."""
 
     path: Path
     offset: int
     reason: str
     key: str = ""
-    """Of the record (hex), where that is known."""
+    """Key of the damaged record (hex), if known."""
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What checking every byte found."""
+    """Result of checking every byte."""
 
     trajectories: int
-    """Those that are whole."""
+    """Number of intact trajectories."""
     records: int
-    """Whole records that count."""
+    """Number of intact live records."""
     damaged: tuple[Damage, ...]
     incomplete: tuple[str, ...]
-    """Trajectories (keys) that damage makes unreadable; populating again mends them."""
+    """Keys of trajectories that are unreadable because of damage; populating again restores them."""
     leftovers: tuple[Path, ...]
-    """What killed writers left behind; harmless."""
+    """Files left by killed writers; harmless."""
     digest: str
-    """`cache_digest` of the whole trajectories."""
+    """`cache_digest` of the intact trajectories."""
 
 
 def verify(cache: LocalCache, progress: Progress = no_progress) -> VerifyReport:
-    """Check every byte on disk; `progress` is called with (bytes done, bytes to do)."""
+    """Check every byte on disk; `progress` is called with (bytes done, total bytes)."""
     paths = shard_paths(cache.root / "shards")
     total, done = sum(path.stat().st_size for path in paths), 0
     ends = cache.index.ends()
@@ -68,21 +68,21 @@ def verify(cache: LocalCache, progress: Progress = no_progress) -> VerifyReport:
                 whole.add(entries.pop(entry.key).key)
         reported = {damage.offset for damage in damaged if damage.path == path}
         damaged.extend(
-            Damage(path, entry.at.offset, "the index names a record that is not whole there", entry.key.hex())
+            Damage(path, entry.at.offset, "the index points to a record that is not intact", entry.key.hex())
             for entry in entries.values()
             if entry.at.offset not in reported
         )
     for name in sorted(set(ends) - {path.stem for path in paths}):
-        reason = f"the shard is gone, and with it {len(cache.index.entries(name))} records"
+        reason = f"the shard is missing, and with it {len(cache.index.entries(name))} records"
         damaged.append(Damage(cache.root / "shards" / name, 0, reason))
     return _report(cache, damaged, whole)
 
 
 def _check_shard(path: Path, fingerprint: str, ends: Mapping[str, int], damaged: list[Damage]) -> list[Found]:
-    """The records of one shard; what is not as it was written is added to `damaged`."""
+    """Return the records of one shard and add damaged regions to `damaged`."""
     try:
         if fingerprint_of(path) != fingerprint:
-            raise CorruptRecord("it is of another teacher")
+            raise CorruptRecord("it belongs to another teacher")
     except CorruptRecord as error:
         damaged.append(Damage(path, 0, str(error)))
     end = ends.get(path.stem, SHARD_HEADER_BYTES)
@@ -105,7 +105,7 @@ def _report(cache: LocalCache, damaged: list[Damage], whole: set[bytes]) -> Veri
     digests: dict[str, str] = {}
     incomplete = []
     for key in cache.trajectory_keys():
-        # Scanned above; what the reader has mapped and checked earlier must not vouch for what is damaged since.
+        # Check again: a record that the reader has checked earlier may have been damaged since.
         digest = cache.stored_digest(key) if _is_complete(cache, key, whole) else None
         if digest is None:
             incomplete.append(key)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hyperagent.errors import DataError
-from hyperagent.files import new_file
 from hyperagent.identity import DataIdentity
+from hyperagent.storage.files import new_file
 
 TRAIN = "train"
 HELD_OUT = "held_out"

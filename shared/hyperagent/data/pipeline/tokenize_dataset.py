@@ -102,20 +102,14 @@ def tokenize_file(
         StorageError: a file system operation failed.
     """
     maker = ViewMaker(tokenizer)
-    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
-    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     if bool(joined.extra) != ("extra" in settings.views.condition):
         raise DataError(
             "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
         )
+    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
+    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     identity = _identity(source, tokenizer, settings, joined)
-    selected = select_rows(
-        source,
-        settings.selection,
-        license_of=license_of,
-        strict=strict,
-        progress=reading,
-    )
+    selected = select_rows(source, settings.selection, license_of=license_of, strict=strict, progress=reading)
     splits = split_rows(selected.rows, settings.split)
 
     counts: Counter[str] = Counter()

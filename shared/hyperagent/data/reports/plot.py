@@ -9,7 +9,7 @@ import numpy as np
 
 from hyperagent.data.reports.inspect import FileReport
 from hyperagent.errors import DataError
-from hyperagent.files import write_atomically
+from hyperagent.storage.files import write_atomically
 
 _BINS = 40
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperagent.file_lock import locked, open_locked
+from hyperagent.storage.file_lock import locked, open_locked
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -59,7 +59,7 @@ def test_waiting_ends_in_time(path: Path) -> None:
 
 
 def test_another_process_is_refused_and_a_child_does_not_inherit_the_lock(path: Path) -> None:
-    program = "import sys; from pathlib import Path; from hyperagent.file_lock import open_locked\n"
+    program = "import sys; from pathlib import Path; from hyperagent.storage.file_lock import open_locked\n"
     program += "try: open_locked(Path(sys.argv[1]), exclusive=True)\nexcept BlockingIOError: print('refused')\nelse: print('locked')"
     command = [sys.executable, "-c", program, str(path)]
     descriptor = open_locked(path, exclusive=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hyperagent.errors import StorageError
-from hyperagent.files import is_temporary, new_directory, write_atomically, write_once
+from hyperagent.storage.files import is_temporary, new_directory, write_atomically, write_once
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_remains(tmp_path: Path) ->
     path.write_bytes(b"old")
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from hyperagent.errors import StorageError; from hyperagent.files import write_atomically\n"
+        "from hyperagent.errors import StorageError; from hyperagent.storage.files import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: write_atomically(Path(sys.argv[1]), bytes(100_000))\n"
         "except StorageError as error: print(error)\n"

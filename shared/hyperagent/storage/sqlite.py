@@ -1,4 +1,4 @@
-"""A small SQLite file (https://www.sqlite.org/wal.html) that threads and processes share."""
+"""Access a small SQLite file (https://www.sqlite.org/wal.html) that threads and processes share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal, Self
 
 from hyperagent.errors import ConfigError, HyperagentError, StorageError
-from hyperagent.file_lock import locked
+from hyperagent.storage.file_lock import locked
 
 _WAIT_S = 60.0
-"""How long a process waits for another one's transaction, which ends with a disk's answer."""
+"""Seconds that a process waits for another process's transaction, which may be waiting for the disk."""
 
 
 class Database:
-    """One connection; its threads take turns, and one that is in a transaction may run further statements."""
+    """One connection that threads use in turn; a thread inside a transaction may run further statements."""
 
     def __init__(
         self,
@@ -27,14 +27,15 @@ class Database:
         synchronous: bool,
         journal: Literal["WAL", "DELETE"] = "WAL",
     ) -> None:
-        """Open the file; a new one is empty.
+        """Open the file, or create an empty one.
 
         Args:
-            domain_error: the error that is raised in place of one of SQLite or the file system.
+            domain_error: converts an error of SQLite or the file system to the error that is raised instead.
             synchronous: whether a transaction is on the disk once it has ended.
+            journal: SQLite's journal mode.
 
         Raises:
-            HyperagentError: as `domain_error` says.
+            HyperagentError: SQLite or the file system failed; the result of `domain_error`.
         """
         self.path = path
         self._domain_error = domain_error
@@ -56,14 +57,14 @@ class Database:
         """Open the file, or create it with the tables of `schema`.
 
         Args:
-            version: of the schema, kept in the file.
-            what: names the file in errors.
-            remedy: what to do with a file that cannot be used.
+            version: version of the schema, stored in the file.
+            what: name of the file's kind for error messages.
+            remedy: how to fix a file that cannot be used, for error messages.
             synchronous: whether a transaction is on the disk once it has ended.
 
         Raises:
-            ConfigError: the file is of another version.
-            StorageError: it is no SQLite file, or the file system refuses.
+            ConfigError: the file has another version of the schema.
+            StorageError: the file is not an SQLite file, or the file system refuses.
         """
 
         def refusal(error: sqlite3.Error | OSError) -> StorageError:
@@ -76,25 +77,27 @@ class Database:
                 if found == 0:
                     database.create_tables(schema, version)
                 elif found != version:
-                    raise ConfigError(f"{what} in {path} is of version {found}, this release reads {version}; {remedy}")
+                    raise ConfigError(
+                        f"{what} in {path} has version {found}, but this release reads version {version}; {remedy}"
+                    )
         except BaseException:
             database.close()
             raise
         return database
 
     def close(self) -> None:
-        """Close the connection, once whoever is in a transaction has left it."""
+        """Close the connection once no thread is in a transaction."""
         with self._lock:
             self._connection.close()
 
     def version(self) -> int:
-        """Return the version of the schema that the file states; 0 if it is empty."""
+        """Return the version of the schema that is stored in the file; 0 if the file is empty."""
         with self.connection() as connection:
             (found,) = connection.execute("PRAGMA user_version").fetchone()
         return int(found)
 
     def create_tables(self, schema: str, version: int) -> None:
-        """Run the statements of `schema`, separated by semicolons, and state its version; all or nothing."""
+        """Run the statements of `schema`, separated by semicolons, and store its version, all in one transaction."""
         with self.transaction() as connection:
             for statement in filter(str.strip, schema.split(";")):
                 connection.execute(statement)
@@ -102,26 +105,27 @@ class Database:
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """Run statements, each a transaction of its own unless `transaction` surrounds them.
+        """Yield the connection; each statement is a separate transaction unless it is inside `transaction`.
 
         Raises:
-            HyperagentError: as `domain_error` says.
+            HyperagentError: SQLite failed; the result of `domain_error`.
         """
-        # An OSError inside is of something else that the caller does there.
+        # An OSError inside the block comes from other work of the caller, not from SQLite.
         with self._lock, self._domain_errors(sqlite3.Error):
             yield self._connection
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the write lock, against other processes too; everything done inside takes effect, or, after an exception, nothing.
+        """Yield the connection inside a transaction that holds the write lock, also against other processes.
 
-        One inside another is a part of it.
+        All statements take effect, or none after an exception. A transaction inside another one becomes a part of it.
 
         Raises:
-            HyperagentError: as `domain_error` says; nothing has changed.
+            HyperagentError: SQLite failed, and nothing has changed; the result of `domain_error`.
         """
         with self.connection() as connection:
-            if connection.in_transaction:
+            is_nested = connection.in_transaction
+            if is_nested:
                 yield connection
                 return
             connection.execute("BEGIN IMMEDIATE")
@@ -129,7 +133,7 @@ class Database:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
-                # After some errors SQLite has rolled back by itself.
+                # After some errors SQLite has already rolled back.
                 if self._connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
@@ -138,7 +142,7 @@ class Database:
         (found,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         if found == journal.lower():
             return
-        # Two that change the journal's mode at once do not wait for each other: SQLite answers "locked" at once.
+        # Processes that change the journal mode concurrently do not wait for each other: SQLite fails with "locked" at once.
         with locked(Path(f"{self.path}.lock"), exclusive=True, wait_s=_WAIT_S):
             self._connection.execute(f"PRAGMA journal_mode = {journal}")
 

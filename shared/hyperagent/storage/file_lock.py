@@ -1,4 +1,4 @@
-"""Advisory locks (flock(2)) on files and folders; a lock ends with its descriptor, so at the latest with its process."""
+"""Take advisory locks (flock(2)) on files and folders; a lock ends with its descriptor, at the latest with its process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def try_lock(descriptor: int, *, exclusive: bool) -> bool:
     """Lock an open file, shared or exclusively, and return whether that succeeded; False if another holds it.
 
     Raises:
-        OSError: the file system refused.
+        OSError: the file system refuses.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -27,13 +27,13 @@ def try_lock(descriptor: int, *, exclusive: bool) -> bool:
 
 
 def open_locked(path: Path, *, exclusive: bool, wait_s: float = 0.0) -> int:
-    """Lock a folder, or a file that is created if there is none, until the returned descriptor is closed.
+    """Lock a folder or file, creating the file if it does not exist, until the returned descriptor is closed.
 
     Child processes do not inherit the descriptor.
 
     Raises:
         BlockingIOError: another process or descriptor still holds the lock after `wait_s` seconds.
-        OSError: the file system refused.
+        OSError: the file system refuses.
     """
     descriptor = _open(path)
     deadline = time.monotonic() + wait_s
@@ -50,7 +50,7 @@ def open_locked(path: Path, *, exclusive: bool, wait_s: float = 0.0) -> int:
 
 @contextmanager
 def locked(path: Path, *, exclusive: bool, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of `open_locked` inside the block.
+    """Hold a lock, as taken by `open_locked`, inside the block.
 
     Raises:
         As `open_locked`.

@@ -18,7 +18,7 @@ from pathlib import Path
 from hyperagent.errors import StorageError
 
 # Version 2 of the cache's format has every reader skip names that begin so (docs/cache-format.md).
-_TEMPORARY_PREFIX = ".aside-"
+_TEMPORARY_PREFIX = ".partial-"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
