@@ -42,7 +42,7 @@ def test_loading_a_split_looks_up_and_reads_no_record(
         data = load_split(tokens_file, reader, TRAIN, tokenizer=identity, max_prompt_tokens=64)
         assert len(data.trajectories) > 1
         with pytest.raises(CorruptRecord):
-            data.rows(0)
+            data[[0]]
 
 
 def test_a_full_view_has_the_same_rows_at_the_teachers_positions(
