@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,11 @@ def real_model() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(real_config(), dtype=torch.bfloat16)
 
 
-def test_a_gpus_share_of_the_80b_student_is_what_fsdp2_counts(real_model: PreTrainedModel) -> None:
+def test_a_gpus_share_of_the_80b_student_is_what_fsdp2_counts(
+    real_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Restored at the end: torch replaces the hook when the process group is initialized, and never puts it back.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     shard = shard_bytes(real_model.get_decoder(), 8, 2)
     whole = 2 * 151_936 * 2048 * 2
     with torch.device("meta"):
