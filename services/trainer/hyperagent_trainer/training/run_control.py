@@ -1,7 +1,7 @@
 """Run control in the training loop: save a checkpoint, pause or stop on command.
 
 The supervisor writes the commands to the run's `control.json`, which the training loop reads between steps. Only the
-first rank reads it and broadcasts the commands, so that all ranks act at the same step.
+first rank reads it, and all ranks agree on the most severe command, so that they act at the same step.
 """
 
 from __future__ import annotations
