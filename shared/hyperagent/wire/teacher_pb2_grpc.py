@@ -55,15 +55,15 @@ class TeacherServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetTeacher(self, request, context):
-        """Who the teacher is and what it accepts.
+        """Returns the teacher's identity and limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ScoreTokens(self, request, context):
-        """Scores one token sequence; rows stream back in order of position. A stream that breaks off is taken up again
-        by asking for the same sequence with `first_row`.
+        """Scores one token sequence; rows stream back in order of position. An interrupted stream is resumed by
+        requesting the same sequence with `first_row`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +71,7 @@ class TeacherServiceServicer(object):
 
     def PopulateCache(self, request_iterator, context):
         """Writes the rows of many trajectories to the teacher's cache. Trajectories stream in, one progress
-        message per trajectory streams out; what the cache already holds is not computed again.
+        message per trajectory streams out; rows that are already cached are not computed again.
 
         Accepted options are answered with the initial metadata `options: accepted`. A client should wait for
         that, and then for each trajectory's answer before it sends the next: some gRPC libraries lose the status
