@@ -21,7 +21,8 @@ import numpy as np
 SEED = 0
 # Set during a test by pytest, by pytest-timeout, and by the first import of torch's compiler.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-IGNORED_SIGNALS = (signal.SIGALRM, signal.SIGKILL, signal.SIGSTOP)
+# pytest-timeout sets SIGALRM; torch's DataLoader sets SIGCHLD for good when it first has workers.
+IGNORED_SIGNALS = (signal.SIGALRM, signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP)
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE")
 
 

@@ -28,7 +28,7 @@ def test_the_bounds_are_those_of_nats_over_rows_of_a_draw() -> None:
     gains, rows = (np.array([x for values in table.values() for x in values]) for table in (GAINS, ROWS))
     own = np.full(len(clusters), 50.0)
     found = conditioning_report(
-        frozen=own + 10, own=own, shuffled=own + gains, rows=rows, clusters=clusters
+        frozen=own + 10, adapter=own, adapter_shuffled_prompt=own + gains, rows=rows, clusters=clusters
     ).conditioning_gain
     assert found.mean == pytest.approx(106 / 1418)
     # 4,000 draws determine a quantile of 2.5 % to within half a percent.
@@ -42,7 +42,11 @@ def test_two_clusters_have_four_draws() -> None:
     """Half of the draws have both clusters, 100 nats in 1,000 rows; the others have one of them twice."""
     own = np.zeros(2)
     found = conditioning_report(
-        frozen=own + 1, own=own, shuffled=np.array([99.0, 1.0]), rows=np.array([10, 990]), clusters=["a", "b"]
+        frozen=own + 1,
+        adapter=own,
+        adapter_shuffled_prompt=np.array([99.0, 1.0]),
+        rows=np.array([10, 990]),
+        clusters=["a", "b"],
     ).conditioning_gain
     assert found.mean == pytest.approx(0.1)
     assert (found.low, found.high) == pytest.approx((1 / 990, 9.9))
