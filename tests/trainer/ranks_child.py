@@ -32,15 +32,23 @@ WAYS = {
     "sharded": {"shard_network": True},
     "sharded, recomputed": {"shard_network": True, "checkpoint_activations": True},
 }
+EXACT = "replicated, float64"
 
 
-def run(recipe: TrainRecipe, ranks: Ranks) -> tuple[list[float], dict[str, torch.Tensor]]:
-    student = Student(recipe.student, device=ranks.device, mesh=ranks.mesh)
+def run(
+    recipe: TrainRecipe, ranks: Ranks, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    student = Student(recipe.student, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
     torch.manual_seed(recipe.seed)
     adapted = assemble(recipe, student, None)
     network = adapted.network
     for parameter in network.b_parameters():
         torch.nn.init.normal_(parameter, std=0.01)
+    network.to(dtype)
+    if dtype == torch.float64:  # torch's grouped products know no float64
+        student.model.set_experts_implementation("eager")
+    # The featurizer returns float32.
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     if recipe.shard_network and ranks.size > 1:
         shard_network(network, ranks)
     optimizer = make_optimizer(network, recipe)
@@ -72,10 +80,17 @@ def main() -> None:
     out = Path(sys.argv[2])
     with init_distributed() as ranks:
         for way, changes in WAYS.items():
-            losses, gradients = run(recipe.model_copy(update={"checkpoint_activations": False, **changes}), ranks)
-            if ranks.is_first:
-                (out / f"{way}.json").write_text(json.dumps(losses))
-                save_file({n: g.contiguous() for n, g in gradients.items()}, out / f"{way}.safetensors")
+            save(out, way, run(recipe.model_copy(update={"checkpoint_activations": False, **changes}), ranks), ranks)
+        if ranks.size == 1:
+            exact = run(recipe.model_copy(update={"checkpoint_activations": False}), ranks, torch.float64)
+            save(out, EXACT, exact, ranks)
+
+
+def save(out: Path, way: str, found: tuple[list[float], dict[str, torch.Tensor]], ranks: Ranks) -> None:
+    losses, gradients = found
+    if ranks.is_first:
+        (out / f"{way}.json").write_text(json.dumps(losses))
+        save_file({n: g.contiguous() for n, g in gradients.items()}, out / f"{way}.safetensors")
 
 
 if __name__ == "__main__":

@@ -217,7 +217,11 @@ def _other_network(folder: RunFolder) -> None:
         (lambda f: _flip(last_checkpoint(f) / "optimizer.safetensors"), CorruptRecord, "not the file that was written"),
         (lambda f: _flip(last_checkpoint(f) / "checkpoint.json"), CorruptRecord, "checkpoint.json cannot be read"),
         (lambda f: f.metrics.unlink(), CorruptRecord, "metrics.jsonl cannot be read"),
-        (lambda f: f.metrics.write_text('{"step": 1, "loss": 1.0}\n'), CorruptRecord, "no evaluation at or before step 5"),
+        (
+            lambda f: f.metrics.write_text('{"step": 1, "loss": 1.0}\n'),
+            CorruptRecord,
+            "no evaluation at or before step 5",
+        ),
         (_other_network, ConfigError, "has another recipe than its recipe.json"),
         (lambda f: change_recipe(f, cache=f.root), ConfigError, "there is no cache in"),
         (_other_student, IdentityMismatch, "the student in .* does not match"),

@@ -39,7 +39,7 @@ def run_on(num_ranks: int, recipe: TrainRecipe, folder: Path) -> Found:
     )
     return {
         way: (json.loads((folder / f"{way}.json").read_text()), load_file(folder / f"{way}.safetensors"))
-        for way in ranks_child.WAYS
+        for way in [*ranks_child.WAYS, *([ranks_child.EXACT] if num_ranks == 1 else [])]
     }
 
 
@@ -57,8 +57,22 @@ def recipe_of_three(student_folder: Path, tokens_file: Path, cache_folder: Path)
 
 
 @pytest.fixture(scope="module")
-def alone(recipe_of_three: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found_alone(recipe_of_three: TrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> Found:
     return run_on(1, recipe_of_three, tmp_path_factory.mktemp("ranks") / "1")
+
+
+@pytest.fixture
+def alone(found_alone: Found) -> Found:
+    """Return the results of one rank in every way that is to change nothing."""
+    return {way: found_alone[way] for way in ranks_child.WAYS}
+
+
+@pytest.fixture
+def bound(found_alone: Found) -> float:
+    """Return float32's own error on this CPU: the largest difference that its rounding explains."""
+    error = largest_difference(found_alone[ranks_child.EXACT][1], found_alone["replicated"][1])
+    assert error < 1e-4, "the gradient is not that of float64"
+    return error
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -67,24 +81,24 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
 
 
-def test_recomputation_changes_nothing(alone: Found) -> None:
+def test_recomputation_changes_nothing(alone: Found, bound: float) -> None:
     losses, gradients = alone["replicated"]
     assert all(g.any() for g in gradients.values())
     for found_losses, found_gradients in alone.values():
         assert found_losses == pytest.approx(losses, rel=1e-6)
         assert found_gradients.keys() == gradients.keys()
-        assert largest_difference(gradients, found_gradients) < 1e-6
+        assert largest_difference(gradients, found_gradients) < bound
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_any_number_of_ranks_trains_the_same(
-    num_ranks: int, recipe_of_three: TrainRecipe, alone: Found, tmp_path: Path
+    num_ranks: int, recipe_of_three: TrainRecipe, alone: Found, bound: float, tmp_path: Path
 ) -> None:
     losses, gradients = alone["replicated"]
     for found_losses, found_gradients in run_on(num_ranks, recipe_of_three, tmp_path / "ranks").values():
         assert found_losses == pytest.approx(losses, rel=1e-6)
         assert found_gradients.keys() == gradients.keys()
-        assert largest_difference(gradients, found_gradients) < 1e-6
+        assert largest_difference(gradients, found_gradients) < bound
 
 
 def train_on(num_ranks: int, folder: RunFolder) -> subprocess.Popen[bytes]:

@@ -343,7 +343,7 @@ def test_a_record_with_nan_ends_the_run_and_names_the_trajectory(
 def test_a_full_disk_while_saving_ends_the_run_and_the_checkpoint_before_stands(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = format.save_file
+    original = checkpoint_format.save_file
     folder = RunFolder(tmp_path / "run")
 
     def no_space_later(tensors: dict[str, Tensor], path: Path) -> None:
