@@ -82,9 +82,7 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
     """Within the block, run decoder layers again in the backward pass instead of keeping their activations."""
     watch = RoutingWatch()
 
-    with warnings.catch_warnings():
-        # transformers 5.2x renames the method; both names work until version 6.
-        warnings.simplefilter("ignore", FutureWarning)
+    with _renamed_methods():
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": picks_kept(watch)}
         )
@@ -95,9 +93,18 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[RoutingWatch]:
         yield watch
     finally:
         model.train(was_training)
-        model.gradient_checkpointing_disable()
+        with _renamed_methods():
+            model.gradient_checkpointing_disable()
         # Enabling also hooks the embeddings so that inputs require gradients, and disabling does not remove that hook.
         model.disable_input_require_grads()
+
+
+@contextmanager
+def _renamed_methods() -> Iterator[None]:
+    """Silence the warnings of transformers 5.2x, which renames two methods; both names work until version 6."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager
