@@ -46,6 +46,7 @@ def test_every_odd_row_is_rendered_or_refused_as_it_must_be(
         inspect_file(tmp_path / name, tokenizer, strict=True)
 
 
+@pytest.mark.slow
 def test_the_real_pack_is_rendered_in_whole(real_data: Path) -> None:
     """Every row renders to the stock template's exact bytes, with independently computed token counts."""
     source = real_data / "trajectories" / "dev.parquet"

@@ -38,6 +38,7 @@ from hyperagent_teacher.service.server import answer, bind
 # Slow readers
 
 
+@pytest.mark.slow
 async def test_32_readers_who_do_not_read_cost_little_memory(model_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = model_folders["qwen3_moe"]
     tokenizer = ChatTokenizer(folder)

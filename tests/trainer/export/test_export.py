@@ -153,6 +153,7 @@ def test_best_and_last_are_chosen_by_name(recipe: TrainRecipe, tmp_path: Path, m
     assert load_bundle(tmp_path / "best").fingerprint != load_bundle(tmp_path / "last").fingerprint
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_while_it_trains(recipe: TrainRecipe, tmp_path: Path) -> None:
     long = recipe.model_copy(update={"num_steps": 80, "evaluate_every": 20, "checkpoint_every": 1})
     process, folder = start_worker(long, tmp_path / "run"), RunFolder(tmp_path / "run")

@@ -57,8 +57,8 @@ def in_small_tiles(case: Case, vocab: int, options: LossOptions, temperature: fl
 
 
 @every_divergence
-@pytest.mark.parametrize("std", [1.0, 30.0])
-@pytest.mark.parametrize("k", [1, 16, 137])
+@pytest.mark.parametrize("std", [1.0, pytest.param(30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [1, 16, pytest.param(137, marks=pytest.mark.slow)])
 def test_float32_equals_the_definition(k: int, std: float, options: LossOptions) -> None:
     case = make_case(19, k, 137, std=std, size=70)
 
@@ -70,7 +70,7 @@ def test_float32_equals_the_definition(k: int, std: float, options: LossOptions)
 
 
 @every_divergence
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_temperature_cross_entropy_and_padding(temperature: float, options: LossOptions) -> None:
     options = options.model_copy(update={"ce_weight": 0.3})
     case = make_case(19, 6, 90)

@@ -51,6 +51,7 @@ def write_random_tokens(path: Path, tokenizer: ChatTokenizer, lengths: list[int]
             )
 
 
+@pytest.mark.slow
 def test_its_commands_run(student_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     write_tokenizer(tmp_path / "tokenizer")

@@ -38,7 +38,8 @@ def _wait_for_progress(folder: RunFolder, life: BaseProcess, draw: random.Random
     life.join(draw.uniform(0, 0.1))
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(MANY_KILLS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [3, MANY_KILLS])
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(
     num_kills: int, recipe: TrainRecipe, tmp_path: Path

@@ -101,6 +101,7 @@ def test_after_a_kill_no_step_is_shown_twice_and_none_is_missing(
     assert [number for number, _ in shown["held_out_kl/frozen"]] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_of_several_ranks_the_first_one_tells(recipe: TrainRecipe, tmp_path: Path) -> None:
     on_two = recipe.model_copy(update={"loggers": ("tensorboard",), "processes": 2, "shard_network": True})
     process, folder = start_worker(on_two, tmp_path / "run"), RunFolder(tmp_path / "run")
@@ -179,6 +180,7 @@ def test_a_disk_that_fills_up_ends_tensorboard_and_not_the_run(
     assert [step for step, _ in scalars_in_tensorboard(folder)["loss"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_death_of_wandbs_own_process_ends_wandb_and_not_the_run(recipe: TrainRecipe, tmp_path: Path) -> None:
     long = recipe.model_copy(
         update={"loggers": ("wandb",), "num_steps": 80, "evaluate_every": 80, "checkpoint_every": 80}

@@ -90,7 +90,7 @@ def test_recomputation_changes_nothing(alone: Found, bound: float) -> None:
         assert largest_difference(gradients, found_gradients) < bound
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_trains_the_same(
     num_ranks: int, recipe_of_three: TrainRecipe, alone: Found, bound: float, tmp_path: Path
 ) -> None:
@@ -110,7 +110,7 @@ def train_on(num_ranks: int, folder: RunFolder) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("shard_network", [False, True])
+@pytest.mark.parametrize("shard_network", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_on_another_number_of_ranks(
     shard_network: bool, recipe_of_three: TrainRecipe, tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def saved_step(run: Run) -> int:
     return step
 
 
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", ["one", pytest.param("two", marks=pytest.mark.slow)])
 def test_a_run_is_saved_paused_resumed_and_stopped_while_it_waits(name: str, supervisor: Supervisor) -> None:
     run = supervisor.start(RunRequest(recipe=name))
     wait_for_step(run, 2)

@@ -31,7 +31,9 @@ def wait_for_handler(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("delay_s", [0.3, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize(
+    "delay_s", [0.3, *(pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (1.0, 2.0, 3.0))]
+)
 def test_a_worker_that_gets_sigterm_while_it_loads_ends_as_stopped(
     recipe: TrainRecipe, tmp_path: Path, delay_s: float
 ) -> None:
