@@ -1,6 +1,6 @@
 """How long a command and a service take to start, and what memory the service then holds.
 
-    python benchmarks/startup.py [--turns 5] [--before .venv/bin/hyperagent] [--json]
+    python benchmarks/startup.py [--turns 5] [--before .venv/bin/hyperagent] [--json] [--smoke]
 
     hyperagent --help      wall time of the command
     serve trainer          from the start of the process to the first 200 of /readyz, and its resident memory (VmRSS) then
@@ -164,7 +164,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--before", type=Path, help="the `hyperagent` of another checkout, to compare with")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.turns = 1
     report = {
         "machine": {"device": _cpu_name(), "cores": os.cpu_count()},
         "python": platform.python_version(),
