@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to see whether it runs")
     options = parser.parse_args()
     if options.smoke:
-        options.tokens, options.top_k, options.vocab_size, options.chunk_kib = 256, 8, 512, [64]
+        options.tokens, options.top_k, options.vocab_size, options.chunk_kib = 1024, 8, 512, [64]
     try:
         import vllm
     except ModuleNotFoundError:
