@@ -12,7 +12,9 @@ DEV_INSTALLED := .venv/.installed-dev
 # Two tests at a time with one thread each: more threads do not speed up models this small.
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
-CACHE_TESTS := tests/shared/cache
+# Tests whose coverage of the cache must be complete; killed processes lose what they covered, so their tests run without it.
+COVERED_TESTS := tests/shared/cache tests/shared/export
+KILL_TESTS := tests/shared/cache/test_kills.py
 BENCHMARKS := $(sort $(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: help setup setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
@@ -61,13 +63,13 @@ demo: $(INSTALLED)
 test: $(DEV_INSTALLED)
 	$(PYTEST)
 
-# Every test runs once. The cache's tests run under coverage, except those that kill processes, because the coverage of a
-# killed process is lost.
+# Run every test once, those of the cache under coverage.
 test-all: $(DEV_INSTALLED) test-vllm
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(PYTEST) -m "" --ignore-glob="$(CURDIR)/$(CACHE_TESTS)/test_[!k]*.py"
+	$(PYTEST) -m "" $(addprefix --ignore=,$(COVERED_TESTS))
+	$(PYTEST) -m "" $(KILL_TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "" \
-		$(CACHE_TESTS) --ignore=$(CACHE_TESTS)/test_kills.py
+		$(COVERED_TESTS) --ignore=$(KILL_TESTS)
 	$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 test-vllm: $(VLLM_INSTALLED)
