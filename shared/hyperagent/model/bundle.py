@@ -33,7 +33,7 @@ from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.storage.files import new_directory
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -102,7 +102,8 @@ class Bundle:
                 "tokenize with the bundle's tokenizer"
             )
         ids_1P = torch.from_numpy(prompt_ids.astype(np.int64))[None]
-        batched = self._hypernetwork(self._featurizer(ids_1P), torch.ones(ids_1P.shape, dtype=torch.bool))
+        mask_1P = self._hypernetwork.readable(ids_1P, torch.ones_like(ids_1P, dtype=torch.bool))
+        batched = self._hypernetwork(self._featurizer(ids_1P), mask_1P)
         return {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
 
 
@@ -206,6 +207,7 @@ def hypernetwork_of(manifest: NetworkManifest, weights: dict[str, Tensor]) -> Ag
         layers,
         weights["encoder.norm_input.weight"].shape[0],
         warm_start=place if manifest.mode == "warm_start" else None,
+        common_V=torch.zeros_like(weights["common_V"]),
     )
     made.load_state_dict(weights, strict=True)
     return made.eval().requires_grad_(False)

@@ -31,7 +31,7 @@ class HyperNetworkConfig(StrictModel):
 
     Parameters, with E the student's hidden size, M layers and S slots (R ranks, or 1 with the flat head):
 
-        encoder    E + E D + L D + encoder_blocks (16 D^2 + 5 D)
+        encoder    E + E D + neighbors D + L D + encoder_blocks (16 D^2 + 5 D)
         generator  M S D + generator_blocks (20 D^2 + 7 D) + D          flat: 16 D^2 + 5 D per block
         heads      D * sum of (I + O) over the groups                   flat: R times that
 
@@ -39,10 +39,10 @@ class HyperNetworkConfig(StrictModel):
     together 33,280 inputs and outputs):
 
         preset      D   L      encoder    generator        heads        total
-        tiny       64   8      265,344      205,312    2,129,920    2,600,576
-        small     256  32    2,634,240    3,116,800    8,519,680   14,270,720
-        base    1,024  64   69,294,080   64,903,168   34,078,720  168,275,968
-        flat      256  32    2,634,240    2,130,688  136,314,880  141,079,808
+        tiny       64   8      265,536      205,312    2,129,920    2,600,768
+        small     256  32    2,635,008    3,116,800    8,519,680   14,271,488
+        base    1,024  64   69,297,152   64,903,168   34,078,720  168,279,040
+        flat      256  32    2,635,008    2,130,688  136,314,880  141,080,576
     """
 
     width: int = Field(1024, ge=16, multiple_of=16)
@@ -65,6 +65,11 @@ class HyperNetworkConfig(StrictModel):
     """R: rank of the generated adapters."""
     alpha: float = Field(32.0, gt=0)
     """LoRA's alpha; the delta is scaled by alpha / rank, as in PEFT."""
+    max_document_frequency: float = Field(0.9, gt=0, le=1)
+    """Token ids that occur in a larger share of the training prompts are not read (`hyperagent.model.common_tokens`)."""
+    neighbors: int = Field(3, ge=0)
+    """Number of preceding tokens whose features are added to those of each token, so that a word is read together with
+    the words it belongs to, even with ones that are not read themselves."""
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HyperNetworkConfig:

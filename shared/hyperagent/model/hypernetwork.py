@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from hyperagent.errors import InvalidRequest
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.blocks import Attention, FeedForward, linear, sinusoids
+from hyperagent.model.common_tokens import readable
 from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 from hyperagent.model.static_lora import StaticLoRA
 
@@ -54,14 +55,17 @@ class PromptEncoder(nn.Module):
         width = config.width
         self.norm_input = nn.RMSNorm(embedding_size)
         self.input = linear(embedding_size, width)
+        # A word must stay distinguishable from its neighbors: random signs turn the features of each distance into another
+        # direction, as in holographic representations (Plate, 1995). Training adapts them.
+        self.bind_ND = nn.Parameter(torch.randint(2, (config.neighbors, width)) * 2.0 - 1.0)
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> Tensor:
-        """Return the latents [B, L, D] of prompt features; `mask_BP` is True at real tokens.
+        """Return the latents [B, L, D] of prompt features; `mask_BP` is True at the tokens to read.
 
         Raises:
-            InvalidRequest: the mask has another shape, or a prompt has no real token.
+            InvalidRequest: the mask has another shape, or a prompt has no token to read.
         """
         if mask_BP.shape != embeddings_BPE.shape[:2]:
             raise InvalidRequest(
@@ -69,13 +73,22 @@ class PromptEncoder(nn.Module):
             )
         if not mask_BP.any(1).all():
             raise InvalidRequest("a prompt has no real token: its mask is False throughout; give it at least one")
-        tokens_BPD = self.input(self.norm_input(embeddings_BPE))
+        tokens_BPD = self._bound(self.input(self.norm_input(embeddings_BPE)))
         # Embedding rows carry no order; sinusoidal positions are defined for every length.
         places_PD = sinusoids(tokens_BPD.shape[1], tokens_BPD.shape[2], tokens_BPD.device)
         latents_BLD = self.latents.expand(tokens_BPD.shape[0], -1, -1)
         for block in self.blocks:
             latents_BLD = block(latents_BLD, tokens_BPD, mask_BP, places_PD)
         return latents_BLD
+
+    def _bound(self, tokens_BPD: Tensor) -> Tensor:
+        """Add the features of the preceding tokens to each token's: a depthwise causal convolution."""
+        num_neighbors, num_tokens = len(self.bind_ND), tokens_BPD.shape[1]
+        padded = F.pad(tokens_BPD, (0, 0, num_neighbors, 0))
+        for distance, signs_D in enumerate(self.bind_ND, start=1):
+            start = num_neighbors - distance
+            tokens_BPD = tokens_BPD + signs_D * padded[:, start : start + num_tokens]
+        return tokens_BPD
 
 
 class _GeneratorBlock(nn.Module):
@@ -168,6 +181,7 @@ class AgenticHyperNetwork(nn.Module):
         embedding_size: int,
         *,
         warm_start: AdapterWeights | None = None,
+        common_V: Tensor | None = None,
     ) -> None:
         """Create an untrained hypernetwork.
 
@@ -178,6 +192,7 @@ class AgenticHyperNetwork(nn.Module):
             warm_start: a static adapter A0 [R, I], B0 [O, R] of every layer, to which the generated factors are
                 added: A = A0 + dA(prompt), B = B0 + dB(prompt), of the same rank, with dA = dB = 0 at the start.
                 It stays frozen, so that any improvement comes from the prompt.
+            common_V: bool, True for token ids that are not read (`common_tokens.common_ids`); None reads every id.
 
         Raises:
             ConfigError: the static adapter is for other layers or has another rank.
@@ -189,6 +204,9 @@ class AgenticHyperNetwork(nn.Module):
         self.base: StaticLoRA | None = None
         if warm_start is not None:
             self.base = StaticLoRA.of(warm_start, layers, rank=config.rank, alpha=config.alpha).requires_grad_(False)
+        self.common_V: Tensor
+        """bool, True for token ids that are not read; of length 0 if every id is read."""
+        self.register_buffer("common_V", torch.zeros(0, dtype=torch.bool) if common_V is None else common_V)
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -202,12 +220,16 @@ class AgenticHyperNetwork(nn.Module):
         """Return the parameters that make B, which start at zero."""
         return list(self.generator.b_heads.parameters())
 
+    def readable(self, ids_BP: Tensor, mask_BP: Tensor) -> Tensor:
+        """Return the mask [B, P] for `forward`, from the prompts' ids and their mask, True at real tokens."""
+        return readable(ids_BP, mask_BP, self.common_V) if len(self.common_V) else mask_BP
+
     def forward(self, embeddings_BPE: Tensor, mask_BP: Tensor) -> AdapterWeights:
         """Return factors a [B, R, I] and b [B, O, R] of every target layer for B prompts.
 
         Args:
             embeddings_BPE: features of the prompts from the config's featurizer.
-            mask_BP: bool, True at real tokens.
+            mask_BP: bool, True at the tokens to read (see `readable`).
 
         Raises:
             InvalidRequest: the mask does not match the features, or a prompt has no real token.

@@ -135,10 +135,10 @@ def real_layers() -> list[LayerInfo]:
 @pytest.mark.parametrize(
     ("preset", "encoder", "generator", "heads"),
     [
-        ("tiny", 265_344, 205_312, 2_129_920),
-        ("small", 2_634_240, 3_116_800, 8_519_680),
-        ("base", 69_294_080, 64_903_168, 34_078_720),
-        ("flat", 2_634_240, 2_130_688, 136_314_880),
+        ("tiny", 265_536, 205_312, 2_129_920),
+        ("small", 2_635_008, 3_116_800, 8_519_680),
+        ("base", 69_297_152, 64_903_168, 34_078_720),
+        ("flat", 2_635_008, 2_130_688, 136_314_880),
     ],
 )
 def test_a_preset_has_the_parameters_its_docstring_says(preset: str, encoder: int, generator: int, heads: int) -> None:

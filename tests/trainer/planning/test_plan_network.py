@@ -63,10 +63,10 @@ def test_autograd_keeps_what_is_stated(
 
 
 def test_the_full_runs_network_keeps_three_and_a_half_gigabytes(layers: list[LayerInfo]) -> None:
-    """By hand: for each of 32,768 prompt tokens 2 * 2,048 and 17 * 1,024 numbers, and 86 times 1,920 rows of 1,024."""
+    """By hand: for each of 32,768 prompt tokens 2 * 2,048 and 18 * 1,024 numbers, and 86 times 1,920 rows of 1,024."""
     cost = NetworkCost(HyperNetworkConfig(), len(layers), num_adapter_parameters(layers, 16), SIZE)
-    by_hand = 4 * (32_768 * (2 * 2048 + 17 * 1024) + 86 * 1920 * 1024)
-    assert by_hand == pytest.approx(3.49e9, rel=0.01)
+    by_hand = 4 * (32_768 * (2 * 2048 + 18 * 1024) + 86 * 1920 * 1024)
+    assert by_hand == pytest.approx(3.63e9, rel=0.01)
     assert cost.kept_bytes(32_768, fused_norms=True) == pytest.approx(by_hand, rel=0.02)
 
 

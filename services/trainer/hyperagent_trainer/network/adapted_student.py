@@ -61,8 +61,10 @@ class AdaptedStudent:
         return weights
 
     def features(self, prompts: Sequence[NDArray[np.uint32]]) -> tuple[Tensor, Tensor]:
-        """Return the network's inputs: features [B, P, E] and a mask [B, P], True at real tokens."""
+        """Return the network's inputs: features [B, P, E] and a mask [B, P], True at the tokens that it reads."""
         ids_BP, mask_BP = pad_prompts(prompts, self.student.embeddings.device)
+        if isinstance(self.network, AgenticHyperNetwork):
+            mask_BP = self.network.readable(ids_BP, mask_BP)
         return self._featurizer(ids_BP), mask_BP
 
     def loss_sum(

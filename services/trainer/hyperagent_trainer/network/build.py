@@ -46,14 +46,19 @@ def read_warm_start(recipe: TrainRecipe) -> ImportedAdapter | None:
     return read
 
 
-def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdaptedStudent:
+def assemble(
+    recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None, *, common_V: Tensor | None = None
+) -> AdaptedStudent:
     """Make the recipe's initial network on the student's device, and put it in front of the student.
+
+    Args:
+        common_V: bool, True for the token ids that a hypernetwork does not read; None reads every id.
 
     Raises:
         ConfigError: the recipe's targets are not the student's, the static adapter is for other layers, or the recipe's
             loss_backend cannot run on the student's device.
     """
-    network = make_network(recipe, student, warm_start)
+    network = make_network(recipe, student, warm_start, common_V=common_V)
     log.info(
         "network made",
         arm=recipe.arm,
@@ -70,8 +75,10 @@ def assemble(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter 
         raise ConfigError(f"the recipe's loss_backend cannot be used: {error}") from error
 
 
-def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None) -> AdapterNetwork:
-    """Make the recipe's initial network on the student's device.
+def make_network(
+    recipe: TrainRecipe, student: Student, warm_start: ImportedAdapter | None, *, common_V: Tensor | None
+) -> AdapterNetwork:
+    """Make the recipe's initial network on the student's device; see `assemble`.
 
     Raises:
         ConfigError: the recipe's targets are not the student's, or the static adapter is for other layers.
@@ -83,7 +90,8 @@ def make_network(recipe: TrainRecipe, student: Student, warm_start: ImportedAdap
         network = StaticLoRA(layers, rank=config.rank, alpha=config.alpha)
     else:
         base = None if warm_start is None else warm_start.weights
-        network = AgenticHyperNetwork(config, layers, student.embeddings.shape[1], warm_start=base)
+        size = student.embeddings.shape[1]
+        network = AgenticHyperNetwork(config, layers, size, warm_start=base, common_V=common_V)
     return network.to(student.embeddings.device)
 
 
@@ -103,7 +111,7 @@ def whole_network(
     state = {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
     if not any(isinstance(p, DTensor) for p in network.parameters()):
         return network
-    copy = make_network(recipe, student, warm_start)
+    copy = make_network(recipe, student, warm_start, common_V=state.get("common_V"))
     copy.load_state_dict(state, strict=True)
     return copy
 

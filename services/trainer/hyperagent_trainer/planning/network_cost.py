@@ -41,6 +41,8 @@ class NetworkCost:
         read, mix, mlp = 4 + n, 7 + 2 * n, 10 + n
         kept = prompt_tokens * 2 * self.embedding_size
         kept += width * prompt_tokens * (1 + config.encoder_blocks * (4 + n))
+        if config.neighbors:
+            kept += width * (prompt_tokens + config.neighbors)
         kept += width * latents * (config.encoder_blocks * (read + mix + mlp) - 1)
         kept += width * rows * (config.generator_blocks * (read + self._mixes * mix + mlp) - 1)
         # The latents as context; after the last block its output, the norm's output and the heads' input.

@@ -12,6 +12,7 @@ import torch
 
 from hyperagent.cache.base import CacheReader
 from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
+from hyperagent.model.common_tokens import common_ids
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import ImportedAdapter
 from hyperagent.storage.files import write_atomically
@@ -64,7 +65,12 @@ def load_setup(
     warm_start = read_warm_start(recipe)
     # Seeded here because loading the student draws random numbers, whose count depends on the number of ranks.
     torch.manual_seed(recipe.seed)
-    adapted = assemble(recipe, student, warm_start)
+    common_V = common_ids(
+        (trajectory.prompt_ids for trajectory in training.trajectories),
+        num_ids=len(student.embeddings),
+        max_document_frequency=recipe.hypernetwork.max_document_frequency,
+    )
+    adapted = assemble(recipe, student, warm_start, common_V=common_V.to(student.embeddings.device))
     return TrainingSetup(
         recipe=recipe,
         adapted=adapted,
