@@ -17,6 +17,7 @@ from hyperagent.data.files.tokens_file import TRAIN
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import load_split
 from hyperagent_trainer.data.schedule import batches_from, plan_step
+from hyperagent_trainer.data.training_prompts import TrainingPrompts
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed
 from hyperagent_trainer.network.build import assemble, shard_network
 from hyperagent_trainer.optim.optimizer import make_optimizer
@@ -63,10 +64,11 @@ def run(
         )
         lengths = [len(t.student_ids) for t in data.trajectories]
         order = batches_from(lengths, batch_size=recipe.batch_size, seed=recipe.seed, first_step=0)
-        for _ in range(NUM_STEPS):
+        prompts = TrainingPrompts(data.trajectories, shuffled=False, seed=recipe.seed)
+        for step in range(1, NUM_STEPS + 1):
             plan = plan_step(next(order), lengths, rank=ranks.rank, num_ranks=ranks.size, size=1)
             batches = data.batches([m.indices for m in plan.micro_batches], ranks.device, workers=0)
-            found.append(accumulate_gradients(plan, batches, adapted, data, recipe, ranks).loss)
+            found.append(accumulate_gradients(plan, batches, adapted, data, prompts, recipe, ranks, step=step).loss)
             if len(found) == 1:
                 gradients = {
                     n: full_tensor(p.grad).clone() for n, p in network.named_parameters() if p.grad is not None

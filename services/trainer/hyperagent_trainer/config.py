@@ -28,6 +28,9 @@ class TrainRecipe(StrictModel):
     arm: Literal["hypernetwork", "static"] = "hypernetwork"
     """What is trained: a hypernetwork, or one adapter for every prompt, of the hypernetwork's rank and alpha."""
     hypernetwork: HyperNetworkConfig = HyperNetworkConfig()
+    prompts: Literal["own", "shuffled"] = "own"
+    """Prompts that a hypernetwork is trained on: each trajectory's own, or another repository's, drawn anew in every step;
+    the second is the control that evaluations call `trained_on_shuffled`."""
     warm_start: Path | None = None
     """Folder of a PEFT adapter, such as a static run exports, to which the hypernetwork adds; without, it starts from
     zero."""

@@ -23,6 +23,8 @@ class Check:
     """What the check requires."""
     remedy: str
     """Why a failure matters and how to fix it; the same whether the check passed or not."""
+    warns: bool = False
+    """Whether the measured values are outside the bound of a check that does not prevent training."""
 
     @property
     def found(self) -> str:

@@ -54,13 +54,26 @@ def adapter_statistics(
         layer_PP = scale**2 * _inner_products(adapters[layer.name])
         shares[layer.kind].append(float(layer_PP.diagonal().mean()) / weight_norms[layer.name] ** 2)
         products_PP = products_PP + layer_PP
-    norms_P = products_PP.diagonal().sqrt()
-    num = len(norms_P)
+    cosines_PP, num = _normalized(products_PP), len(products_PP)
     cosine = None
-    if num > 1 and norms_P.all():
-        cosines_PP = products_PP / norms_P[:, None] / norms_P
+    if num > 1 and cosines_PP is not None:
         cosine = float((cosines_PP.sum() - num) / (num * (num - 1)))
     return AdapterStatistics({kind: (sum(s) / len(s)) ** 0.5 for kind, s in shares.items()}, cosine)
+
+
+@torch.no_grad()
+def cosines(adapters: AdapterWeights) -> Tensor | None:
+    """Return the cosines between the deltas of all pairs of prompts over all layers, float64, shape [P, P].
+
+    Returns:
+        None if a delta is zero.
+    """
+    return _normalized(torch.stack([_inner_products(pair) for pair in adapters.values()]).sum(0))
+
+
+def _normalized(products_PP: Tensor) -> Tensor | None:
+    norms_P = products_PP.diagonal().sqrt()
+    return products_PP / norms_P[:, None] / norms_P if norms_P.all() else None
 
 
 def _inner_products(pair: LoRAPair) -> Tensor:

@@ -8,7 +8,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,7 +79,7 @@ class RunReporter:
     def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics) -> None:
         """Report an evaluation; its time does not count as training."""
         conditioning = {
-            split: {"gain": asdict(report.conditioning_gain), "verdict": report.verdict}
+            split: {"gain": report.to_json()["conditioning_gain"], "verdict": report.verdict}
             for split, report in held_out.conditioning.items()
         }
         self._line(
@@ -91,10 +90,8 @@ class RunReporter:
             adapter_cosine=adapters.cosine,
         )
         self._restart_clock()
-        verdicts = {split: report.verdict for split, report in held_out.conditioning.items()}
-        self._update(
-            held_out_kl=held_out.kl, conditioning=verdicts, adapters_collapsed=adapters.has_collapsed, force=True
-        )
+        gains = {split: report.reason for split, report in held_out.conditioning.items()}
+        self._update(held_out_kl=held_out.kl, conditioning=gains, adapters_collapsed=adapters.has_collapsed, force=True)
 
     def _restart_clock(self) -> None:
         self._recent.clear()

@@ -23,7 +23,9 @@ from hyperagent_trainer.network.adapted_student import AdaptedStudent
 from hyperagent_trainer.network.build import assemble, describe, read_warm_start
 from hyperagent_trainer.optim.optimizer import make_optimizer
 from hyperagent_trainer.preflight.memory import memory_budget
+from hyperagent_trainer.preflight.prompts import check_prompts
 from hyperagent_trainer.preflight.run import run_preflight
+from hyperagent_trainer.report import PreflightReport
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.student.attention import Attention, agreed, choose_attention, earlier_choice
 from hyperagent_trainer.student.student import Student
@@ -92,6 +94,10 @@ def require_preflight(setup: TrainingSetup, folder: RunFolder, ranks: Ranks) -> 
     recipe, adapted = setup.recipe, setup.adapted
     budget = memory_budget(recipe, adapted.student, tokens_per_sample=_longest(setup.training))
     report = run_preflight(adapted, partial(make_optimizer, recipe=recipe), budget, attention=setup.attention.check)
+    if (prompts := check_prompts(adapted, setup.training.trajectories)) is not None:
+        report = PreflightReport((*report.checks, prompts))
+        if prompts.warns:
+            log.warning("the prompts hardly differ for the hypernetwork", found=prompts.found, remedy=prompts.remedy)
     if ranks.is_first:
         write_atomically(folder.preflight, json.dumps(report.to_json(), indent=2).encode() + b"\n")
     report.require_passed()

@@ -17,6 +17,7 @@ from hyperagent.errors import DataError, InvalidRequest
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import Batch, DistillationData
 from hyperagent_trainer.data.schedule import StepPlan
+from hyperagent_trainer.data.training_prompts import TrainingPrompts
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
@@ -42,10 +43,16 @@ def accumulate_gradients(
     batches: Iterator[Batch],
     adapted: AdaptedStudent,
     data: DistillationData,
+    prompts: TrainingPrompts,
     recipe: TrainRecipe,
     ranks: Ranks,
+    *,
+    step: int,
 ) -> StepResult:
     """Accumulate the gradient of the step's loss in the network's parameters, identical on every rank.
+
+    Args:
+        step: number of the step, which shuffled prompts depend on.
 
     Raises:
         DataError: the teacher's rows of a trajectory contain NaN or are not normalized.
@@ -59,7 +66,7 @@ def accumulate_gradients(
         asked_at = time.monotonic()
         batch = next(batches)
         wait_s += time.monotonic() - asked_at
-        adapters = adapted.adapters([data.trajectories[i].prompt_ids for i in batch.indices])
+        adapters = adapted.adapters(prompts.of(batch.indices, step=step))
         try:
             loss += adapted.backward(batch, adapters, recipe.loss, scale=0.0 if micro.is_dummy else 1 / num_rows)
         except InvalidRequest as error:

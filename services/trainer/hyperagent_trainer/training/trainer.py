@@ -24,6 +24,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.cost import StepCost
 from hyperagent_trainer.data.dataset import Batch
 from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
+from hyperagent_trainer.data.training_prompts import TrainingPrompts
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed, peak_memory_bytes
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.arms import ADAPTER
@@ -120,6 +121,9 @@ class Trainer:
         self._evaluation = Evaluation(setup.held_out, setup.training, seed=recipe.seed)
         # The adapters of these prompts are compared with each other at every evaluation.
         self._statistics_prompts = [t.prompt_ids for t in setup.held_out[HELD_OUT].trajectories[:_STATISTICS_PROMPTS]]
+        self._prompts = TrainingPrompts(
+            setup.training.trajectories, shuffled=recipe.prompts == "shuffled", seed=recipe.seed
+        )
         self._weight_norms = weight_norms(setup.adapted.student.model, network.layers)
         self._num_skipped = 0
         self._control = RunControl(folder.control, stop, ranks)
@@ -170,7 +174,16 @@ class Trainer:
             CorruptRecord: the cache's record of a trajectory is damaged.
         """
         network = self._adapted.network
-        result = accumulate_gradients(plan, batches, self._adapted, self._setup.training, self._recipe, self._ranks)
+        result = accumulate_gradients(
+            plan,
+            batches,
+            self._adapted,
+            self._setup.training,
+            self._prompts,
+            self._recipe,
+            self._ranks,
+            step=self.step,
+        )
         norms = gradient_norms(network)
         grad_norm = float(full_tensor(nn.utils.clip_grad_norm_(network.parameters(), self._recipe.max_grad_norm)))
         rerouted = watch.take()
