@@ -71,7 +71,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
     """Plot the gap closed by each arm, and the conditioning gain with its interval, for every world and seed."""
     from matplotlib.figure import Figure
 
-    arms = {"adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c", "static": "#767676"}
+    arms = {"own": "#0b6e4f", "shuffled": "#c2570c", "static": "#767676"}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     bars, gains = figure.subplots(1, 2)
     labels = [f"{r['world']}\nseed {r['seed']}" for r in results]
@@ -132,8 +132,8 @@ def line(result: dict[str, Any]) -> str:
     gap, gain = result["gap_closed"], result["conditioning_gain"]
     return (
         f"{result['world']:8} seed {result['seed']} lr {result['learning_rate']:.0e} x {result['b_head_learning_rate_factor']:g}: "
-        f"frozen {result['kl']['frozen']:.3f} nats; gap closed own prompt {gap['adapter']:.1%}, "
-        f"shuffled {gap['adapter_shuffled_prompt']:.1%}, "
+        f"frozen {result['kl']['frozen']:.3f} nats; gap closed own prompt {gap['own']:.1%}, "
+        f"shuffled {gap['shuffled']:.1%}, "
         f"static {gap['static']:.1%}; gain {gain['mean']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]; {result['verdict']}; "
         f"{result['hypernetwork_seconds']:.0f} s and {result['static_seconds']:.0f} s"
     )

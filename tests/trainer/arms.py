@@ -1,4 +1,4 @@
-"""Train the arms of a world alike, a hypernetwork and a static LoRA, and compare them on held-out combinations."""
+"""Train the arms of a world alike, two hypernetworks and a static LoRA, and compare them on held-out combinations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.evaluation.arms import FROZEN, OWN, SHUFFLED, STATIC, TRAINED_ON_SHUFFLED
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent, AdapterNetwork
 from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
@@ -59,13 +60,20 @@ def run_world(world: World, student: Student, settings: Settings, *, seed: int) 
     foreign = [world.prompt(_other(latent, world.held_out, generator), generator) for latent in held_out]
     samples = _Samples(world, held_out, seed)
 
-    torch.manual_seed(seed)
-    network = AgenticHyperNetwork(settings.hypernetwork, layers, student.embeddings.shape[1])
+    def hypernetwork(*, shuffled: bool) -> AdaptedStudent:
+        torch.manual_seed(seed)
+        network = AgenticHyperNetwork(settings.hypernetwork, layers, student.embeddings.shape[1])
+        return _train(world, student, network, settings, settings.learning_rate, seed, shuffled=shuffled)
+
     started = time.perf_counter()
-    adapted = _train(world, student, network, settings, settings.learning_rate, seed)
+    adapted = hypernetwork(shuffled=False)
     hypernetwork_seconds = time.perf_counter() - started
-    frozen, own = samples.kl(adapted, None), samples.kl(adapted, prompts)
-    shuffled = samples.kl(adapted, foreign)
+    sums = {
+        FROZEN: samples.kl(adapted, None),
+        OWN: samples.kl(adapted, prompts),
+        SHUFFLED: samples.kl(adapted, foreign),
+        TRAINED_ON_SHUFFLED: samples.kl(hypernetwork(shuffled=True), prompts),
+    }
 
     started = time.perf_counter()
     static_kl = {}
@@ -75,15 +83,12 @@ def run_world(world: World, student: Student, settings: Settings, *, seed: int) 
         static_kl[rate] = samples.kl(_train(world, student, arm, settings, rate, seed), prompts)
     static_seconds = time.perf_counter() - started
     report = conditioning_report(
-        frozen=frozen,
-        adapter=own,
-        adapter_shuffled_prompt=shuffled,
-        static=min(static_kl.values(), key=np.sum),
-        rows=np.full(len(held_out), samples.rows),
-        clusters=held_out,
+        {**sums, STATIC: min(static_kl.values(), key=np.sum)},
+        np.full(len(held_out), samples.rows),
+        held_out,
         seed=seed,
     )
-    gaps = {rate: float(1 - kl.sum() / frozen.sum()) for rate, kl in static_kl.items()}
+    gaps = {rate: float(1 - kl.sum() / sums[FROZEN].sum()) for rate, kl in static_kl.items()}
     return Outcome(report, gaps, hypernetwork_seconds, static_seconds)
 
 
@@ -113,8 +118,10 @@ def _train(
     settings: Settings,
     learning_rate: float,
     seed: int,
+    *,
+    shuffled: bool = False,
 ) -> AdaptedStudent:
-    """Train a network with the trainer's own parts on batches of the world."""
+    """Train a network with the trainer's own parts on batches of the world; `shuffled` gives it other samples' prompts."""
     folder = student.folder
     recipe = TrainRecipe(
         student=folder,
@@ -127,12 +134,15 @@ def _train(
     )
     adapted = AdaptedStudent(student, network)
     optimizer = make_optimizer(network, recipe)
-    generator = np.random.default_rng([seed, 4])
+    generator, shuffler = np.random.default_rng([seed, 4]), np.random.default_rng([seed, 5])
     for step in range(1, settings.num_steps + 1):
         set_learning_rate(optimizer, step, recipe)
         latents = [world.train[i] for i in generator.integers(len(world.train), size=settings.batch_size)]
         batch = world.batch(latents, generator)
-        adapters = adapted.adapters([world.prompt(latent, generator) for latent in latents])
+        prompted = (
+            [world.train[i] for i in shuffler.integers(len(world.train), size=len(latents))] if shuffled else latents
+        )
+        adapters = adapted.adapters([world.prompt(latent, generator) for latent in prompted])
         loss = adapted.loss_sum(batch, adapters) / batch.num_rows
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -68,7 +68,7 @@ class RunStatus(StrictModel):
     held_out_kl: dict[str, float | None] = Field(default_factory=dict)
     """KL of the last evaluation in nats per supervised token, by arm; None for values that were not finite."""
     conditioning: dict[str, str] = Field(default_factory=dict)
-    """Verdict of the last evaluation on conditioning, by split (see `hyperagent_trainer.evaluation.conditioning`)."""
+    """What own prompts gain in the last evaluation, in words, by split (see `hyperagent_trainer.evaluation.conditioning`)."""
     adapters_collapsed: bool = False
     """Whether the last evaluation found that different prompts get the same adapter."""
     updated_at: float = Field(default_factory=time.time)

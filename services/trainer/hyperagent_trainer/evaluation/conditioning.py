@@ -1,17 +1,18 @@
-"""Measure the gain from conditioning on the prompt on held-out samples, and decide whether it may be claimed.
+"""Compare the arms of an evaluation on the same held-out samples: gaps closed, gains with intervals, and the verdict.
 
-    gap closed          (KL_frozen - KL_arm) / KL_frozen
-    conditioning gain   KL_adapter_shuffled_prompt - KL_adapter, in nats per supervised row
-    over static         KL_static - KL_adapter
+    gap closed               (KL_frozen - KL_arm) / KL_frozen
+    conditioning gain        KL_shuffled - KL_own
+    over static              KL_static - KL_own
+    over trained on shuffled KL_trained_on_shuffled - KL_own
+    over frozen              KL_frozen - KL_own
 
-Both differences are paired: the same rows under two adapters. Their intervals are 95% percentile bootstraps (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13) that draw whole clusters, since samples of one
-repository are not independent. With few clusters such an interval is too narrow; below two there is none.
+KLs are in nats per supervised row: sums of nats over sums of rows. All differences are paired, the same rows under two
+adapters, and have intervals over repositories (`intervals`). docs/evaluation.md explains the arms, the formulas and the verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,112 +20,182 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT, STATIC
+from hyperagent_trainer.evaluation.arms import (
+    FROZEN,
+    OWN,
+    REPORT_ARMS,
+    SHUFFLED,
+    STATIC,
+    TRAINED_ON_SHUFFLED,
+    UNTRAINED,
+)
+from hyperagent_trainer.evaluation.intervals import Interval, ratio_interval
+from hyperagent_trainer.evaluation.verdict import Evidence, decide
 
-PAYS = "conditioning pays"
-STATIC_SUFFICES = "a static LoRA suffices"
-NO_STATIC_ARM = "own prompts help; train a static LoRA before claiming that conditioning pays"
-
-_DRAWS = 4000
-_TAIL = 0.025
+DEFAULT_MARGIN = 0.05
+_BASELINES = (STATIC, TRAINED_ON_SHUFFLED)
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Interval):
     """A mean difference in nats per supervised row, with its 95% interval."""
 
-    mean: float
-    low: float | None
-    """Lower bound of the interval; None with fewer than two clusters."""
-    high: float | None
-    """Upper bound of the interval; None with fewer than two clusters."""
-
-    @property
-    def is_positive(self) -> bool:
-        """Whether the whole interval is above zero."""
-        return self.low is not None and self.low > 0
+    share: Interval | None
+    """The difference as a share of the frozen student's KL; None where that KL is 0 in a repository."""
 
 
 @dataclass(frozen=True)
 class ConditioningReport:
-    """Comparison of the arms."""
+    """Comparison of the arms; differences are KL of the other arm minus KL of the own prompt, None without that arm."""
 
     kl: dict[str, float]
-    """KL in nats per supervised row, by arm."""
-    gap_closed: dict[str, float]
-    """Share of the frozen student's KL that each other arm removes; negative for an arm that does harm."""
-    conditioning_gain: Difference
-    """KL with another repository's prompt minus KL with the own prompt."""
+    """KL in nats per supervised row, by arm; the mean over training seeds."""
+    gap_closed: dict[str, float | None]
+    """Share of the frozen student's KL that each other arm removes, negative for an arm that does harm; None where the frozen
+    student's KL is 0, because there is no gap to close."""
+    conditioning_gain: Difference | None
     over_static: Difference | None
-    """KL of the static arm minus KL with the own prompt; None without a static arm."""
-    verdict: str
-    """`PAYS`, `STATIC_SUFFICES` or `NO_STATIC_ARM`."""
+    over_trained_on_shuffled: Difference | None
+    over_frozen: Difference
+    beyond_margin: dict[str, Interval]
+    """KL_arm - KL_own - margin * KL_frozen in nats per row, for the static arm and the one trained on shuffled prompts."""
+    margin: float
+    """Least advantage that counts, as a share of the frozen student's KL."""
+    num_clusters: int
+    num_seeds: int
+    """Number of training seeds. With fewer than three the intervals are about these trained networks, not about others."""
+    verdict: str | None
+    """`PAYS`, `STATIC_SUFFICES`, `UNDECIDED` or `HARMFUL` of `verdict`; None if no other trained arm was evaluated."""
+    reason: str
+    """One sentence with the numbers that the verdict follows from, or with the gain where there is no verdict."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values of every field."""
+        """Return JSON values of every field; all numbers are finite."""
         return asdict(self)
 
 
 def conditioning_report(
-    *,
-    frozen: NDArray[np.float64],
-    adapter: NDArray[np.float64],
-    adapter_shuffled_prompt: NDArray[np.float64],
+    sums: Mapping[str, NDArray[np.float64]],
     rows: NDArray[np.int64],
     clusters: Sequence[Hashable],
-    static: NDArray[np.float64] | None = None,
+    *,
+    margin: float = DEFAULT_MARGIN,
     seed: int = 0,
 ) -> ConditioningReport:
     """Compare the arms on the same samples.
 
     Args:
-        frozen, adapter, adapter_shuffled_prompt, static: summed KL of every sample in nats, shape [samples], by arm
-            (`hyperagent_trainer.evaluation.arms`).
+        sums: summed KL of every sample in nats by arm (`arms.REPORT_ARMS`), shape [samples], or [seeds, samples] for arms that
+            were trained with several seeds. Seed by seed, the arms are paired. `FROZEN` and `OWN` are required.
         rows: number of supervised rows of every sample, shape [samples].
-        clusters: the cluster of every sample, such as its repository; samples of one cluster are drawn together.
+        clusters: the cluster of every sample, such as its repository.
+        margin: least advantage that counts, as a share of the frozen student's KL, at least 0 and below 1.
         seed: seed of the bootstrap.
 
     Raises:
-        InvalidRequest: the arms have different numbers of samples, no samples, or a value that is not finite.
+        InvalidRequest: an arm is missing, unknown, of another shape than the others or not finite; a sample has no rows; or the
+            margin is out of range.
     """
-    arms = {FROZEN: frozen, ADAPTER: adapter, SHUFFLED_PROMPT: adapter_shuffled_prompt}
-    if static is not None:
-        arms[STATIC] = static
-    if len({len(clusters), len(rows), *map(len, arms.values())}) != 1 or not len(rows):
-        raise InvalidRequest(
-            f"arms of {', '.join(f'{name} {len(sums)}' for name, sums in arms.items())} samples cannot be paired; "
-            "give every arm the same samples"
-        )
-    if not all(np.isfinite(sums).all() for sums in arms.values()):
-        raise InvalidRequest("an arm has a divergence that is no finite number, so the arms cannot be compared")
-    kl = {name: float(sums.sum() / rows.sum()) for name, sums in arms.items()}
-    gain = _difference(adapter_shuffled_prompt - adapter, rows, clusters, seed)
-    over_static = None if static is None else _difference(static - adapter, rows, clusters, seed)
+    _check(sums, rows, clusters, margin)
+    compared = _ByCluster.of(sums, rows, clusters, margin, seed)
+    num_clusters, kl = len(compared.rows_C), compared.kl
+    over = {arm: compared.over(arm) for arm in (FROZEN, SHUFFLED, *_BASELINES) if arm in sums}
+    beyond = {arm: compared.beyond_margin(arm) for arm in _BASELINES if arm in sums}
+    verdict, reason = None, _without_verdict(over, kl[FROZEN], num_clusters)
+    if beyond:
+        verdict, reason = decide(Evidence(over[FROZEN], over, beyond, margin, kl[FROZEN], num_clusters))
     return ConditioningReport(
         kl=kl,
-        gap_closed={name: (kl[FROZEN] - value) / kl[FROZEN] for name, value in kl.items() if name != FROZEN},
-        conditioning_gain=gain,
-        over_static=over_static,
-        verdict=_verdict(gain, over_static),
+        gap_closed={arm: (kl[FROZEN] - kl[arm]) / kl[FROZEN] if kl[FROZEN] else None for arm in kl if arm != FROZEN},
+        conditioning_gain=over.get(SHUFFLED),
+        over_static=over.get(STATIC),
+        over_trained_on_shuffled=over.get(TRAINED_ON_SHUFFLED),
+        over_frozen=over[FROZEN],
+        beyond_margin=beyond,
+        margin=margin,
+        num_clusters=num_clusters,
+        num_seeds=len(compared.sums_SC[OWN]),
+        verdict=verdict,
+        reason=reason,
     )
 
 
-def _verdict(gain: Difference, over_static: Difference | None) -> str:
-    if not gain.is_positive or (over_static is not None and not over_static.is_positive):
-        return STATIC_SUFFICES
-    return NO_STATIC_ARM if over_static is None else PAYS
+@dataclass(frozen=True)
+class _ByCluster:
+    """The sums of every cluster; C clusters, S training seeds, or one for an arm that has none."""
+
+    sums_SC: dict[str, NDArray[np.float64]]
+    rows_C: NDArray[np.float64]
+    margin: float
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        sums: Mapping[str, NDArray[np.float64]],
+        rows: NDArray[np.int64],
+        clusters: Sequence[Hashable],
+        margin: float,
+        seed: int,
+    ) -> _ByCluster:
+        numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+        places = np.array([numbers[cluster] for cluster in clusters])
+        by_cluster = {
+            arm: np.array([np.bincount(places, weights=one) for one in np.atleast_2d(sums[arm])], float)
+            for arm in REPORT_ARMS
+            if arm in sums
+        }
+        return cls(by_cluster, np.bincount(places, weights=rows).astype(float), margin, seed)
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """Nats per row by arm, the mean over seeds."""
+        return {arm: float(sums_SC.mean(0).sum() / self.rows_C.sum()) for arm, sums_SC in self.sums_SC.items()}
+
+    def over(self, arm: str) -> Difference:
+        """Return the KL of the arm minus that of the own prompt."""
+        saved_SC, frozen_C = self._saved_over(arm), self.sums_SC[FROZEN][0]
+        nats = ratio_interval(saved_SC, self.rows_C, seed=self.seed)
+        share = ratio_interval(saved_SC, frozen_C, seed=self.seed) if frozen_C.min() > 0 else None
+        return Difference(nats.mean, nats.low, nats.high, share)
+
+    def beyond_margin(self, arm: str) -> Interval:
+        """Return by how much the arm's difference is above the margin.
+
+        The margin is subtracted in every cluster, so the uncertainty of the frozen student's KL is in the interval.
+        """
+        beyond_SC = self._saved_over(arm) - self.margin * self.sums_SC[FROZEN]
+        return ratio_interval(beyond_SC, self.rows_C, seed=self.seed)
+
+    def _saved_over(self, arm: str) -> NDArray[np.float64]:
+        return self.sums_SC[arm] - self.sums_SC[OWN]
 
 
-def _difference(
-    sums: NDArray[np.float64], rows: NDArray[np.int64], clusters: Sequence[Hashable], seed: int
-) -> Difference:
-    """Return mean and interval of a ratio: nats over rows, both summed over the clusters of a draw."""
-    names = list(dict.fromkeys(clusters))
-    place = np.array([names.index(cluster) for cluster in clusters])
-    of_cluster, rows_of_cluster = np.bincount(place, weights=sums), np.bincount(place, weights=rows)
-    mean = float(of_cluster.sum() / rows_of_cluster.sum())
-    if len(names) < 2:
-        return Difference(mean, None, None)
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=_DRAWS)
-    low, high = np.quantile((counts @ of_cluster) / (counts @ rows_of_cluster), [_TAIL, 1 - _TAIL])
-    return Difference(mean, float(low), float(high))
+def _without_verdict(over: Mapping[str, Difference], frozen_kl: float, num_clusters: int) -> str:
+    arm, words = (SHUFFLED, "other repositories' prompts") if SHUFFLED in over else (FROZEN, "the frozen student")
+    gap = "" if frozen_kl else "; the frozen student's KL is 0, so there is no gap to close"
+    return f"own prompts save {over[arm].text} over {words}; {num_clusters} repositories{gap}"
+
+
+def _check(
+    sums: Mapping[str, NDArray[np.float64]], rows: NDArray[np.int64], clusters: Sequence[Hashable], margin: float
+) -> None:
+    """Refuse what cannot be compared."""
+    if not 0 <= margin < 1:
+        raise InvalidRequest(f"the margin {margin} is no share of the frozen student's KL; give one from 0 to below 1")
+    if missing := [arm for arm in (FROZEN, OWN) if arm not in sums]:
+        raise InvalidRequest(f"the arm {missing[0]!r} is missing; a report needs {FROZEN!r} and {OWN!r}")
+    if unknown := sorted(sums.keys() - set(REPORT_ARMS)):
+        raise InvalidRequest(f"there is no arm {unknown[0]!r}; the arms are {', '.join(REPORT_ARMS)}")
+    num = len(rows)
+    shapes = {arm: (num,) if arm in UNTRAINED else (*np.shape(sums[OWN])[:-1], num) for arm in sums}
+    if not num or len(clusters) != num or any(np.shape(sums[arm]) != shapes[arm] for arm in sums):
+        found = ", ".join(f"{arm} {list(np.shape(values))}" for arm, values in sums.items())
+        raise InvalidRequest(
+            f"arms of the shapes {found} cannot be paired with {num} samples in {len(clusters)} entries of clusters; give every arm "
+            f"the same samples and every trained arm the same seeds; {' and '.join(UNTRAINED)} have no seeds"
+        )
+    if not all(np.isfinite(values).all() for values in sums.values()):
+        raise InvalidRequest("an arm has a divergence that is no finite number, so the arms cannot be compared")
+    if np.min(rows) <= 0:
+        raise InvalidRequest("a sample has no supervised rows, so it has no KL per row; leave it out of every arm")

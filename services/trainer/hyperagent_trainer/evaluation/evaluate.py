@@ -21,7 +21,7 @@ from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, Tokenize
 from hyperagent.errors import DataError
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.distributed import Ranks
-from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN
+from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, OWN, SHUFFLED, SHUFFLED_PROMPT
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
@@ -112,14 +112,13 @@ class SplitEvaluation:
         if not adapted.reads_prompt:
             return SplitResult({FROZEN: frozen.sum() / rows.sum(), ADAPTER: adapter.sum() / rows.sum()}, None)
         report = conditioning_report(
-            frozen=frozen,
-            adapter=adapter,
-            adapter_shuffled_prompt=shuffled,
-            rows=rows,
-            clusters=[trajectory.repo for trajectory in self._data.trajectories],
+            {FROZEN: frozen, OWN: adapter, SHUFFLED: shuffled},
+            rows,
+            [trajectory.repo for trajectory in self._data.trajectories],
             seed=self._seed,
         )
-        return SplitResult(report.kl, report)
+        metrics = {FROZEN: FROZEN, ADAPTER: OWN, SHUFFLED_PROMPT: SHUFFLED}
+        return SplitResult({name: report.kl[arm] for name, arm in metrics.items()}, report)
 
 
 def foreign_prompts(
