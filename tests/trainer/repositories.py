@@ -70,9 +70,8 @@ def simulate(setting: Setting, generator: np.random.Generator) -> Simulated:
     if seeds > 1:
         of_seeds = _OF_SEEDS * generator.normal(size=(seeds, 1))
         noise_SN = noise_SN + of_seeds + _OF_INTERACTION * generator.normal(size=(seeds, num))[:, of_sample]
-    return Simulated(
-        frozen_N, SPREAD * FROZEN_KL * rows_N * np.broadcast_to(noise_SN, shape), rows_N, of_sample.tolist()
-    )
+    noise_SN = (SPREAD * FROZEN_KL * rows_N * np.broadcast_to(noise_SN, shape)).astype(np.float64)
+    return Simulated(frozen_N, noise_SN, rows_N, of_sample.tolist())
 
 
 def _effects(skew: Skew, num: int, generator: np.random.Generator) -> NDArray[np.float64]:

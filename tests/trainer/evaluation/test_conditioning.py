@@ -1,4 +1,4 @@
-"""Test the gain from conditioning on the prompt in worlds where the answer is known, and the report itself.
+"""Test the verdict on conditioning in worlds where the answer is known, with trained arms.
 
 `python benchmarks/conditioning.py` prints the results of several seeds and learning rates.
 """
@@ -14,8 +14,8 @@ import torch
 from arms import CONSTANT_SETTINGS, PROMPT_SETTINGS, run_world
 from worlds import FIRST_NAME, KEPT_PROBABILITIES, NUM_IDS, VOCAB_SIZE, World, train_student
 
-from hyperagent.errors import InvalidRequest
-from hyperagent_trainer.evaluation.conditioning import NO_STATIC_ARM, PAYS, STATIC_SUFFICES, conditioning_report
+from hyperagent_trainer.evaluation.arms import FROZEN, OWN, SHUFFLED, STATIC, TRAINED_ON_SHUFFLED
+from hyperagent_trainer.evaluation.verdict import PAYS, STATIC_SUFFICES
 from hyperagent_trainer.student.student import Student
 
 
@@ -34,32 +34,31 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # Three trainings, one after another on one core.
+@pytest.mark.timeout(900)  # Four trainings, one after another on one core.
 def test_where_the_prompt_decides_the_hypernetwork_closes_the_gap_and_a_static_lora_cannot(
     student: Student, one_thread: None
 ) -> None:
     world = World.make("prompt")
     report = run_world(world, student, PROMPT_SETTINGS, seed=0).report
+    gap_closed = {arm: closed or 0.0 for arm, closed in report.gap_closed.items()}
     # The student has learned everything that does not need the prompt: the remaining KL is the worth of the latent.
-    assert report.kl["frozen"] == pytest.approx(world.information, rel=0.05)
-    assert report.gap_closed["adapter"] >= 0.9
-    assert report.gap_closed["adapter_shuffled_prompt"] < 0.1
-    assert abs(report.gap_closed["static"]) < 0.05
-    assert report.verdict == PAYS
+    assert report.kl[FROZEN] == pytest.approx(world.information, rel=0.05)
+    assert gap_closed[OWN] >= 0.9
+    assert gap_closed[SHUFFLED] < 0.1
+    assert abs(gap_closed[STATIC]) < 0.05
+    # Prompts that say nothing in training are not read afterwards either.
+    assert gap_closed[TRAINED_ON_SHUFFLED] < 0.1
+    assert report.verdict == PAYS, report.reason
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_where_the_prompt_is_irrelevant_no_gain_is_reported(student: Student, one_thread: None) -> None:
+def test_where_the_prompt_is_irrelevant_a_static_lora_suffices(student: Student, one_thread: None) -> None:
     report = run_world(World.make("constant"), student, CONSTANT_SETTINGS, seed=0).report
-    assert report.gap_closed["adapter"] >= 0.9
-    assert report.gap_closed["static"] >= 0.9
-    assert report.gap_closed["adapter_shuffled_prompt"] == pytest.approx(report.gap_closed["adapter"], abs=0.02)
-    # The interval around the own prompt's gain is not tested: by chance alone it is above 0 in one seed of forty.
-    assert report.over_static is not None
-    assert report.over_static.low is not None
-    assert report.over_static.low <= 0
-    assert report.verdict == STATIC_SUFFICES
+    gap_closed = {arm: closed or 0.0 for arm, closed in report.gap_closed.items()}
+    assert min(gap_closed[arm] for arm in (OWN, STATIC, TRAINED_ON_SHUFFLED)) >= 0.9
+    assert gap_closed[SHUFFLED] == pytest.approx(gap_closed[OWN], abs=0.02)
+    assert report.verdict == STATIC_SUFFICES, report.reason
 
 
 def test_a_world_shows_the_student_nothing_of_its_latent() -> None:
@@ -86,85 +85,6 @@ def test_a_world_s_rows_are_distributions_and_their_mean_is_what_the_student_lea
     mean = world.mean_rows()
     assert mean.shape == (48, VOCAB_SIZE)
     torch.testing.assert_close(mean.sum(1), torch.ones(48))
-
-
-def test_the_report_s_interval_is_that_of_the_clusters_means() -> None:
-    """With equally many rows in every cluster the bootstrap's spread is the standard error of the clusters' means."""
-    generator = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(40), 5)
-    own = generator.normal(100, 1, 200)
-    gain = 3 + np.repeat(generator.normal(0, 2, 40), 5) + generator.normal(0, 1, 200)
-    report = conditioning_report(
-        frozen=own + 10,
-        adapter=own,
-        adapter_shuffled_prompt=own + gain,
-        rows=np.full(200, 10),
-        clusters=clusters.tolist(),
-    )
-    means = gain.reshape(40, 5).mean(1) / 10
-    error = means.std() / np.sqrt(40)
-    found = report.conditioning_gain
-    assert found.mean == pytest.approx(means.mean())
-    assert found.low == pytest.approx(means.mean() - 1.96 * error, abs=0.25 * error)
-    assert found.high == pytest.approx(means.mean() + 1.96 * error, abs=0.25 * error)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(1)
-    covered = 0
-    for _ in range(200):
-        own = np.zeros(60)
-        gain = 0.5 + np.repeat(generator.normal(0, 1, 30), 2)
-        found = conditioning_report(
-            frozen=own + 1,
-            adapter=own,
-            adapter_shuffled_prompt=gain,
-            rows=np.ones(60, int),
-            clusters=np.repeat(np.arange(30), 2).tolist(),
-        ).conditioning_gain
-        assert found.low is not None
-        assert found.high is not None
-        covered += found.low <= 0.5 <= found.high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_conditioning_pays_only_beyond_doubt_and_beyond_a_static_lora() -> None:
-    own, rows, clusters = np.full(20, 1.0), np.full(20, 10), list(range(20))
-    better, same = own + 1, own + np.tile([0.1, -0.1], 10)
-
-    def verdict(**arms: np.ndarray) -> str:
-        return conditioning_report(frozen=own + 5, adapter=own, rows=rows, clusters=clusters, **arms).verdict
-
-    assert verdict(adapter_shuffled_prompt=better, static=better) == PAYS
-    assert verdict(adapter_shuffled_prompt=same, static=better) == STATIC_SUFFICES
-    assert verdict(adapter_shuffled_prompt=better, static=same) == STATIC_SUFFICES
-    assert verdict(adapter_shuffled_prompt=better) == NO_STATIC_ARM
-    assert verdict(adapter_shuffled_prompt=same) == STATIC_SUFFICES
-
-
-def test_one_cluster_proves_nothing() -> None:
-    own = np.full(5, 1.0)
-    report = conditioning_report(
-        frozen=own + 5,
-        adapter=own,
-        adapter_shuffled_prompt=own + 1,
-        static=own + 1,
-        rows=np.full(5, 10),
-        clusters=["only"] * 5,
-    )
-    assert report.conditioning_gain.mean == pytest.approx(0.1)
-    assert report.conditioning_gain.low is None
-    assert report.verdict == STATIC_SUFFICES
-
-
-def test_arms_that_cannot_be_paired_are_refused() -> None:
-    own, rows = np.full(3, 1.0), np.full(3, 10)
-    with pytest.raises(InvalidRequest, match="cannot be paired"):
-        conditioning_report(frozen=own, adapter=own, adapter_shuffled_prompt=own[:2], rows=rows, clusters=[1, 2, 3])
-    with pytest.raises(InvalidRequest, match="no finite number"):
-        conditioning_report(
-            frozen=own, adapter=own, adapter_shuffled_prompt=own * np.nan, rows=rows, clusters=[1, 2, 3]
-        )
 
 
 def test_the_students_folder_is_one_the_trainer_takes(tmp_path: Path) -> None:

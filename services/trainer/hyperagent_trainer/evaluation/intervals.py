@@ -39,7 +39,7 @@ MIN_SEEDS_OF_INTERVAL = 3
 _DRAWS = 1999
 # The order statistics of 1,999 draws that leave 2.5% on either side.
 _LOW, _HIGH = 49, 1949
-# A standard error below this share of the sample's own is zero up to rounding: the draw holds a single cluster.
+# A standard error, or a change of the ratio, below this share of the sample's standard error is zero up to rounding.
 _ROUNDING = 1e-9
 
 
@@ -49,9 +49,10 @@ class Interval:
 
     mean: float
     low: float | None
-    """Lower bound; None if there are too few clusters for an interval."""
+    """Lower bound; None if there is none: with fewer than `MIN_CLUSTERS_OF_INTERVAL` clusters, or so many exactly equal ones that
+    more than 2.5% of the draws have no spread."""
     high: float | None
-    """Upper bound; None if there are too few clusters for an interval."""
+    """Upper bound; None like `low`."""
 
     @property
     def is_above_zero(self) -> bool:
@@ -66,9 +67,10 @@ class Interval:
     @property
     def text(self) -> str:
         """The interval of a quantity in nats in words."""
-        if self.low is None or self.high is None:
-            return f"{self.mean:.3g} nats (too few repositories for an interval)"
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}] nats"
+        if self.low is None and self.high is None:
+            return f"{self.mean:.3g} nats (too few different repositories for an interval)"
+        low, high = ("no bound" if bound is None else f"{bound:.3g}" for bound in (self.low, self.high))
+        return f"{self.mean:.3g} [{low}, {high}] nats"
 
 
 def ratio_interval(numerators_SC: NDArray[np.float64], denominators_C: NDArray[np.float64], *, seed: int) -> Interval:
@@ -85,13 +87,13 @@ def ratio_interval(numerators_SC: NDArray[np.float64], denominators_C: NDArray[n
     if num_clusters < MIN_CLUSTERS_OF_INTERVAL:
         return Interval(mean, None, None)
     residuals_C = numerators_SC.mean(0) - mean * denominators_C
-    below, above = _cluster_half_widths(residuals_C, denominators_C, seed)
+    # Where one cluster is everything up to rounding, nothing is left without it: not finite, and checked below.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        below, above = _cluster_half_widths(residuals_C, denominators_C, seed)
     if num_seeds >= MIN_SEEDS_OF_INTERVAL:
         of_seeds = two_sided_t(LEVEL, num_seeds - 1) * sqrt(float(ratios_S.var(ddof=1)) / num_seeds)
         below, above = hypot(below, of_seeds), hypot(above, of_seeds)
-    if not (isfinite(below) and isfinite(above)):
-        return Interval(mean, None, None)
-    return Interval(mean, mean - below, mean + above)
+    return Interval(mean, mean - below if isfinite(below) else None, mean + above if isfinite(above) else None)
 
 
 def _cluster_half_widths(
@@ -103,8 +105,8 @@ def _cluster_half_widths(
     if error == 0:
         return 0.0, 0.0
     ratios_B, errors_B = _errors(residuals_C, denominators_C, _draws(num, seed))
-    # A draw of a single cluster has a ratio but no standard error: its t is infinite.
-    t_B = np.copysign(np.inf, ratios_B)
+    # Of a single cluster, or of equal ones, a draw has no standard error: its t is infinite, or 0 if its ratio is the sample's.
+    t_B = np.where(np.abs(ratios_B) > _ROUNDING * error, np.copysign(np.inf, ratios_B), 0.0)
     np.divide(ratios_B, errors_B, out=t_B, where=errors_B > _ROUNDING * error)
     t_B.partition([_LOW, _HIGH])
     least = two_sided_t(LEVEL, num - 1)
