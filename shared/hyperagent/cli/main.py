@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from hyperagent import __version__
-from hyperagent.cli import adapter, cache, data
+from hyperagent.cli import adapter, cache, data, teacher_check
 from hyperagent.cli.display import stderr
 from hyperagent.cli.doctor import doctor
 from hyperagent.cli.train import train
@@ -49,6 +49,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(callback=_root, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
     app.add_typer(data.app, name="data")
     app.add_typer(cache.app, name="cache")
+    app.add_typer(teacher_check.app, name="teacher-check")
     app.command()(train)
     app.add_typer(adapter.app, name="adapter")
     app.command()(wait)
