@@ -398,12 +398,21 @@ def invoke(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
 
 
-def test_the_command_says_what_it_found(folder: Path) -> None:
-    result = invoke("--student", str(folder), "--json")
+def test_the_command_says_what_it_found(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"student: {folder}\ntokens: t\ncache: c\nhypernetwork: {SHAPE.model_dump()}\n")
+    result = invoke("--recipe", str(path), "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["passed"] is True
-    assert {"name", "passed", "measured", "bound", "remedy"} == set(report["checks"][0])
+    assert {"name", "passed", "measured", "bound", "remedy", "warns"} == set(report["checks"][0])
+
+
+@pytest.mark.slow  # the default hypernetwork has 168 million parameters
+def test_a_student_alone_is_checked_with_the_default_recipe(folder: Path) -> None:
+    result = invoke("--student", str(folder), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["passed"] is True
 
 
 def test_the_command_fails_with_a_table_and_a_remedy(folder: Path, tmp_path: Path) -> None:
