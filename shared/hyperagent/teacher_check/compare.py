@@ -18,7 +18,7 @@ from hyperagent.data.files.tokens_rows import read_tokens_rows
 from hyperagent.errors import DataError
 from hyperagent.identity import require_same
 from hyperagent.progress import Progress, no_progress
-from hyperagent.teacher_check.divergence import shared_ids_kl
+from hyperagent.teacher_check.divergence import kl_lower_bound
 from hyperagent.topk import TopKRows
 
 
@@ -117,7 +117,7 @@ def _compared(
     return ComparedTrajectory(
         own.trajectory_id,
         own.repo,
-        kl_N=shared_ids_kl(own_rows, foreign_rows),
+        kl_N=kl_lower_bound(own_rows, foreign_rows),
         own_nll_N=-own_rows.target_logprob.astype(np.float64),
         foreign_nll_N=-foreign_rows.target_logprob.astype(np.float64),
         is_unchanged=np.array_equal(own.token_ids, foreign.token_ids),

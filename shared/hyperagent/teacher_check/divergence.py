@@ -1,8 +1,12 @@
-"""KL divergence of two top-k rows at the same position, over the ids that both keep and one bucket for all others.
+"""Lower bound of the KL divergence of two top-k rows at the same position.
 
-Two rows of top-k ids do not say how their tails are distributed, so all ids but the shared ones are one bucket. Merging
-events never increases a KL divergence (data-processing inequality), so the result is a lower bound of the divergence
+Two rows of top-k ids do not say how their tails are distributed. The ids are therefore merged to these events: each id
+that both rows keep; the ids that only the own row keeps; all others. Merging events never increases a KL divergence
+(data-processing inequality). Of the second event, the foreign row states only that its mass is at most that of its tail,
+so it gets the mass within this limit that makes the divergence smallest. The result is a lower bound of the divergence
 over the whole vocabulary, and equal to it where both rows keep the whole vocabulary.
+
+Without the second event, two rows that are certain of different ids would seem equal if neither keeps the other's id.
 
 Legend of shape suffixes: N rows, K and L kept ids per row.
 """
@@ -18,10 +22,10 @@ _SMALLEST_LOGMASS = -104.0
 """Smaller masses are 0 in float32, so a tail of -inf stands for any of them; a larger one keeps the lower bound."""
 
 
-def shared_ids_kl(own: TopKRows, foreign: TopKRows) -> NDArray[np.float64]:
-    """Return KL(own || foreign) of each pair of rows in nats, shape [N].
+def kl_lower_bound(own: TopKRows, foreign: TopKRows) -> NDArray[np.float64]:
+    """Return a lower bound of KL(own || foreign) of each pair of rows in nats, shape [N].
 
-    Both distributions are normalized over their buckets first, since codecs round log-probabilities.
+    Both distributions are normalized over the events first, since codecs round log-probabilities.
     """
     own_NK, foreign_NL = own.logprobs.astype(np.float64), foreign.logprobs.astype(np.float64)
     at_NK, is_shared_NK = _places(own, foreign)
@@ -31,14 +35,41 @@ def shared_ids_kl(own: TopKRows, foreign: TopKRows) -> NDArray[np.float64]:
 
     p_NK = np.where(is_shared_NK, own_NK, -np.inf)
     q_NK = np.where(is_shared_NK, np.take_along_axis(foreign_NL, at_NK, axis=1), -np.inf)
-    p_rest_N = _rest(own_NK, is_shared_NK, own.tail_logmass)
-    q_rest_N = np.maximum(_rest(foreign_NL, is_shared_NL, foreign.tail_logmass), _SMALLEST_LOGMASS)
-    p = _normalized(np.concatenate([p_NK, p_rest_N[:, None]], axis=1))
-    q = _normalized(np.concatenate([q_NK, q_rest_N[:, None]], axis=1))
-    has_mass = p > -np.inf
-    terms = np.exp(p) * np.subtract(p, q, out=np.zeros_like(p), where=has_mass)
+    p_own_only_N, p_others_N = _mass(own_NK, ~is_shared_NK), own.tail_logmass.astype(np.float64)
+    q_own_only_N, q_others_N = _least_divergent(
+        p_own_only_N,
+        p_others_N,
+        q_foreign_only_N=_mass(foreign_NL, ~is_shared_NL),
+        q_tail_N=np.maximum(foreign.tail_logmass.astype(np.float64), _SMALLEST_LOGMASS),
+    )
+    p = _normalized(np.column_stack([p_NK, p_own_only_N, p_others_N]))
+    q = _normalized(np.column_stack([q_NK, q_own_only_N, q_others_N]))
+    terms = np.exp(p) * np.subtract(p, q, out=np.zeros_like(p), where=p > -np.inf)
     # Rounding may leave equal rows slightly below 0.
     return np.asarray(np.maximum(terms.sum(axis=1), 0.0))
+
+
+def _least_divergent(
+    p_own_only_N: NDArray[np.float64],
+    p_others_N: NDArray[np.float64],
+    *,
+    q_foreign_only_N: NDArray[np.float64],
+    q_tail_N: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the log-masses [N] that the foreign row gives to the ids that only the own row keeps, and to all others.
+
+    The divergence is convex in the first of them and smallest where both events have the own row's proportion, or at
+    the limit, the mass of the foreign row's tail.
+    """
+    p_both_N, q_both_N = np.logaddexp(p_own_only_N, p_others_N), np.logaddexp(q_foreign_only_N, q_tail_N)
+    has_mass_N = p_both_N > -np.inf
+    own_only_share_N = np.subtract(p_own_only_N, p_both_N, out=np.full_like(p_both_N, -np.inf), where=has_mass_N)
+    others_share_N = np.subtract(p_others_N, p_both_N, out=np.zeros_like(p_both_N), where=has_mass_N)
+    is_limited_N = q_tail_N < q_both_N + np.minimum(own_only_share_N, 0.0)
+    return (
+        np.where(is_limited_N, q_tail_N, q_both_N + own_only_share_N),
+        np.where(is_limited_N, q_foreign_only_N, q_both_N + others_share_N),
+    )
 
 
 def _places(own: TopKRows, foreign: TopKRows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -60,12 +91,9 @@ def _unpadded(rows: TopKRows) -> NDArray[np.int64]:
     return np.where(rows.logprobs > -np.inf, rows.ids.astype(np.int64), (1 << 32) - 1)
 
 
-def _rest(
-    logprobs: NDArray[np.float64], is_shared: NDArray[np.bool_], tail: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Return the log of the mass outside the shared ids, shape [N]."""
-    kept_N = np.logaddexp.reduce(np.where(is_shared, -np.inf, logprobs), axis=1)
-    return np.asarray(np.logaddexp(kept_N, tail.astype(np.float64)))
+def _mass(logprobs: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the log of the mass of the counted ids of each row, shape [N]."""
+    return np.asarray(np.logaddexp.reduce(np.where(is_counted, logprobs, -np.inf), axis=1))
 
 
 def _normalized(logmass: NDArray[np.float64]) -> NDArray[np.float64]:
