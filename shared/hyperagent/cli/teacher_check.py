@@ -90,7 +90,7 @@ def compare(
     """Compare the teacher's rows under own and foreign condition; exit with 1 if there is nothing to distil."""
     from hyperagent.data.files.tokens_file import read_data_identity
     from hyperagent.teacher_check.compare import compare_caches
-    from hyperagent.teacher_check.dependent_file import write_dependent_rows
+    from hyperagent.teacher_check.dependent_rows import write_dependent_rows
     from hyperagent.teacher_check.verdict import check_teacher, dependent_rows
 
     with progress_bars() as bars:

@@ -27,7 +27,7 @@ from hyperagent.data.files.tokens_file import (
 from hyperagent.errors import DataError, HyperagentError, IdentityMismatch
 from hyperagent.identity import DataIdentity, TeacherIdentity, TokenizerIdentity
 from hyperagent.teacher_check.compare import ComparedTrajectory, compare_caches
-from hyperagent.teacher_check.dependent_file import read_dependent_rows, write_dependent_rows
+from hyperagent.teacher_check.dependent_rows import read_dependent_rows, write_dependent_rows
 from hyperagent.teacher_check.verdict import check_teacher, dependent_rows
 from hyperagent.topk import TopKRows
 
