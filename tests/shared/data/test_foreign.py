@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from data_rows import TOOLS, row, write_parquet
 from tiny_tokenizer import make_tokenizer
+from typer.testing import CliRunner
 
+from hyperagent.cli.main import build_app
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.checked_sample import origin, require_counterparts
 from hyperagent.data.files.tokens_file import TokenizedTrajectory, read_data_identity, read_tokens
@@ -253,3 +256,24 @@ def test_the_settings_are_those_that_the_tokens_file_records(tokenizer: ChatToke
     views = {"condition": ("system", "task"), "internalized": ("task",), "max_tokens": 999, "cut": True}
     files = Files(tmp_path, tokenizer, rows_of(), None, **views)
     assert view_settings(read_data_identity(files.tokens)) == ViewSettings(**views)
+
+
+def test_the_command_writes_both_samples_and_reports_what_it_replaced(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    files = Files(tmp_path, tokenizer, rows_of(), None, **SYSTEM_AND_TASK)
+    files.check(rows=3, seed=1, own_out=files.own)
+    expected = files.out.read_bytes(), files.own.read_bytes()
+    paths = ("--tokens", files.tokens, "--tokenizer", tokenizer.folder, "--own", files.own)
+    arguments = ["teacher-check", "tokens", files.source, files.out, *paths, "--rows", 3, "--seed", 1, "--json"]
+    for path in (files.out, files.own):
+        path.unlink()
+    done = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "tokens_file": str(files.out),
+        "trajectories": 3,
+        "repositories": 3,
+        "replaced": ["system"],
+        "unchanged": 0,
+        "refused": [],
+    }
+    assert (files.out.read_bytes(), files.own.read_bytes()) == expected
