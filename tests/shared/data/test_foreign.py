@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_rows import TOOLS, row, write_parquet
+from data_rows import TOOLS, row, write_json_lines, write_parquet
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
@@ -116,6 +116,17 @@ def test_hidden_tools_and_task_are_replaced_together(tokenizer: ChatTokenizer, t
         other = next(other for other in range(REPOS) if f"tool{other}" in foreign)
         tasks = [number for number in range(other, 3 * REPOS, REPOS) if f"user\ntask {number}<" in foreign]
         assert len(tasks) == 1, "task and tools come from one trajectory"
+
+
+def test_the_extra_text_is_replaced_with_the_other_hidden_parts(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    rows = rows_of()
+    texts = [{"instance_id": data["instance_id"], "text": f"map of {data['repo']}"} for data in rows]
+    extra = write_json_lines(tmp_path / "extra.jsonl", texts)
+    files = Files(tmp_path, tokenizer, rows, extra, condition=("system", "task", "extra"), internalized=("system",))
+    assert files.check().parts == ("system", "extra")
+    for repo, _, foreign in files.texts():
+        assert f"rules of {repo}" not in foreign
+        assert f"map of a/{repo}" not in foreign
 
 
 @pytest.mark.parametrize(
