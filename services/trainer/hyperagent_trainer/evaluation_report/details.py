@@ -84,8 +84,8 @@ def _similarity(found: Similarity) -> Section:
         cosines = found.cosine[row]
         nearest = max(others, key=lambda column: cosines[column])
         mean = sum(cosines[column] for column in others) / len(others)
-        rows.append((str(row + 1), name, f"{mean:.3f}", found.repositories[nearest], f"{cosines[nearest]:.3f}"))
-    head = ("number", "repository", "mean cosine with the others", "most similar repository", "its cosine")
+        rows.append((f"{row + 1}. {name}", f"{mean:.3f}", found.repositories[nearest], f"{cosines[nearest]:.3f}"))
+    head = ("repository", "mean cosine with the others", "most similar repository", "its cosine")
     return Section(
         "How alike the adapters are",
         [
@@ -128,7 +128,7 @@ def _texts(texts: Sequence[GeneratedText]) -> Section:
         blocks.append(Quote("Prompt", prompt))
         for one in same:
             followed = [rule.value for rule in one.rules if rule.followed]
-            blocks.append(Quote(f"Student, {ARMS[one.arm][0]}", one.text, followed))
+            blocks.append(Quote(f"Text: {ARMS[one.arm][0]}", one.text, followed))
         rules = [
             (ARMS[one.arm][0], rule.name, rule.value, "yes" if rule.followed else "no")
             for one in same

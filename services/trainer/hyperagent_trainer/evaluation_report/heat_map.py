@@ -26,11 +26,11 @@ def heat_map(similarity: Similarity) -> Markup:
             names = f"{similarity.repositories[row]}, {similarity.repositories[column]}: {cosine:.3f}"
             parts.append(_cell(x, y, width, height, cosine, names))
             if num <= _MOST_WITH_NUMBERS:
-                class_ = "on-dark" if abs(cosine) > 0.6 else "value"
+                class_ = "in-cell in-full-cell" if abs(cosine) > 0.6 else "in-cell"
                 parts.append(label(x + width / 2, y + height / 2 + 4, f"{cosine:.2f}", anchor="middle", class_=class_))
     return figure(
         "similarity",
-        "Cosine between the adapters of two repositories (full color: 1, none: 0, the other color: negative)",
+        "Cosine between the adapters of two repositories (blue: positive, orange: negative; stronger color: larger)",
         f"A matrix of {num} by {num} cells. The mean of the cells off the diagonal is {similarity.mean_cosine:.3f}.",
         parts,
         height=_TOP + height * num,

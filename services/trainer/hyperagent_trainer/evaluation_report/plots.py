@@ -13,7 +13,7 @@ from hyperagent_trainer.evaluation_report.svg import Scale, bar, figure, label, 
 from hyperagent_trainer.evaluation_report.words import ARMS
 
 POSITION_ARMS = (FROZEN, STATIC, OWN, SHUFFLED, TRAINED_ON_SHUFFLED)
-"""Arms of the plot by position; more lines than these cannot be told apart."""
+"""Arms of the plot by position; more lines than these are hard to distinguish."""
 
 _ROW = 46
 """Height in pixels that an arm has in the plot of the gap."""
@@ -123,17 +123,13 @@ def position_plot(bins: Sequence[PositionBin]) -> Markup | None:
     for number, one in enumerate(bins):
         parts.append(label(_middle(number, bins), _LINES + 26, _short(one.first), anchor="middle", class_="tick"))
     for name in names:
-        places = [
-            (
-                _middle(number, bins),
-                _height(scale, one.kl[name]),
-                f"{ARMS[name][0]}, {bin_name(one)}: {nats(one.kl[name])}",
-            )
-            for number, one in enumerate(bins)
-            if name in one.kl
-        ]
-        parts += [line(*start[:2], *stop[:2], class_=f"curve arm-{name}") for start, stop in pairwise(places)]
-        parts += [_dot(x, y, title, name) for x, y, title in places]
+        for (number, one), (after, next_one) in pairwise(enumerate(bins)):
+            # A line across a missing value would invent one.
+            if name in one.kl and name in next_one.kl:
+                start = (_middle(number, bins), _height(scale, one.kl[name]))
+                stop = (_middle(after, bins), _height(scale, next_one.kl[name]))
+                parts.append(line(*start, *stop, class_=f"curve arm-{name}"))
+        parts += [_dot(number, bins, scale, name) for number, one in enumerate(bins) if name in one.kl]
     said = "; ".join(
         f"{ARMS[name][0]} {', '.join(nats(one.kl[name]) for one in bins if name in one.kl)}" for name in names
     )
@@ -172,9 +168,16 @@ def _short(position: int) -> str:
     return f"{position:,}" if position < 10_000 else f"{position / 1000:.0f}k"
 
 
-def _dot(x: float, y: float, title: str, name: str) -> Markup:
-    # A diamond or a square would need pixels on the horizontal axis; the dashes of the lines tell the arms apart.
-    return element("circle", element("title", title), cx=percent(x), cy=f"{y:g}", r="3.2", class_=f"dot arm-{name}")
+def _dot(number: int, bins: Sequence[PositionBin], scale: Scale, name: str) -> Markup:
+    kl = bins[number].kl[name]
+    return element(
+        "circle",
+        element("title", f"{ARMS[name][0]}, {bin_name(bins[number])}: {nats(kl)}"),
+        cx=percent(_middle(number, bins)),
+        cy=f"{_height(scale, kl):g}",
+        r="3.2",
+        class_=f"dot arm-{name}",
+    )
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> Markup:

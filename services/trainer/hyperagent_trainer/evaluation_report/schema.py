@@ -237,6 +237,7 @@ class GeneratedText(_Part):
     """What the student writes under one arm."""
 
     arm: ArmName
+    """The arm whose adapter the student had."""
     prompt: str
     """The task, as the student reads it."""
     text: str
@@ -286,10 +287,9 @@ class EvaluationReport(_Part):
     def _check_arms(self) -> Self:
         if missing := [arm for arm in (FROZEN, OWN) if arm not in self.arms]:
             raise ValueError(f"the arm {missing[0]!r} is missing; a report needs {FROZEN!r} and {OWN!r}")
-        parts = {"by_position": self.by_position, "by_class": self.by_class}
-        for name, part in parts.items():
-            if unknown := sorted({arm for one in part for arm in one.kl} - self.arms.keys()):
-                raise ValueError(f"{name} has the arm {unknown[0]!r}, which arms lacks; give every arm in both")
+        parts = [*(one.kl for one in self.by_position), *(one.kl for one in self.by_class)]
+        if unknown := sorted({arm for kl in parts for arm in kl} - self.arms.keys()):
+            raise ValueError(f"by_position or by_class has the arm {unknown[0]!r}, which is not in arms; add it there")
         return self
 
 

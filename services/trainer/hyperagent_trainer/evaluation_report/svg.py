@@ -28,7 +28,7 @@ class Scale:
 
     @classmethod
     def over(cls, values: Sequence[float], *, left: float = 0.0, right: float = 1.0) -> Scale:
-        """Return a scale that holds zero and all values."""
+        """Return a scale that holds zero and all values, of which there is at least one."""
         low, high = min(0.0, *values), max(0.0, *values)
         if low == high:
             high = 1.0
