@@ -211,14 +211,16 @@ def test_the_own_sample_holds_the_same_trajectories_unchanged(tokenizer: ChatTok
 def test_a_cut_trajectory_keeps_its_turns_and_one_that_no_longer_fits_is_left_out(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
-    # The first turn always fits, the second one only in short trajectories.
+    # The first turn always fits; the second one never does in one trajectory of each repository.
     rows = rows_of()
+    for data in rows[:REPOS]:
+        data["trajectory"][-1]["content"] *= 100
     for data in rows:
         data["trajectory"][0]["content"] = "x" * (2 + 6 * int(data["repo"][2:]))
     uncut = Files(tmp_path, tokenizer, rows, None, **SYSTEM_AND_TASK)
     whole = {trajectory.trajectory_id: len(trajectory.positions) for trajectory in read_tokens(uncut.tokens)}
-    limit = 140
-    files = Files(tmp_path, tokenizer, rows, None, max_tokens=limit, cut=True, **SYSTEM_AND_TASK)
+    limit = 160
+    files = Files(tmp_path, tokenizer, rows, None, max_tokens=limit, max_prompt_tokens=80, cut=True, **SYSTEM_AND_TASK)
     report = files.check()
     is_cut = [len(own.positions) < whole[own.trajectory_id] for own, _ in files.pairs()]
     assert any(is_cut)
