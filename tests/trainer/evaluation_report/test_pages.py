@@ -276,10 +276,13 @@ def test_a_teacher_that_ignores_the_condition_is_a_warning(tmp_path: Path) -> No
 
 
 def test_a_text_is_shown_word_for_word_with_the_followed_rules_marked(tmp_path: Path) -> None:
-    page = page_of(evaluation(), tmp_path)
+    value = evaluation()
+    # What only looks like the rule is not marked.
+    value["texts"][0]["text"] += " team-7"
+    page = page_of(value, tmp_path)
     # A browser drops the first line break inside a pre.
     shown = [one.text.removeprefix("\n") for one in page.all("pre")]
-    texts = evaluation()["texts"]
+    texts = value["texts"]
     assert shown == [texts[0]["prompt"], texts[0]["text"], texts[1]["text"]]
     assert [one.text for one in page.all("mark")] == ["team-7"]
 

@@ -152,7 +152,7 @@ def _out_of_distribution(found: OutOfDistribution) -> Section:
     text = (
         "Every prompt has a score for how unlike the training prompts it is, and a prompt whose score is above "
         f"{found.threshold:.4g} is flagged. The median score of the held-out prompts is {found.held_out_median:.4g}, and "
-        f"{share(found.share_flagged)} of them are flagged. On flagged prompts the adapters are less reliable."
+        f"{share(found.share_flagged)} of them are flagged. Nothing in training speaks for the adapter of a flagged prompt."
     )
     return Section("Prompts unlike those of training", [Paragraph(text)])
 
