@@ -19,7 +19,7 @@ from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.identity import TeacherIdentity
 from hyperagent.topk import DEFAULT_TEMPERATURES, TopKRows, concatenate
 from hyperagent_demo.config import PretrainConfig
-from hyperagent_demo.pretrain_worker import PretrainJob, pretrain
+from hyperagent_demo.pretraining.worker import PretrainJob, pretrain
 from hyperagent_teacher.engines.transformers import TransformersEngine
 
 VOCABULARY = 151_936

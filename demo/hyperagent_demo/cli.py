@@ -10,17 +10,23 @@ from typing import Annotated
 
 import typer
 
+from hyperagent_demo.samples import SampleName
+
 
 def demo(
     data: Annotated[
         Path | None, typer.Option(help="Your trajectories (Parquet); by default a sample is generated.")
     ] = None,
+    sample: Annotated[
+        SampleName,
+        typer.Option(help="Sample to generate: house rules that only the system prompt states, or tasks."),
+    ] = "rules",
     tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer's folder; by default one is trained.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             envvar="HYPERAGENT_DEMO_CONFIG",
-            help="YAML configuration; by default configs/demo.yaml, or configs/demo_own_data.yaml with --data.",
+            help="YAML configuration; by default configs/demo.yaml, demo_tasks.yaml or demo_own_data.yaml.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
@@ -39,9 +45,8 @@ def demo(
     from hyperagent_demo.report import build_report, print_report, write_plot, write_report
     from hyperagent_demo.stages import Stages
 
-    settings = load_yaml(
-        config or Path("configs") / ("demo.yaml" if data is None else "demo_own_data.yaml"), DemoConfig
-    )
+    name = "demo_own_data.yaml" if data is not None else "demo.yaml" if sample == "rules" else "demo_tasks.yaml"
+    settings = load_yaml(config or Path("configs") / name, DemoConfig)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
     # Exit through SystemExit, so that the services started by the demo are stopped.
@@ -52,21 +57,22 @@ def demo(
         result = run_loop(settings, data=data, tokenizer=tokenizer, out=out, model_store=model_store, stages=stages)
     seconds = {**stages.seconds, "total": round(time.monotonic() - started, 2)}
     report = build_report(settings, result, seconds=seconds, peak_rss_bytes=memory.peak_bytes)
-    write_plot(out / "report.png", result.metrics, report)
+    write_plot(out / "report.png", result.distilled.metrics, report)
     write_report(out / "report.json", report)
     console = stderr if as_json else Console()
-    print_report(console, report, plot=out / "report.png")
+    print_report(console, report, out=out)
     console.print(next_commands(out), highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo((out / "report.json").read_text(encoding="utf-8"))
 
 
 def next_commands(out: Path) -> str:
-    """Return commands to try after the demo."""
+    """Return commands to try after the demo, with the condition of a held-out task."""
+    files = {"--prompt-file": "task.txt", "--system-file": "system.txt", "--tools-file": "tools.json"}
+    parts = {option: out / "example" / name for option, name in files.items()}
+    options = " ".join(f"{option} {file}" for option, file in parts.items() if file.is_file())
     return f"""
 Next, serve adapters (the access token is created on the first start):
     .venv/bin/hyperagent serve adapter-api --bundle {out}/bundle --store {out}/adapters
 and, in another terminal, create one:
-    .venv/bin/hyperagent adapter create "Fix the failing check in the repository." --out {out}/my-adapter
-    curl -H "Authorization: Bearer $(cat ~/.hyperagent/token)" -H "Content-Type: application/json" \\
-         -d '{{"prompt": "Fix the failing check in the repository."}}' http://127.0.0.1:8703/v1/adapters"""
+    .venv/bin/hyperagent adapter create {options} --out {out}/my-adapter"""

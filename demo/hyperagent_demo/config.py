@@ -9,6 +9,7 @@ from pydantic import Field
 from hyperagent.config import StrictModel
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.config import HyperNetworkConfig
+from hyperagent_demo.samples import SampleName
 
 
 class PretrainConfig(StrictModel):
@@ -23,8 +24,10 @@ class PretrainConfig(StrictModel):
     """Number of trajectories per step."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
-    max_seconds: float = Field(gt=0)
-    """Time limit in seconds; on a slow machine it stops pre-training early, and the report says so."""
+    supervised_only: bool = False
+    """Whether the loss is over the supervised tokens only, instead of all tokens."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Time limit in seconds, if any; on a slow machine it stops pre-training early, and the report says so."""
 
 
 class DistillConfig(StrictModel):
@@ -41,10 +44,19 @@ class DistillConfig(StrictModel):
     evaluate_every: int = Field(ge=1)
 
 
+class ControlConfig(StrictModel):
+    """A run that the hypernetwork is compared with; everything else is as in the hypernetwork's recipe."""
+
+    num_steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+
 class DemoConfig(StrictModel):
     """Configuration of one run of the whole loop."""
 
     seed: int = Field(0, ge=0, lt=2**31)
+    sample: SampleName = "rules"
+    """Sample to generate if no data file is given."""
     sample_rows: int = Field(120, ge=8)
     """Number of trajectories to generate if no data file is given."""
     vocab_size: int = Field(2048, ge=512)
@@ -59,7 +71,13 @@ class DemoConfig(StrictModel):
     """Number of ids that the teacher keeps per row."""
     teacher: PretrainConfig
     student: PretrainConfig
+    teacher_check_rows: int = Field(48, ge=2)
+    """Number of held-out trajectories that the teacher also scores under another repository's condition."""
     distill: DistillConfig
+    static: ControlConfig
+    """A static LoRA of the same rank and targets."""
+    trained_on_shuffled: ControlConfig
+    """The same hypernetwork, trained on shuffled prompts."""
 
 
 Role = Literal["teacher", "student"]

@@ -65,8 +65,14 @@ class ServiceProcess:
 
 
 @contextmanager
-def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> Iterator[ServiceProcess]:
-    """Run `hyperagent serve NAME ...` while the block runs; its end is SIGTERM, and SIGKILL for what lingers."""
+def service(
+    name: str, arguments: Sequence[str], *, log: Path, token: str, threads: int | None = None
+) -> Iterator[ServiceProcess]:
+    """Run `hyperagent serve NAME ...` within the block; it ends with SIGTERM, or SIGKILL if it does not stop in time.
+
+    Args:
+        threads: number of CPU threads of the service and the processes that it starts; by default torch decides.
+    """
     command = [sys.executable, "-m", "hyperagent", "serve", name, *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -75,7 +81,11 @@ def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> It
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HYPERAGENT_TOKEN": token},
+            env={
+                **os.environ,
+                "HYPERAGENT_TOKEN": token,
+                **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
+            },
             start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops its services in order
         )
 
@@ -88,6 +98,26 @@ def service(name: str, arguments: Sequence[str], *, log: Path, token: str) -> It
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def run_command(arguments: Sequence[str], *, log: Path, accepted: Sequence[int] = (0,)) -> int:
+    """Run `hyperagent ARGUMENTS` to its end and return its exit status; its output goes to `log`.
+
+    Raises:
+        ServiceError: the status is not `accepted`; the message names the log and its last line.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "hyperagent", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode not in accepted:
+        raise ServiceError(f"hyperagent {arguments[0]} ended with code {done.returncode}: {_last_line(log)}; see {log}")
+    return done.returncode
 
 
 def run_worker(

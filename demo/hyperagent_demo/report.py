@@ -10,14 +10,34 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hyperagent import __version__
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN
 from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult
+from hyperagent_demo.sample.house_rules import HouseRules
 
-_ARMS = ("frozen", "adapter", "adapter_shuffled_prompt")
+_REPORTED_ARMS = ("static", "own", "shuffled", "mean", "trained_on_shuffled")
+ARM_WORDS = {
+    "static": "one LoRA for every prompt",
+    "own": "adapter of the own prompt",
+    "shuffled": "adapter of another repository's prompt",
+    "mean": "mean of many prompts' adapters",
+    "trained_on_shuffled": "hypernetwork trained on shuffled prompts",
+}
+TEXT_WORDS = {
+    "frozen": "student alone:",
+    "own": "with the adapter:",
+    "shuffled": "with another's adapter:",
+}
+_CURVES = {"frozen": "#767676", "adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c"}
+_CURVE_WORDS = {
+    "frozen": "student alone",
+    "adapter": "own prompt",
+    "adapter_shuffled_prompt": "another repository's prompt",
+}
 _PACKAGES = ("torch", "transformers", "peft", "grpcio", "fastapi")
 
 
@@ -35,6 +55,7 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the contents of report.json."""
     tokenized, cache, pretrained = result.tokenized, result.cache, result.models.results
+    run, arms, compared = result.distilled.run, result.evaluation["arms"], result.evaluation["conditioning"]
     return {
         "data": {
             "path": str(result.source),
@@ -48,9 +69,17 @@ def build_report(
             "train": tokenized.splits[TRAIN],
             "held_out": tokenized.splits[HELD_OUT],
         },
-        "held_out_kl": result.run.held_out_kl,
+        "verdict": compared["verdict"],
+        "reason": compared["reason"],
+        "gap_closed": {arm: arms[arm]["gap_closed"] for arm in _REPORTED_ARMS if arm in arms},
+        "gap_interval": {arm: [arms[arm]["gap_low"], arms[arm]["gap_high"]] for arm in _REPORTED_ARMS if arm in arms},
+        "conditioning_gain": compared["conditioning_gain"],
+        "teacher_check": result.teacher_check,
+        "held_out_kl": run.held_out_kl,
         "peft_max_abs_diff": result.peft["max_abs_diff"],
         "adapter_effect": result.peft["adapter_effect"],
+        "texts": result.texts,
+        "house_rules": _stated_words(result.example.dialogue.system),
         "cache": {
             "tokens": cache.supervised_tokens,
             "context_tokens": cache.context_tokens,
@@ -64,8 +93,8 @@ def build_report(
             "better_on_held_out": pretrained["teacher"].held_out_nll < pretrained["student"].held_out_nll,
         },
         "student": {**pretrained["student"].model_dump(), "steps_planned": config.student.num_steps},
-        "run": {"id": result.run.id, "steps": result.run.step},
-        "prompt": result.prompt,
+        "run": {"id": run.id, "steps": run.step},
+        "prompt": result.example.dialogue.task,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
         "seed": config.seed,
@@ -73,33 +102,70 @@ def build_report(
     }
 
 
+def _stated_words(system: str | None) -> list[str]:
+    """Return the words that the house rules of a system prompt ask for; none for a prompt of other data."""
+    rules = HouseRules.read(system or "")
+    return [] if rules is None else [word for name, word in rules.values.items() if name != "record"]
+
+
 def write_report(path: Path, report: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
-def print_report(console: Console, report: dict[str, Any], *, plot: Path) -> None:
-    """Print the key numbers as a table."""
-    kl = report["held_out_kl"]
-    table = Table(title="held-out KL to the teacher, nats per supervised token", title_justify="left", box=None)
-    for heading in ("arm", "KL", "of frozen"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    for arm in _ARMS:
-        table.add_row(arm, f"{kl[arm]:.4f}", f"{kl[arm] / kl['frozen']:.1%}")
+def print_report(console: Console, report: dict[str, Any], *, out: Path) -> None:
+    """Print the verdict, the arms, the texts and the key numbers."""
+    console.print(f"Verdict: [bold]{report['verdict']}[/]: {report['reason']}.", soft_wrap=True, highlight=False)
+    table = Table(
+        title="share of the gap to the teacher that is closed, held-out repositories", title_justify="left", box=None
+    )
+    for heading in ("", "gap closed", "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for arm, share in report["gap_closed"].items():
+        low, high = report["gap_interval"][arm]
+        interval = "" if low is None else f"{low:.1%} to {high:.1%}"
+        table.add_row(ARM_WORDS[arm], "no gap" if share is None else f"{share:.1%}", interval)
     console.print(table)
+    _print_texts(console, report)
     facts = Table(box=None, show_header=False)
-    data, cache = report["data"], report["cache"]
+    data, cache, check = report["data"], report["cache"], report["teacher_check"]
     facts.add_row("data", f"{data['rows']} trajectories, {data['tokens']:,} tokens ({data['path']})")
+    facts.add_row("teacher", f"{check['dependent_share']:.1%} of its rows depend on the condition")
     facts.add_row("cache", f"{cache['tokens']:,} supervised tokens, {cache['bytes_per_token']:.0f} bytes each")
     facts.add_row("PEFT against training", f"largest difference of a logit {report['peft_max_abs_diff']:.1e}")
     facts.add_row("time", f"{report['seconds']['total']:.0f} s")
     facts.add_row("memory", f"{report['peak_rss_bytes'] / 2**30:.2f} GiB at most")
-    facts.add_row("plot", str(plot))
+    facts.add_row("plot", str(out / "report.png"))
+    facts.add_row("report", str(out / "evaluation.html"))
     console.print(facts)
+    _print_warnings(console, report)
+
+
+def _print_texts(console: Console, report: dict[str, Any]) -> None:
+    """Print what the student writes for one held-out task, with the house rules that each text follows in bold."""
+    console.print(f"\nTask: {' '.join(report['prompt'].split())}", markup=False, highlight=False)
+    rules: list[str] = report["house_rules"]
+    for arm, text in report["texts"].items():
+        shown = Text(f"  {TEXT_WORDS[arm]:28} ")
+        line = Text(" ".join(text.split()))
+        for value in rules:
+            line.highlight_words([value], "bold green")
+        console.print(shown + line, soft_wrap=True)
+    if rules:
+        console.print("  (bold: what only this repository's system prompt says, which the student does not see)\n")
+
+
+def _print_warnings(console: Console, report: dict[str, Any]) -> None:
     if not report["teacher"]["better_on_held_out"]:
         console.print(
             f"The teacher is not better than the student on held-out text ({report['teacher']['held_out_nll']:.3f} "
             f"against {report['student']['held_out_nll']:.3f} nats per token), so the student cannot learn from it. Give "
             "it more steps or time in the configuration.",
+            style="bold red",
+        )
+    if report["teacher_check"]["nothing_to_distil"]:
+        console.print(
+            f"The teacher hardly uses the condition: {report['teacher_check']['dependent_share']:.1%} of its rows change "
+            "with it. There is nothing to distil here; choose a richer condition, or another view.",
             style="bold red",
         )
     for role in ("teacher", "student"):
@@ -112,7 +178,7 @@ def print_report(console: Console, report: dict[str, Any], *, plot: Path) -> Non
 
 
 def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]) -> None:
-    """Plot the loss curve with the evaluations, and the held-out KL of every arm."""
+    """Plot the training curve, and the share of the gap that each arm closes, with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,32 +186,39 @@ def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]
 
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_kl" in line]
-    colors = {"frozen": "#767676", "adapter": "#0b6e4f", "adapter_shuffled_prompt": "#c2570c"}
-    figure, (curve, bars) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
+    figure, (curve, bars) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1, 1), layout="constrained")
     curve.plot(
         [s["step"] for s in steps], [s["loss"] for s in steps], color="#9ecae1", lw=1, label="training, per batch"
     )
-    for arm in _ARMS:
+    for arm, color in _CURVES.items():
         curve.plot(
             [e["step"] for e in evaluations],
             [e["held_out_kl"][arm] for e in evaluations],
-            color=colors[arm],
+            color=color,
             marker="o",
             ms=4,
-            ls="--" if arm == "adapter_shuffled_prompt" else "-",
-            label=f"held out, {arm}",
+            label=f"held out, {_CURVE_WORDS[arm]}",
         )
     curve.set(xlabel="optimizer step", ylabel="KL(teacher || student), nats per supervised token", ylim=(0, None))
-    curve.set_title("Distillation")
+    curve.set_title("Training the hypernetwork")
     curve.legend(frameon=False, fontsize=8)
-    kl = report["held_out_kl"]
-    drawn = bars.bar(range(len(_ARMS)), [kl[arm] for arm in _ARMS], color=[colors[arm] for arm in _ARMS])
-    bars.bar_label(drawn, fmt="%.3f", padding=2)
-    bars.set_xticks(range(len(_ARMS)), ["frozen", "adapter", "adapter,\nshuffled prompt"])
-    bars.set_title("Held-out repositories")
+    arms = [arm for arm in reversed(report["gap_closed"]) if report["gap_closed"][arm] is not None]
+    for place, arm in enumerate(arms):
+        share, (low, high) = 100 * report["gap_closed"][arm], report["gap_interval"][arm]
+        bars.barh(place, share, color="#0b6e4f" if arm == "own" else "#b5b5b5")
+        if low is not None:
+            bars.hlines(place, 100 * low, 100 * high, color="black", lw=1.5)
+        bars.annotate(
+            f"{share:.0f} %", (max(share, 100 * (high or 0), 0), place), (4, 0), textcoords="offset points", va="center"
+        )
+    bars.axvline(0, color="black", lw=0.8)
+    bars.margins(x=0.15)
+    bars.set_yticks(range(len(arms)), [ARM_WORDS[arm] for arm in arms])
+    bars.set(xlabel="share of the gap to the teacher that is closed, % (line: 95 % interval)")
+    bars.set_title(f"Repositories never seen in training: {report['verdict'] or 'no verdict'}")
     for axes in (curve, bars):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
+        axes.grid(axis="y" if axes is curve else "x", alpha=0.3)
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

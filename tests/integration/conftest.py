@@ -20,7 +20,7 @@ from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.model.bundle import TOKENIZER_FILES
 from hyperagent.progress import no_progress
 from hyperagent_demo.config import PretrainConfig, Role
-from hyperagent_demo.models import build_model
+from hyperagent_demo.pretraining.models import build_model
 from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,16 +10,12 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.errors import StorageError
 from hyperagent.progress import Progress
-from hyperagent.storage.files import write_atomically
 from hyperagent_demo.sample import code_tasks, file_tasks
 from hyperagent_demo.sample.assistant import Assistant
 from hyperagent_demo.sample.repositories import Repository, invent_repositories
+from hyperagent_demo.sample.table import write_table
 from hyperagent_demo.sample.task import Task
 from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.workspace import Workspace, require_commands
@@ -66,9 +61,7 @@ def write_sample(path: Path, *, seed: int, rows: int = 120, progress: Progress) 
         kind = kinds[(index + round_number) % len(kinds)]
         table.append(_row(repositories[place], kind, index=index, seed=seed))
     progress(rows, rows)
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(table, schema=TRAJECTORY_SCHEMA), buffer, compression="zstd")
-    write_atomically(path, buffer.getvalue())
+    write_table(path, table)
 
 
 def _row(repository: Repository, kind: str, *, index: int, seed: int) -> dict[str, Any]:

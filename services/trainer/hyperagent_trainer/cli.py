@@ -1,4 +1,4 @@
-"""The trainer's commands: `hyperagent preflight`, `plan` and `export`."""
+"""The trainer's commands: `hyperagent preflight`, `plan`, `evaluate` and `export`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,53 @@ def plan(
     show(found, price=price_per_gpu_hour, as_json=as_json)
     if not found.fits:
         raise ConfigError(explain_shortfall(found))
+
+
+def evaluate(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of hypernetwork runs that differ in their seed only.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write evaluation.json, .md and .html to.")],
+    static: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a static run; repeatable, one for each seed.")
+    ] = None,
+    trained_on_shuffled: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a run with `prompts: shuffled`; repeatable, one for each seed.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the tokens file to evaluate on.")] = "held_out",
+    margin: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Least advantage that counts, as a share of the frozen student's KL.")
+    ] = 0.05,
+    teacher_check: Annotated[
+        Path | None, typer.Option(help="Result of `hyperagent teacher-check compare --json`.")
+    ] = None,
+    dependent_rows: Annotated[
+        Path | None, typer.Option(help="Rows that depend on the condition, as the teacher check writes them.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled prompts and the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare runs on held-out repositories, and decide whether conditioning on the prompt pays."""
+    from hyperagent.cli.display import add_bar, progress_bars
+    from hyperagent.logs import configure_logging
+    from hyperagent_trainer.comparison.command import EvaluationRequest, show, write_report
+    from hyperagent_trainer.comparison.command import evaluate as compare
+
+    configure_logging(service="evaluate")
+    request = EvaluationRequest(
+        own=runs,
+        static=static or (),
+        trained_on_shuffled=trained_on_shuffled or (),
+        split=split,
+        margin=margin,
+        teacher_check=teacher_check,
+        dependent_rows=dependent_rows,
+        seed=seed,
+    )
+    with progress_bars() as bars:
+        report = compare(request, progress=add_bar(bars, "evaluate", unit="trajectories, in every arm"))
+    write_report(out, report)
+    show(report, out, as_json=as_json)
 
 
 def export(

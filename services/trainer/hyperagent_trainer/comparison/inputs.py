@@ -137,4 +137,4 @@ def _require_comparable(run: Run, first: Run) -> None:
 
 
 def _rank(network: AdapterNetwork) -> int:
-    return network.config.rank if isinstance(network, AgenticHyperNetwork) else network.rank
+    return network.config.rank if isinstance(network, AgenticHyperNetwork) else int(network.a[0].shape[0])

@@ -1,7 +1,7 @@
-"""Pre-train one tiny model: `python -m hyperagent_demo.pretrain_worker JOB.json`, one JSON line of progress per step.
+"""Pre-train one tiny model: `python -m hyperagent_demo.pretraining.worker JOB.json`, one JSON line of progress per step.
 
 A random teacher has nothing to teach, and the demo must run without network access. Therefore teacher and student are
-first pre-trained on the training split; the teacher is larger and trains longer.
+first pre-trained on the training split, each on the view that it will see later; the teacher is larger and trains longer.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -27,7 +29,7 @@ from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajecto
 from hyperagent.model.bundle import TOKENIZER_FILES
 from hyperagent.storage.files import new_directory
 from hyperagent_demo.config import PretrainConfig, Role
-from hyperagent_demo.models import CompactVocabulary, build_model, expand_vocabulary
+from hyperagent_demo.pretraining.models import CompactVocabulary, build_model, expand_vocabulary
 
 _IGNORED = -100
 _WARMUP_STEPS = 20
@@ -62,11 +64,17 @@ def pretrain(job: PretrainJob) -> PretrainResult:
     started = time.monotonic()
     torch.manual_seed(job.seed)
     tokenizer = ChatTokenizer(job.tokenizer)
-    train = list(read_tokens(job.tokens, split=TRAIN))
-    vocabulary = CompactVocabulary(np.concatenate([t.token_ids for t in train]), tokenizer.vocab_size)
+    train, held_out = (
+        [_seen_by(job.role, trajectory) for trajectory in read_tokens(job.tokens, split=split)]
+        for split in (TRAIN, HELD_OUT)
+    )
+    # The same for both roles: the student's view has no token that the teacher's lacks.
+    used = np.concatenate([trajectory.token_ids for trajectory in read_tokens(job.tokens, split=TRAIN)])
+    vocabulary = CompactVocabulary(used, tokenizer.vocab_size)
     model = build_model(job.role, job.config, vocab_size=len(vocabulary), max_tokens=job.max_tokens)
-    steps = _train(job, model, vocabulary, train, deadline=started + job.config.max_seconds)
-    held_out_nll = _supervised_nll(model, vocabulary, list(read_tokens(job.tokens, split=HELD_OUT)))
+    limit = math.inf if job.config.max_seconds is None else job.config.max_seconds
+    steps = _train(job, model, vocabulary, train, deadline=started + limit)
+    held_out_nll = _supervised_nll(model, vocabulary, held_out)
     expand_vocabulary(model, vocabulary)
     result = PretrainResult(
         steps=steps,
@@ -83,11 +91,27 @@ def pretrain(job: PretrainJob) -> PretrainResult:
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """A trajectory in one role's view."""
+
+    ids: NDArray[np.uint32]
+    """Token ids, shape [T]."""
+    positions: NDArray[np.int64]
+    """Indices of the supervised tokens, shape [N]."""
+
+
+def _seen_by(role: Role, trajectory: TokenizedTrajectory) -> _Seen:
+    if role == "teacher":
+        return _Seen(trajectory.token_ids, trajectory.positions.astype(np.int64))
+    return _Seen(trajectory.student_ids, trajectory.student_positions.astype(np.int64))
+
+
 def _train(
     job: PretrainJob,
     model: PreTrainedModel,
     vocabulary: CompactVocabulary,
-    train: Sequence[TokenizedTrajectory],
+    train: Sequence[_Seen],
     *,
     deadline: float,
 ) -> int:
@@ -102,9 +126,11 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config.num_steps)
         batch = next(batches)
-        ids = pad_sequence([vocabulary.encode(t.token_ids) for t in batch], batch_first=True)
+        ids = pad_sequence([vocabulary.encode(t.ids) for t in batch], batch_first=True)
         targets = pad_sequence(
-            [vocabulary.encode(t.token_ids) for t in batch], batch_first=True, padding_value=_IGNORED
+            [_targets(t, vocabulary, supervised_only=config.supervised_only) for t in batch],
+            batch_first=True,
+            padding_value=_IGNORED,
         )
         loss = F.cross_entropy(_logits(model, vocabulary, ids[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -115,13 +141,21 @@ def _train(
     return config.num_steps
 
 
-def _batches(
-    trajectories: Sequence[TokenizedTrajectory], batch_size: int, generator: np.random.Generator
-) -> Iterator[list[TokenizedTrajectory]]:
+def _targets(trajectory: _Seen, vocabulary: CompactVocabulary, *, supervised_only: bool) -> Tensor:
+    """Return the compact ids [T] to predict, with the others ignored."""
+    targets = vocabulary.encode(trajectory.ids)
+    if not supervised_only:
+        return targets
+    ignored = torch.ones(len(targets), dtype=torch.bool)
+    ignored[trajectory.positions] = False
+    return targets.masked_fill(ignored, _IGNORED)
+
+
+def _batches(trajectories: Sequence[_Seen], batch_size: int, generator: np.random.Generator) -> Iterator[list[_Seen]]:
     """Yield an endless stream of batches of similar lengths, in random order."""
     while True:
         # Trajectories of similar length share a batch; the noise varies the batches between epochs.
-        noisy = sorted(trajectories, key=lambda t: len(t.token_ids) * generator.uniform(0.8, 1.25))
+        noisy = sorted(trajectories, key=lambda t: len(t.ids) * generator.uniform(0.8, 1.25))
         groups = [noisy[i : i + batch_size] for i in range(0, len(noisy), batch_size)]
         for place in generator.permutation(len(groups)):
             yield groups[place]
@@ -139,15 +173,12 @@ def _logits(model: PreTrainedModel, vocabulary: CompactVocabulary, ids: Tensor) 
 
 
 @torch.no_grad()
-def _supervised_nll(
-    model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[TokenizedTrajectory]
-) -> float:
+def _supervised_nll(model: PreTrainedModel, vocabulary: CompactVocabulary, held_out: Sequence[_Seen]) -> float:
     """Return the mean negative log-likelihood of the held-out split's supervised tokens, in nats."""
     model.eval()
     total, count = 0.0, 0
     for trajectory in held_out:
-        ids = vocabulary.encode(trajectory.token_ids)
-        positions = torch.from_numpy(trajectory.positions.astype(np.int64))
+        ids, positions = vocabulary.encode(trajectory.ids), torch.from_numpy(trajectory.positions)
         logprobs = _logits(model, vocabulary, ids[None, :-1])[0].log_softmax(-1)[positions - 1]
         nll = -logprobs.gather(1, ids[positions, None])[:, 0]
         # The probability of "other" is divided equally among the unused tokens.

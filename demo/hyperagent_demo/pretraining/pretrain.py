@@ -13,7 +13,7 @@ from blake3 import blake3
 from hyperagent.identity import canonical_json
 from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig, PretrainConfig, Role
-from hyperagent_demo.pretrain_worker import PretrainJob, PretrainResult
+from hyperagent_demo.pretraining.worker import PretrainJob, PretrainResult
 from hyperagent_demo.processes import run_worker
 from hyperagent_demo.stages import Bar, Stages
 
@@ -79,7 +79,7 @@ def _pretrain(
         job_file = out / "logs" / f"pretrain_{role}.json"
         write_atomically(job_file, job.model_dump_json(indent=2).encode() + b"\n")
         log = out / "logs" / f"pretrain_{role}.txt"
-        run_worker("hyperagent_demo.pretrain_worker", job_file, log=log, threads=1, on_line=on_line)
+        run_worker("hyperagent_demo.pretraining.worker", job_file, log=log, threads=1, on_line=on_line)
 
     with ThreadPoolExecutor(len(models)) as pool:
         for future in [pool.submit(run, role) for role in models]:
