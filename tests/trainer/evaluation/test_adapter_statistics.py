@@ -38,19 +38,18 @@ def test_sizes_and_cosines_are_those_of_the_deltas() -> None:
     whole = torch.cat([delta.flatten(1) for delta in deltas.values()], dim=1)
     cosines = [torch.cosine_similarity(whole[i], whole[j], dim=0) for i in range(3) for j in range(i)]
     assert found.cosine == pytest.approx(float(sum(cosines)) / 3, rel=1e-6)
-    assert not found.has_collapsed
 
 
-def test_one_adapter_for_all_prompts_is_a_collapse_and_none_is_not() -> None:
+def test_one_adapter_for_all_prompts_has_a_cosine_of_1_and_no_adapter_has_none() -> None:
     one = {
         layer.name: LoRAPair(torch.ones(2, 1, layer.in_features), torch.ones(2, layer.out_features, 1))
         for layer in LAYERS
     }
     sizes = dict.fromkeys(one, 1.0)
-    assert adapter_statistics(one, LAYERS, sizes, scale=1).has_collapsed
+    assert adapter_statistics(one, LAYERS, sizes, scale=1).cosine == pytest.approx(1)
     zero = {name: LoRAPair(pair.a, torch.zeros_like(pair.b)) for name, pair in one.items()}
     untrained = adapter_statistics(zero, LAYERS, sizes, scale=1)
-    assert (untrained.cosine, untrained.has_collapsed) == (None, False)
+    assert untrained.cosine is None
     assert set(untrained.relative_norm.values()) == {0.0}
 
 

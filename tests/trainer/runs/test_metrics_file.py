@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with RunReporter(folder, num_steps=9, first_step=0, loggers=Loggers({})) as report:
         held_out = HeldOut({"frozen": 0.5, "adapter": math.nan}, {})
-        report.evaluation(0, held_out, AdapterStatistics({"q_proj": math.inf}, math.nan))
+        report.evaluation(0, held_out, AdapterStatistics({"q_proj": math.inf}, math.nan), collapsed=False)
         report.step(1, loss=math.nan, num_tokens=5, grad_norms={"encoder": -math.inf, "generator": 1.0})
         report.state("running")
     text = folder.metrics.read_text()

@@ -18,9 +18,6 @@ from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.config import LayerInfo
 from hyperagent_trainer.distributed import full_tensor
 
-COLLAPSED_COSINE = 0.999
-"""Cosine above which the adapters of different prompts count as the same adapter."""
-
 
 @dataclass(frozen=True)
 class AdapterStatistics:
@@ -31,11 +28,6 @@ class AdapterStatistics:
     cosine: float | None
     """Cosine between the deltas of two prompts over all layers, mean over all pairs of prompts; None for one prompt or zero
     deltas. 1 means that the network ignores the prompt."""
-
-    @property
-    def has_collapsed(self) -> bool:
-        """Whether the adapters do not depend on the prompt."""
-        return self.cosine is not None and self.cosine > COLLAPSED_COSINE
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class RunReporter:
         self._line(step=step, skipped=list(trajectory_ids))
         self._update(step=step, skipped_steps=self._skipped)
 
-    def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics) -> None:
+    def evaluation(self, step: int, held_out: HeldOut, adapters: AdapterStatistics, *, collapsed: bool) -> None:
         """Report an evaluation; its time does not count as training."""
         conditioning = {
             split: {"gain": report.to_json()["conditioning_gain"], "verdict": report.verdict}
@@ -91,7 +91,7 @@ class RunReporter:
         )
         self._restart_clock()
         gains = {split: report.reason for split, report in held_out.conditioning.items()}
-        self._update(held_out_kl=held_out.kl, conditioning=gains, adapters_collapsed=adapters.has_collapsed, force=True)
+        self._update(held_out_kl=held_out.kl, conditioning=gains, adapters_collapsed=collapsed, force=True)
 
     def _restart_clock(self) -> None:
         self._recent.clear()

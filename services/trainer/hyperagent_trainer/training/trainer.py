@@ -28,6 +28,7 @@ from hyperagent_trainer.data.training_prompts import TrainingPrompts
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed, peak_memory_bytes
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
 from hyperagent_trainer.evaluation.arms import ADAPTER
+from hyperagent_trainer.evaluation.collapse import have_collapsed
 from hyperagent_trainer.evaluation.evaluate import Evaluation
 from hyperagent_trainer.export.export import export, make_probe
 from hyperagent_trainer.network.build import shard_network, whole_network
@@ -212,9 +213,10 @@ class Trainer:
                 adapters = self._adapted.adapters(self._statistics_prompts)
         network = self._adapted.network
         statistics = adapter_statistics(adapters, network.layers, self._weight_norms, scale=network.scale)
-        if statistics.has_collapsed and self._adapted.reads_prompt:
+        collapsed = have_collapsed(statistics.cosine, held_out.conditioning.get(HELD_OUT))
+        if collapsed:
             log.warning("different prompts get the same adapter", step=self.step, cosine=statistics.cosine)
-        self.reporter.evaluation(self.step, held_out, statistics)
+        self.reporter.evaluation(self.step, held_out, statistics, collapsed=collapsed)
         self.best = self.best.after(self.step, held_out.kl[ADAPTER])
         if self.best.step == self.step and self._recipe.patience is not None:
             self.checkpoints.save(self.step, self.best)

@@ -80,7 +80,7 @@ function showAlarm(run) {
     ...(isDue
       ? [
           node("strong", "The adapters have collapsed."),
-          node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.999): the network ignores its prompts, and a static adapter would work equally well."),
+          node("p", "At the last evaluation, different prompts got practically the same adapter (mean cosine above 0.98, and another repository's adapter is as good): the network ignores its prompts, and a static adapter would work equally well."),
           node("p", "Early in a run this may be temporary. If it persists in the next evaluations, stop the run, check whether the prompts of its data differ in what the student needs, and start again with a lower learning rate, or with warm_start, so that the network only learns what remains after a static adapter."),
         ]
       : []),
