@@ -44,11 +44,18 @@ class DistillConfig(StrictModel):
     evaluate_every: int = Field(ge=1)
 
 
-class ControlConfig(StrictModel):
-    """A run that the hypernetwork is compared with; everything else is as in the hypernetwork's recipe."""
+class StaticConfig(StrictModel):
+    """Runs of a static LoRA; everything else is as in the hypernetwork's recipe."""
 
     num_steps: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
+    learning_rates: tuple[float, ...] = Field(min_length=1)
+    """Learning rates to train with; the run with the lowest held-out KL is the baseline, which favors it."""
+
+
+class ShuffledConfig(StrictModel):
+    """The hypernetwork's run on shuffled prompts; everything else is as in the hypernetwork's recipe."""
+
+    num_steps: int = Field(ge=1)
 
 
 class DemoConfig(StrictModel):
@@ -74,9 +81,9 @@ class DemoConfig(StrictModel):
     teacher_check_rows: int = Field(48, ge=2)
     """Number of held-out trajectories that the teacher also scores under another repository's condition."""
     distill: DistillConfig
-    static: ControlConfig
+    static: StaticConfig
     """A static LoRA of the same rank and targets."""
-    trained_on_shuffled: ControlConfig
+    trained_on_shuffled: ShuffledConfig
     """The same hypernetwork, trained on shuffled prompts."""
 
 

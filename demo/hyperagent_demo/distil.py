@@ -6,6 +6,7 @@ models are too small to gain from a second one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from hyperagent.errors import ServiceError
 from hyperagent.http.run_client import RunClient
 from hyperagent.http.run_models import RunBody, RunRequest
 from hyperagent.storage.files import write_atomically
-from hyperagent_demo.config import ControlConfig, DemoConfig
+from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.processes import ServiceProcess, free_port, service
 from hyperagent_demo.stages import Bar
 
-HYPERNETWORK, STATIC, TRAINED_ON_SHUFFLED = "demo", "static", "trained_on_shuffled"
-"""Names of the recipes."""
+_HYPERNETWORK, _STATIC, _TRAINED_ON_SHUFFLED = "demo", "static", "trained_on_shuffled"
+"""Names of the recipes; those of static runs are numbered."""
 
 _Follow = Callable[[str, RunBody], None]
 """Called with a recipe's name and the state of its run."""
@@ -37,8 +38,12 @@ class Distilled:
     """The hypernetwork's run."""
     metrics: list[dict[str, Any]]
     """Every line of its metrics."""
-    folders: dict[str, Path]
-    """Folders of the runs, by recipe."""
+    folder: Path
+    """Folder of the hypernetwork's run."""
+    static: Path
+    """Folder of the best static run."""
+    trained_on_shuffled: Path
+    """Folder of the run on shuffled prompts."""
 
 
 def distil(
@@ -54,9 +59,10 @@ def distil(
     Raises:
         ServiceError: a run did not end as "done", or a service has ended.
     """
-    for name, recipe in _recipes(config, student, tokens, cache).items():
+    recipes = _recipes(config, student, tokens, cache)
+    for name, recipe in recipes.items():
         write_atomically(out / "recipes" / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
-    total = config.distill.num_steps + config.static.num_steps + config.trained_on_shuffled.num_steps
+    total = sum(recipe["num_steps"] for recipe in recipes.values())
     steps: dict[str, int] = {}
 
     def follow(name: str, run: RunBody) -> None:
@@ -64,11 +70,15 @@ def distil(
         bar.update(sum(steps.values()), total, f"{name} {run.progress_note}")
 
     with ThreadPoolExecutor(2) as pool:
-        own = pool.submit(_train, [HYPERNETWORK], out, "runs", token, follow)
-        controls = pool.submit(_train, [STATIC, TRAINED_ON_SHUFFLED], out, "controls", token, follow)
+        own = pool.submit(_train, [_HYPERNETWORK], out, "runs", token, follow)
+        controls = pool.submit(
+            _train, [name for name in recipes if name != _HYPERNETWORK], out, "controls", token, follow
+        )
         trained = {**own.result(), **controls.result()}
-    run, metrics, _ = trained[HYPERNETWORK]
-    return Distilled(run, metrics, {name: folder for name, (_, _, folder) in trained.items()})
+    run, metrics, folder = trained.pop(_HYPERNETWORK)
+    _, _, shuffled = trained.pop(_TRAINED_ON_SHUFFLED)
+    _, _, static = min(trained.values(), key=lambda found: found[0].held_out_kl["adapter"] or math.inf)
+    return Distilled(run, metrics, folder, static, shuffled)
 
 
 def _recipes(config: DemoConfig, student: Path, tokens: Path, cache: Path) -> dict[str, dict[str, Any]]:
@@ -82,14 +92,17 @@ def _recipes(config: DemoConfig, student: Path, tokens: Path, cache: Path) -> di
         **config.distill.model_dump(mode="json"),
     }
 
-    def control(settings: ControlConfig, **changes: Any) -> dict[str, Any]:
-        return {**own, **settings.model_dump(), "evaluate_every": settings.num_steps, **changes}
+    def control(num_steps: int, **changes: Any) -> dict[str, Any]:
+        return {**own, "num_steps": num_steps, "evaluate_every": num_steps, **changes}
 
-    return {
-        HYPERNETWORK: own,
-        STATIC: control(config.static, arm="static", b_head_learning_rate_factor=1.0),
-        TRAINED_ON_SHUFFLED: control(config.trained_on_shuffled, prompts="shuffled"),
+    static = {
+        f"{_STATIC}-{number}": control(
+            config.static.num_steps, arm="static", learning_rate=rate, b_head_learning_rate_factor=1.0
+        )
+        for number, rate in enumerate(config.static.learning_rates, start=1)
     }
+    shuffled = control(config.trained_on_shuffled.num_steps, prompts="shuffled")
+    return {_HYPERNETWORK: own, **static, _TRAINED_ON_SHUFFLED: shuffled}
 
 
 def _train(

@@ -33,7 +33,7 @@ from hyperagent.errors import ConfigError
 from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent_demo.adapters import Example, request_adapters
 from hyperagent_demo.config import DemoConfig
-from hyperagent_demo.distil import HYPERNETWORK, STATIC, TRAINED_ON_SHUFFLED, Distilled, distil
+from hyperagent_demo.distil import Distilled, distil
 from hyperagent_demo.generate_texts import TextsJob
 from hyperagent_demo.peft_check import PeftCheckJob
 from hyperagent_demo.populate import populate
@@ -101,7 +101,7 @@ def run_loop(
         check = check_teacher(config, models.teacher, source=source, tokenizer=tokenizer, out=out, token=token, bar=bar)
     with stages.stage("distil") as bar:
         distilled = distil(config, models.student, tokens=tokens, cache=cache, out=out, token=token, bar=bar)
-    run = distilled.folders[HYPERNETWORK]
+    run = distilled.folder
     with new_directory(out / "bundle") as temporary:
         shutil.copytree(run / "bundle", temporary, dirs_exist_ok=True)
     with stages.stage("evaluate"):
@@ -144,8 +144,8 @@ def _trajectories(
 
 def _evaluate(distilled: Distilled, out: Path) -> dict[str, Any]:
     """Compare the runs on the held-out repositories with `hyperagent evaluate`."""
-    arguments = ["evaluate", str(distilled.folders[HYPERNETWORK]), "--static", str(distilled.folders[STATIC])]
-    arguments += ["--trained-on-shuffled", str(distilled.folders[TRAINED_ON_SHUFFLED]), "--out", str(out)]
+    arguments = ["evaluate", str(distilled.folder), "--static", str(distilled.static)]
+    arguments += ["--trained-on-shuffled", str(distilled.trained_on_shuffled), "--out", str(out)]
     arguments += ["--teacher-check", str(out / "teacher_check.json")]
     arguments += ["--dependent-rows", str(out / "dependent_rows.parquet")]
     run_command(arguments, log=out / "logs" / "evaluate.txt")

@@ -59,9 +59,7 @@ def plan(
 
 
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of hypernetwork runs that differ in their seed only.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of hypernetwork runs that differ in their seed only.")],
     out: Annotated[Path, typer.Option(help="Folder to write evaluation.json, .md and .html to.")],
     static: Annotated[
         list[Path] | None, typer.Option(help="Folder of a static run; repeatable, one for each seed.")
@@ -112,6 +110,12 @@ def export(
         Literal["last", "best"] | None,
         typer.Option(help="Which one; by default the best if the recipe has `patience`, or else the last."),
     ] = None,
+    mean: Annotated[
+        bool,
+        typer.Option(
+            "--mean", help="Write one adapter: the mean over training prompts, for when a static one suffices."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make of a run's checkpoint what the run makes at its end: a bundle, or of a static run an adapter in PEFT's format."""
@@ -119,4 +123,12 @@ def export(
     from hyperagent_trainer.export.command import export_run
     from hyperagent_trainer.runs.folder import RunFolder
 
+    if mean:
+        from hyperagent.errors import ConfigError
+        from hyperagent_trainer.comparison.export_mean import export_mean
+
+        if checkpoint is not None:
+            raise ConfigError("--mean exports the checkpoint that the run exports; leave --checkpoint out")
+        print_result(export_mean(run, out), as_json=as_json)
+        return
     print_result(export_run(RunFolder(run), out, checkpoint), as_json=as_json)

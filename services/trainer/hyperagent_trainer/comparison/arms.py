@@ -63,7 +63,8 @@ def spread(trajectories: Sequence[TokenizedTrajectory], num: int, *, seed: int) 
     """Return prompts of up to `num` trajectories, of as many repositories as possible."""
     order = np.random.default_rng(seed).permutation(len(trajectories))
     seen: set[str] = set()
-    first, rest = [], []
+    first: list[Prompt] = []
+    rest: list[Prompt] = []
     for index in order:
         trajectory = trajectories[int(index)]
         (rest if trajectory.repo in seen else first).append(trajectory.prompt_ids)

@@ -68,7 +68,7 @@ def load_comparison(
         DataError: the split is empty.
     """
     arms = {"own": own, "static": static, "trained_on_shuffled": trained_on_shuffled}
-    runs = {arm: [_load(folder, arm) for folder in folders] for arm, folders in arms.items()}
+    runs = {arm: [load_run(folder, arm) for folder in folders] for arm, folders in arms.items()}
     first = runs["own"][0]
     for run in (run for several in runs.values() for run in several):
         _require_comparable(run, first)
@@ -104,7 +104,16 @@ def load_comparison(
         yield Comparison(runs["own"], runs["static"], runs["trained_on_shuffled"], student, data, training)
 
 
-def _load(root: Path, arm: str) -> Run:
+def load_run(root: Path, arm: str) -> Run:
+    """Load the network that a run exports.
+
+    Args:
+        arm: "own", "static" or "trained_on_shuffled": what the run must be.
+
+    Raises:
+        NotFound: the folder holds no run, or the run has no checkpoint.
+        ConfigError: the run is of another arm, or has not been trained.
+    """
     folder = RunFolder(root)
     if not folder.recipe.is_file():
         raise NotFound(f"{root} holds no run; give the folder of one, such as runs/20261123-074501-512034")

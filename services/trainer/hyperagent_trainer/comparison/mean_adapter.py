@@ -9,12 +9,29 @@ Legend of shape suffixes: P prompts, R rank, I and O input and output features, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
+from hyperagent_trainer.comparison.arms import spread
+from hyperagent_trainer.network.adapted_student import AdaptedStudent
+
+NUM_MEAN_PROMPTS = 64
+"""Largest number of prompts to average over."""
+
+
+@torch.no_grad()
+def mean_of_prompts(
+    adapted: AdaptedStudent, trajectories: Sequence[TokenizedTrajectory], *, seed: int
+) -> AdapterWeights:
+    """Return the mean adapter a [R, I], b [O, R] of some trajectories' prompts, of as many repositories as possible."""
+    return mean_adapter(
+        {name: LoRAPair(pair.a[0], pair.b[0]) for name, pair in adapted.adapters([prompt]).items()}
+        for prompt in spread(trajectories, NUM_MEAN_PROMPTS, seed=seed)
+    )
 
 
 @torch.no_grad()

@@ -9,17 +9,15 @@ import numpy as np
 import torch
 
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
-from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.progress import Progress
 from hyperagent_trainer.comparison.arms import (
     Prompt,
     empty_prompt,
     foreign_prompts,
     same_repository_prompts,
-    spread,
 )
 from hyperagent_trainer.comparison.inputs import Comparison, Run
-from hyperagent_trainer.comparison.mean_adapter import mean_adapter
+from hyperagent_trainer.comparison.mean_adapter import mean_of_prompts
 from hyperagent_trainer.comparison.row_metrics import RowMetrics, row_metrics, teacher_metrics
 from hyperagent_trainer.evaluation.arms import (
     EMPTY,
@@ -36,8 +34,6 @@ from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
 NUM_DRAWS = 2
 """Prompts of other repositories for each trajectory in the arm `shuffled`."""
-NUM_MEAN_PROMPTS = 64
-"""Training prompts whose adapters the arm `mean` averages."""
 
 _AdaptersOf = Callable[[int], AdapterWeights | None]
 """Adapters a [1, R, I], b [1, O, R] for the trajectory of an index; None for the bare student."""
@@ -92,21 +88,10 @@ def _arms(comparison: Comparison, seed: int) -> Iterator[_Arm]:
             yield _Arm(SAME_REPOSITORY, adapted, (_for_prompts(adapted, prompts),))
         empty = empty_prompt(comparison.student.tokenizer, _condition_parts(run))
         yield _Arm(EMPTY, adapted, (_for_prompts(adapted, [empty] * len(trajectories)),))
-        yield _Arm(MEAN, adapted, (_always(mean_of_prompts(adapted, comparison, seed=seed)),))
+        yield _Arm(MEAN, adapted, (_always(mean_of_prompts(adapted, comparison.training.trajectories, seed=seed)),))
     for run in comparison.trained_on_shuffled:
         adapted = comparison.adapted(run)
         yield _Arm(TRAINED_ON_SHUFFLED, adapted, (_for_prompts(adapted, [t.prompt_ids for t in trajectories]),))
-
-
-def mean_of_prompts(adapted: AdaptedStudent, comparison: Comparison, *, seed: int) -> AdapterWeights:
-    """Return the mean adapter a [R, I], b [O, R] of training prompts, of as many repositories as possible."""
-    assert isinstance(adapted.network, AgenticHyperNetwork)
-    prompts = spread(comparison.training.trajectories, NUM_MEAN_PROMPTS, seed=seed)
-    with torch.no_grad():
-        return mean_adapter(
-            {name: LoRAPair(pair.a[0], pair.b[0]) for name, pair in adapted.adapters([prompt]).items()}
-            for prompt in prompts
-        )
 
 
 @torch.no_grad()

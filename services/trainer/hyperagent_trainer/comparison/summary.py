@@ -111,7 +111,7 @@ class Summary:
         """Return the 95% interval of the share of the frozen student's KL that an arm removes."""
         repos = list(dict.fromkeys(t.repo for t in self._trajectories))
         place = np.array([repos.index(t.repo) for t in self._trajectories])
-        frozen_C = np.bincount(place, weights=self._sums(FROZEN)[0])
+        frozen_C = np.bincount(place, weights=self._sums(FROZEN)[0]).astype(np.float64)
         if arm == FROZEN or not frozen_C.all():
             return None, None
         saved_SC = np.array([frozen_C - np.bincount(place, weights=sums) for sums in self._sums(arm)])
