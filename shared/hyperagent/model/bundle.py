@@ -1,16 +1,19 @@
 """Write and read bundles: everything needed to turn a prompt into an adapter, usually without the student.
 
-bundle.json               manifest: the student and teacher it belongs to, shapes, and digests of the files
-hypernetwork.safetensors  the hypernetwork's weights, with the static adapter that it started from, if any
-embeddings.safetensors    the student's frozen embedding table, if the hypernetwork reads embeddings
-tokenizer/                the student's tokenizer files
-README.md                 the model card, which has no digest
+bundle.json                    manifest: the student and teacher it belongs to, shapes, and digests of the files
+hypernetwork.safetensors       the hypernetwork's weights, with the static adapter that it started from, if any
+embeddings.safetensors         the student's frozen embedding table, if the hypernetwork reads embeddings
+prompt_statistics.safetensors  the distribution of the training prompts' features, if it was known when exporting
+tokenizer/                     the student's tokenizer files
+README.md                      the model card, which has no digest
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperagent.config import parse
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, LimitExceeded
@@ -30,10 +33,12 @@ from hyperagent.model.config import EMBEDDINGS
 from hyperagent.model.featurizer import EmbeddingFeaturizer, PromptFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.model.prompt_distance import PromptNovelty, PromptStatistics, feature_of
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent.storage.files import new_directory
 
 FORMAT_VERSION = 4
+STATISTICS_FILE = "prompt_statistics.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -73,16 +78,22 @@ class Bundle:
     """A loaded bundle, which generates adapters on the CPU."""
 
     def __init__(
-        self, folder: Path, manifest: BundleManifest, hypernetwork: AgenticHyperNetwork, featurizer: PromptFeaturizer
+        self,
+        folder: Path,
+        manifest: BundleManifest,
+        hypernetwork: AgenticHyperNetwork,
+        featurizer: PromptFeaturizer,
+        statistics: PromptStatistics | None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer_folder = folder / "tokenizer"
-        self.fingerprint = blake3(canonical_json(manifest.model_dump(mode="json"))).hexdigest()
-        """Digest of the manifest, and thereby of every file whose digest is in it."""
+        self.fingerprint = _fingerprint(manifest)
+        """Digest of the manifest, and thereby of every file that decides what the adapters are."""
+        self.statistics = statistics
+        """Distribution of the training prompts' features; None if it was not known when the bundle was exported."""
         self._hypernetwork = hypernetwork
         self._featurizer = featurizer
 
-    @torch.inference_mode()
     def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterWeights:
         """Return the adapter for one prompt of P token ids: float32 a [R, I] and b [O, R] per layer.
 
@@ -90,6 +101,28 @@ class Bundle:
             InvalidRequest: the prompt is empty or has an id outside the embedding table.
             LimitExceeded: the prompt is longer than the bundle's limit.
         """
+        return self.generate_with_novelty(prompt_ids)[0]
+
+    @torch.inference_mode()
+    def generate_with_novelty(self, prompt_ids: NDArray[np.uint32]) -> tuple[AdapterWeights, PromptNovelty | None]:
+        """Return what `generate` and `novelty` return, from one forward pass; raises the same errors."""
+        features_1PE, mask_1P = self._inputs(prompt_ids)
+        with _outputs_of(self._hypernetwork.encoder) as latents:
+            batched = self._hypernetwork(features_1PE, mask_1P)
+        adapter = {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
+        return adapter, self._novelty(latents[0])
+
+    @torch.inference_mode()
+    def novelty(self, prompt_ids: NDArray[np.uint32]) -> PromptNovelty | None:
+        """Return how unlike the training prompts one prompt of P token ids is; None if the bundle has no statistics.
+
+        Raises:
+            InvalidRequest, LimitExceeded: see `generate`.
+        """
+        return self._novelty(self._hypernetwork.encoder(*self._inputs(prompt_ids)))
+
+    def _inputs(self, prompt_ids: NDArray[np.uint32]) -> tuple[Tensor, Tensor]:
+        """Return the features [1, P, E] of a prompt and the mask [1, P] of the tokens to read."""
         if prompt_ids.size == 0:
             raise InvalidRequest("the prompt is empty; send the task's text")
         if prompt_ids.size > self.manifest.max_prompt_tokens:
@@ -103,8 +136,10 @@ class Bundle:
             )
         ids_1P = torch.from_numpy(prompt_ids.astype(np.int64))[None]
         mask_1P = self._hypernetwork.readable(ids_1P, torch.ones_like(ids_1P, dtype=torch.bool))
-        batched = self._hypernetwork(self._featurizer(ids_1P), mask_1P)
-        return {name: LoRAPair(pair.a[0].clone(), pair.b[0].clone()) for name, pair in batched.items()}
+        return self._featurizer(ids_1P), mask_1P
+
+    def _novelty(self, latents_1LD: Tensor) -> PromptNovelty | None:
+        return None if self.statistics is None else self.statistics.novelty(feature_of(latents_1LD[0]))
 
 
 def save_bundle(
@@ -115,6 +150,7 @@ def save_bundle(
     embeddings: Tensor,
     tokenizer_folder: Path,
     card: str,
+    statistics: PromptStatistics | None = None,
 ) -> BundleManifest:
     """Write a bundle, completely or not at all, and return the manifest with the files' digests.
 
@@ -122,6 +158,7 @@ def save_bundle(
         embeddings: the student's embedding table; written if the hypernetwork reads embeddings.
         tokenizer_folder: folder of the student's tokenizer files.
         card: the model card in Markdown.
+        statistics: the distribution of the training prompts' features; without it, the bundle recognizes no unusual prompt.
 
     Raises:
         ConfigError: a tokenizer file is missing.
@@ -136,6 +173,8 @@ def save_bundle(
             (temporary / "embeddings.safetensors").write_bytes(
                 save({"embeddings": embeddings.detach().cpu().contiguous()})
             )
+        if statistics is not None:
+            (temporary / STATISTICS_FILE).write_bytes(statistics.encode())
         (temporary / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer_folder / name, temporary / "tokenizer" / name)
@@ -190,7 +229,10 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
         raise CorruptRecord(
             f"the hypernetwork in {folder} does not fit its manifest: {' '.join(str(error).split())}"
         ) from error
-    return Bundle(folder, manifest, hypernetwork, featurizer)
+    statistics = None
+    if STATISTICS_FILE in contents:
+        statistics = PromptStatistics.decode(contents[STATISTICS_FILE], width=manifest.hypernetwork.width)
+    return Bundle(folder, manifest, hypernetwork, featurizer, statistics)
 
 
 def hypernetwork_of(manifest: NetworkManifest, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
@@ -211,6 +253,24 @@ def hypernetwork_of(manifest: NetworkManifest, weights: dict[str, Tensor]) -> Ag
     )
     made.load_state_dict(weights, strict=True)
     return made.eval().requires_grad_(False)
+
+
+def _fingerprint(manifest: BundleManifest) -> str:
+    """Return the digest of a manifest without the prompt statistics, which describe prompts and change no adapter."""
+    files = {name: digest for name, digest in manifest.files.items() if name != STATISTICS_FILE}
+    content = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+    return blake3(canonical_json(content)).hexdigest()
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a module while a network that contains it runs."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def _checked(path: Path, digest: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, CorruptRecord, StorageError
+from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, StorageError
 from hyperagent.model.adapter import LoRAPair
 from hyperagent.model.bundle import TOKENIZER_FILES, BundleManifest, load_bundle, save_bundle
 from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 from hyperagent.model.featurizer import EmbeddingFeaturizer, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.prompt_distance import PromptStatistics, prompt_statistics
 
 LAYERS = (LayerInfo("model.layers.0.self_attn.q_proj", 16, 24),)
 CONFIG = HyperNetworkConfig(width=16, num_latents=2, encoder_blocks=1, generator_blocks=1, num_heads=2, rank=2, alpha=4)
@@ -140,6 +142,79 @@ def test_a_failed_export_leaves_the_old_bundle(folder: Path, tokenizer: ChatToke
     assert (tmp_path / "file").read_text() == "x"
     assert load_bundle(folder).fingerprint == true
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "empty", "file"}
+
+
+def statistics_of(folder: Path) -> PromptStatistics:
+    """Compute statistics of a saved bundle's network with the prompts 0 1 2 ..., 1 2 3 ... and so on."""
+    network = AgenticHyperNetwork(CONFIG, LAYERS, 16)
+    network.load_state_dict(load_file(folder / "hypernetwork.safetensors"))
+    featurizer = EmbeddingFeaturizer(load_file(folder / "embeddings.safetensors")["embeddings"])
+    prompts = [np.arange(start, start + 6, dtype=np.uint32) for start in range(20)]
+    return prompt_statistics(network, featurizer, prompts[::2], prompts[1::2])
+
+
+@pytest.fixture
+def with_statistics(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> Path:
+    """The same bundle as `folder`, with prompt statistics."""
+    save(tmp_path / "with", tokenizer, statistics=statistics_of(folder))
+    return tmp_path / "with"
+
+
+def test_the_novelty_of_a_prompt_comes_from_the_same_pass_as_its_adapter(with_statistics: Path) -> None:
+    bundle, ids = load_bundle(with_statistics), np.array([3, 9, 27], np.uint32)
+    network, table = bundle._hypernetwork, load_file(with_statistics / "embeddings.safetensors")["embeddings"]
+    passes: list[torch.Tensor] = []
+    network.encoder.register_forward_hook(lambda *read: passes.append(read[2]))
+    adapter, novelty = bundle.generate_with_novelty(ids)
+    assert len(passes) == 1
+    assert novelty is not None
+
+    latents_LD = network.encoder(table[ids.astype(int)][None], torch.ones(1, 3, dtype=torch.bool))[0]
+    read = load_file(with_statistics / "prompt_statistics.safetensors")
+    deviation = latents_LD.double().mean(0) - read["mean"]
+    expected = float((read["inverse_factor"] @ deviation).norm()) / CONFIG.width**0.5
+    assert novelty.distance == pytest.approx(expected, rel=1e-5)
+    assert novelty.threshold == float(read["threshold"]) == float(read["quantiles"][-1])
+    assert novelty.is_unusual == (expected > novelty.threshold)
+    assert bundle.novelty(ids) == novelty
+    name = LAYERS[0].name
+    assert torch.equal(bundle.generate(ids)[name].a, adapter[name].a)
+    assert torch.equal(bundle.generate(ids)[name].b, adapter[name].b)
+    with pytest.raises(InvalidRequest, match="the prompt is empty"):
+        bundle.novelty(ids[:0])
+
+
+def test_statistics_change_neither_the_adapters_nor_the_fingerprint(folder: Path, with_statistics: Path) -> None:
+    bare, bundle, ids = load_bundle(folder), load_bundle(with_statistics), np.arange(5, dtype=np.uint32)
+    assert set(bundle.manifest.files) == {*bare.manifest.files, "prompt_statistics.safetensors"}
+    assert bundle.fingerprint == bare.fingerprint
+    name = LAYERS[0].name
+    assert torch.equal(bundle.generate(ids)[name].b, bare.generate(ids)[name].b)
+    assert bare.statistics is None
+    assert bare.novelty(ids) is None
+    assert bare.generate_with_novelty(ids)[1] is None
+
+
+def test_damaged_or_foreign_statistics_are_refused(
+    with_statistics: Path, tokenizer: ChatTokenizer, flip_byte: Callable[[Path, int], None]
+) -> None:
+    path = with_statistics / "prompt_statistics.safetensors"
+    statistics, whole = load_bundle(with_statistics).statistics, path.read_bytes()
+    assert statistics is not None
+    for index in (0, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole)
+        flip_byte(path, index)
+        with pytest.raises(CorruptRecord, match=r"prompt_statistics.safetensors is not the file that the bundle was"):
+            load_bundle(with_statistics)
+    path.unlink()
+    with pytest.raises(CorruptRecord, match=r"lacks .*prompt_statistics.safetensors"):
+        load_bundle(with_statistics)
+    narrow = replace(statistics, mean_D=statistics.mean_D[:-1])
+    save(with_statistics, tokenizer, statistics=narrow)
+    with pytest.raises(
+        CorruptRecord, match=r"the prompt statistics have the tensors .*'mean': \[15\].*export the bundle"
+    ):
+        load_bundle(with_statistics)
 
 
 def test_a_bundle_that_reads_hidden_states_needs_the_student(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
