@@ -74,7 +74,7 @@ def change_recipe(folder: RunFolder, **changes: Any) -> None:
 
 
 def test_a_stopped_run_is_exported_as_it_is(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only the manifest of the teacher's cache and the student's embeddings are needed, and nothing of the data.
+    # Without the data there are no prompt statistics; all else needs only the cache's manifest and the student's embeddings.
     recipe = folder.read_recipe()
     (tmp_path / "cache").mkdir()
     shutil.copy(Path(recipe.cache) / "manifest.json", tmp_path / "cache")
@@ -105,10 +105,12 @@ def test_a_stopped_run_is_exported_as_it_is(folder: RunFolder, tmp_path: Path, m
     assert all(torch.equal(saved[name], exported[name]) for name in saved)
     bundle = load_bundle(out)
     assert bundle.manifest.step == 5
+    assert bundle.statistics is None
     assert any(pair.b.abs().max() > 0 for pair in bundle.generate(np.array([1, 2, 3], np.uint32)).values())
     card = (out / "README.md").read_text()
     assert "5 steps of 3 trajectories" in card
     assert "Measured after step 3." in card
+    assert "They are not recognized: this bundle has no prompt statistics" in card
     assert f"| {kl['adapter']:.4f} |" in card
 
 
@@ -124,6 +126,7 @@ def test_the_export_of_a_finished_run_is_what_it_has_made_itself(
     own = folder.adapter if changes.get("arm") == "static" else folder.bundle
     export_run(folder, tmp_path / "out", None)
     assert contents(tmp_path / "out") == contents(own)
+    assert (own / "prompt_statistics.safetensors").exists() == (own == folder.bundle)
 
 
 def test_a_network_that_started_from_an_adapter_takes_it_along(recipe: TrainRecipe, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Implement `hyperagent export`: export a run's checkpoint as the run itself does at its end.
 
 The run may have stopped, failed or ended, or may still be training. It needs the student's embedding table and tokenizer
-and the manifest of the teacher's cache, but no data.
+and the manifest of the teacher's cache. The run's tokens file is needed only for the prompt statistics.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from hyperagent.cache.remote import read_identity
+from hyperagent.cli.display import stderr
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.errors import ConfigError, Conflict, CorruptRecord, NotFound
-from hyperagent.identity import require_same, weights_fingerprint
+from hyperagent.data.files.tokens_file import read_data_identity, read_tokens
+from hyperagent.errors import ConfigError, Conflict, CorruptRecord, DataError, NotFound
+from hyperagent.identity import DataIdentity, require_same, weights_fingerprint
+from hyperagent.model.config import EMBEDDINGS
+from hyperagent.model.featurizer import EmbeddingFeaturizer
+from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
+from hyperagent.model.prompt_distance import PromptStatistics
 from hyperagent_trainer.checkpoint.format import CheckpointManifest, read_manifest, read_network
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.export.export import export
+from hyperagent_trainer.export.statistics import statistics_of
+from hyperagent_trainer.network.adapted_student import AdapterNetwork
 from hyperagent_trainer.network.build import restore_network
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import last_held_out_kl
@@ -53,15 +61,18 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
     network_manifest = NetworkManifest(**{name: getattr(manifest, name) for name in NetworkManifest.model_fields})
     _require_same_parts(recipe, network_manifest)
     held_out = last_held_out_kl(folder.metrics, manifest.step)
+    network = restore_network(network_manifest, weights)
+    embeddings = embedding_table(recipe.student, getattr(torch, recipe.student_dtype))
     export(
         out,
-        restore_network(network_manifest, weights),
+        network,
         recipe,
         network_manifest=network_manifest,
-        embeddings=embedding_table(recipe.student, getattr(torch, recipe.student_dtype)),
+        embeddings=embeddings,
         teacher=read_identity(recipe.cache).fingerprint,
         step=manifest.step,
         held_out=held_out,
+        statistics=_statistics(network, recipe, embeddings, network_manifest.data),
     )
     return {
         "folder": str(out),
@@ -95,6 +106,33 @@ def read_chosen(
             # The run may have removed this checkpoint meanwhile, after saving a newer one.
             if folder.saved_steps() == steps:
                 raise
+
+
+def _statistics(
+    network: AdapterNetwork, recipe: TrainRecipe, embeddings: Tensor, data: DataIdentity
+) -> PromptStatistics | None:
+    """Compute the prompt statistics if the run's tokens file is there; otherwise say why not on standard error.
+
+    Args:
+        embeddings: the student's embedding table [V, E].
+        data: identity of the run's data.
+    """
+    if not isinstance(network, AgenticHyperNetwork):
+        return None
+    try:
+        if network.config.featurizer != EMBEDDINGS:
+            raise DataError(f"the hypernetwork reads {network.config.featurizer} of the student, which is not loaded")
+        if read_data_identity(recipe.tokens).fingerprint != data.fingerprint:
+            raise DataError(f"{recipe.tokens} holds other data than the run's; restore the run's tokens file")
+        return statistics_of(network, EmbeddingFeaturizer(embeddings), read_tokens(recipe.tokens), seed=recipe.seed)
+    except DataError as error:
+        stderr.print(
+            f"warning: the bundle will not recognize unusual prompts, because it has no prompt statistics: {error}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return None
 
 
 def _require_same_parts(recipe: TrainRecipe, network_manifest: NetworkManifest) -> None:

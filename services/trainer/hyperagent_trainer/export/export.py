@@ -13,6 +13,7 @@ from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import encode_adapter
+from hyperagent.model.prompt_distance import PromptStatistics
 from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.data.dataset import DistillationData
@@ -33,6 +34,7 @@ def export(
     teacher: str,
     step: int,
     held_out: HeldOutKL,
+    statistics: PromptStatistics | None,
 ) -> None:
     """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing an existing folder.
 
@@ -41,6 +43,7 @@ def export(
         teacher: fingerprint of the teacher.
         step: number of optimizer steps that the network was trained for.
         held_out: the last evaluation at or before that step.
+        statistics: of the prompts of a hypernetwork; None if they are not known.
 
     Raises:
         ConfigError: the student's folder lacks a tokenizer file.
@@ -61,7 +64,8 @@ def export(
             hypernetwork=network,
             embeddings=embeddings,
             tokenizer_folder=recipe.student,
-            card=model_card(manifest, recipe, held_out, sum(p.numel() for p in network.parameters())),
+            card=model_card(manifest, recipe, held_out, statistics, sum(p.numel() for p in network.parameters())),
+            statistics=statistics,
         )
     else:
         files = encode_adapter(

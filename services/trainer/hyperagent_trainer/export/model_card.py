@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from hyperagent.model.bundle import BundleManifest
+from hyperagent.model.prompt_distance import PromptStatistics
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT
 from hyperagent_trainer.runs.metrics_file import HeldOutKL
@@ -21,11 +22,18 @@ _ARMS = {
 }
 
 
-def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutKL, num_parameters: int) -> str:
+def model_card(
+    manifest: BundleManifest,
+    recipe: TrainRecipe,
+    held_out: HeldOutKL,
+    statistics: PromptStatistics | None,
+    num_parameters: int,
+) -> str:
     """Return the model card: what the bundle is, how it was trained, and its held-out KL.
 
     Args:
         held_out: the last evaluation at or before the bundle's step.
+        statistics: the prompt statistics in the bundle, if it has any.
     """
     student = Path(manifest.base_model).name
     front = {
@@ -73,5 +81,22 @@ def model_card(manifest: BundleManifest, recipe: TrainRecipe, held_out: HeldOutK
         "",
         "A gap between the last two rows is what reading the prompt is worth; without one, a static adapter would do as well.",
         "",
+        "## Prompts unlike the training prompts",
+        "",
+        _novelty(statistics),
+        "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _novelty(statistics: PromptStatistics | None) -> str:
+    if statistics is None:
+        return (
+            "They are not recognized: this bundle has no prompt statistics, because they could not be computed from the run's data when "
+            "it was exported. An adapter for such a prompt may be worse than none."
+        )
+    return (
+        f"An adapter for such a prompt may be worse than none. A prompt is reported as unusual if its distance from {statistics.num_training:,} "
+        f"training prompts is above {statistics.threshold:.3g}; of {statistics.num_held_out:,} held-out prompts, half are within "
+        f"{statistics.quantiles_Q[50]:.3g} and the farthest is at {statistics.quantiles_Q[-1]:.3g}."
+    )

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import tee
+from itertools import chain, tee
 
 import structlog
 import torch
@@ -31,6 +31,7 @@ from hyperagent_trainer.evaluation.arms import ADAPTER
 from hyperagent_trainer.evaluation.collapse import have_collapsed
 from hyperagent_trainer.evaluation.evaluate import Evaluation
 from hyperagent_trainer.export.export import export, make_probe
+from hyperagent_trainer.export.statistics import statistics_of_run
 from hyperagent_trainer.network.build import shard_network, whole_network
 from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
@@ -297,6 +298,13 @@ class Trainer:
         with self._average.in_use():
             probe = make_probe(self._adapted, setup.held_out[HELD_OUT])
             trained = whole_network(self._adapted.network, recipe, student, setup.warm_start)
+            # On every rank, because a hypernetwork that reads hidden states runs layers of the sharded student.
+            statistics = statistics_of_run(
+                trained,
+                student.model,
+                chain(setup.training.trajectories, setup.held_out[HELD_OUT].trajectories),
+                seed=recipe.seed,
+            )
             if not self._ranks.is_first:
                 return
             export(
@@ -308,5 +316,6 @@ class Trainer:
                 teacher=setup.teacher,
                 step=step,
                 held_out=last_held_out_kl(folder.metrics, step),
+                statistics=statistics,
             )
             write_atomically(folder.probe, probe)
