@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
+from hyperagent.data.pipeline.views import Condition, condition_ids
 from hyperagent.identity import weights_fingerprint
 from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
 from hyperagent.model.config import HyperNetworkConfig
+from hyperagent.model.featurizer import EmbeddingFeaturizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
+from hyperagent.model.prompt_distance import PromptStatistics, prompt_statistics
 from hyperagent.model.targets import discover_target_layers
 from hyperagent_adapter_api.app import create_adapter_app
 from hyperagent_adapter_api.generator import AdapterGenerator
@@ -79,29 +82,59 @@ def hypernetwork(student: PreTrainedModel) -> AgenticHyperNetwork:
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(
+def write_bundle(
+    student: PreTrainedModel, hypernetwork: AgenticHyperNetwork, student_folder: Path
+) -> Callable[[Path, PromptStatistics | None], Path]:
+    """Writes a bundle, with or without prompt statistics."""
+
+    def write(folder: Path, statistics: PromptStatistics | None) -> Path:
+        manifest = BundleManifest(
+            base_model=str(student_folder),
+            student_weights=weights_fingerprint(student_folder),
+            teacher="ab" * 32,
+            data=data_identity(ChatTokenizer(student_folder).identity),
+            condition=("task",),
+            hypernetwork=hypernetwork.config,
+            layers=hypernetwork.generator.layers,
+            max_prompt_tokens=200,
+            step=7,
+        )
+        save_bundle(
+            folder,
+            manifest,
+            hypernetwork=hypernetwork,
+            embeddings=student.get_input_embeddings().weight,
+            tokenizer_folder=student_folder,
+            card="",
+            statistics=statistics,
+        )
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory, write_bundle: Callable[..., Path]) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("out") / "bundle", None)
+
+
+@pytest.fixture(scope="session")
+def watchful_bundle_folder(
     tmp_path_factory: pytest.TempPathFactory,
+    write_bundle: Callable[..., Path],
     student: PreTrainedModel,
     hypernetwork: AgenticHyperNetwork,
     student_folder: Path,
 ) -> Path:
-    folder = tmp_path_factory.mktemp("out") / "bundle"
-    manifest = BundleManifest(
-        base_model=str(student_folder),
-        student_weights=weights_fingerprint(student_folder),
-        teacher="ab" * 32,
-        data=data_identity(ChatTokenizer(student_folder).identity),
-        condition=("task",),
-        hypernetwork=hypernetwork.config,
-        layers=hypernetwork.generator.layers,
-        max_prompt_tokens=200,
-        step=7,
-    )
-    embeddings = student.get_input_embeddings().weight
-    save_bundle(
-        folder, manifest, hypernetwork=hypernetwork, embeddings=embeddings, tokenizer_folder=student_folder, card=""
-    )
-    return folder
+    """The same bundle with statistics of prompts that name a failing test by its number."""
+    tokenizer = ChatTokenizer(student_folder)
+    prompts = [
+        condition_ids(tokenizer, Condition(f"fix the failing test {number} in the parser"), parts=["task"])
+        for number in range(100, 180)
+    ]
+    featurizer = EmbeddingFeaturizer(student.get_input_embeddings().weight)
+    statistics = prompt_statistics(hypernetwork, featurizer, prompts[::2], prompts[1::2])
+    return write_bundle(tmp_path_factory.mktemp("watchful") / "bundle", statistics)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Qwen3NextForCausalLM
 from typer.testing import CliRunner
 
+from hyperagent.cli.main import build_app
 from hyperagent.http.adapter_client import AdapterClient
 from hyperagent.http.adapter_models import PromptBody
 from hyperagent.model.adapter import LoRAPair
@@ -86,6 +88,42 @@ def test_a_downloaded_adapter_does_to_the_student_what_the_hypernetwork_meant(
         fresh = Qwen3NextForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
         adapted = PeftModel.from_pretrained(fresh, source).eval()(input_ids=token_ids).logits
         torch.testing.assert_close(adapted, meant, atol=1e-5, rtol=0)
+
+
+def test_the_command_warns_in_one_line_and_writes_the_adapter(tmp_path: Path, watchful_bundle_folder: Path) -> None:
+    usual, unusual = "fix the failing test 155 in the parser", "@@ ZZ ## QQ || %% XX && WW"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = f"http://127.0.0.1:{port}"
+    process = start(["--bundle", watchful_bundle_folder, "--port", port, "--store", tmp_path / "s"])
+    try:
+        with AdapterClient(server, "secret") as client:
+            client.wait_until_ready(60)
+        shown = {
+            prompt: CliRunner().invoke(
+                build_app(),
+                ["adapter", "create", prompt, "--server", server, "--out", str(tmp_path / str(place)), "--json"],
+                env={"HYPERAGENT_TOKEN": "secret"},
+            )
+            for place, prompt in enumerate((usual, unusual))
+        }
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    for place, prompt in enumerate((usual, unusual)):
+        assert shown[prompt].exit_code == 0, shown[prompt].output
+        assert (tmp_path / str(place) / "adapter_model.safetensors").is_file()
+    assert shown[usual].stderr == ""
+    novelty = json.loads(shown[unusual].stdout)["novelty"]
+    assert novelty["is_unusual"]
+    assert shown[unusual].stderr == (
+        "warning: this prompt is unlike the prompts that the hypernetwork was trained on "
+        f"(distance {novelty['distance']:.3g}, usual up to {novelty['threshold']:.3g}): the adapter may be worse than none\n"
+    )
+    assert log.count("the prompt is unlike the training prompts") == 1
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path, bundle_folder: Path) -> None:

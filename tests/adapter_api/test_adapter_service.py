@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hyperagent.errors import Busy, ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
+from hyperagent.http.adapter_models import Novelty
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.peft_io import AdapterFiles
 from hyperagent_adapter_api.app import build_app
@@ -33,14 +34,14 @@ class SlowGenerator(AdapterGenerator):
         self.running = 0
         self.most_running = 0
 
-    def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterFiles:
+    def generate(self, prompt_ids: NDArray[np.uint32]) -> tuple[AdapterFiles, Novelty | None]:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         assert self.may_go.wait(20)
         self.generated += 1
-        files = super().generate(prompt_ids)
+        made = super().generate(prompt_ids)
         self.running -= 1
-        return files
+        return made
 
 
 async def test_equal_prompts_at_once_make_one_adapter(generator: AdapterGenerator, store_folder: Path) -> None:
@@ -89,8 +90,8 @@ def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, stor
         AdapterStore(store_folder, max_adapters=3)
     prompt_ids = generator.encode({"task": "fix the test"})
     adapter_id = id_of(generator.bundle, prompt_ids)
-    files = generator.generate(prompt_ids)
-    adapter = store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size)
+    files, novelty = generator.generate(prompt_ids)
+    adapter = store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
     store.close()
 
     # Leftovers of a process killed while writing and of one killed while deleting.
@@ -107,8 +108,8 @@ def test_a_file_stays_readable_when_its_adapter_is_deleted(generator: AdapterGen
     store = AdapterStore(store_folder, max_adapters=3)
     prompt_ids = generator.encode({"task": "fix the test"})
     adapter_id = id_of(generator.bundle, prompt_ids)
-    files = generator.generate(prompt_ids)
-    store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size)
+    files, novelty = generator.generate(prompt_ids)
+    store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
     _, file = store.open(adapter_id, "adapter_model.safetensors")
     store.delete(adapter_id)
     with file:

@@ -12,6 +12,7 @@ from hyperagent.data.chat.messages import prune_nulls
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.pipeline.views import Condition, condition_ids
 from hyperagent.errors import DataError, InvalidRequest
+from hyperagent.http.adapter_models import Novelty
 from hyperagent.identity import require_same
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles, encode_adapter
@@ -63,14 +64,17 @@ class AdapterGenerator:
         except DataError as error:
             raise InvalidRequest(f"the prompt cannot be read: {error}") from error
 
-    def generate(self, prompt_ids: NDArray[np.uint32]) -> AdapterFiles:
-        """Generate the adapter for prompt ids [P].
+    def generate(self, prompt_ids: NDArray[np.uint32]) -> tuple[AdapterFiles, Novelty | None]:
+        """Generate the adapter for prompt ids [P], and say how unlike the training prompts they are.
 
         Raises:
             InvalidRequest: an id is outside the student's embedding table.
             LimitExceeded: the prompt is longer than the hypernetwork reads.
         """
         manifest = self.bundle.manifest
-        weights = self.bundle.generate(prompt_ids)
+        weights, found = self.bundle.generate_with_novelty(prompt_ids)
         origin = {"hyperagent_bundle": self.bundle.fingerprint, "hyperagent_data": manifest.data.fingerprint}
-        return encode_adapter(weights, base_model=manifest.base_model, alpha=manifest.alpha, origin=origin)
+        files = encode_adapter(weights, base_model=manifest.base_model, alpha=manifest.alpha, origin=origin)
+        if found is None:
+            return files, None
+        return files, Novelty(distance=found.distance, threshold=found.threshold, is_unusual=found.is_unusual)

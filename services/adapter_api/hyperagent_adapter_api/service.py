@@ -64,7 +64,14 @@ class AdapterService:
             return self.store.get(adapter_id), False
         except NotFound:
             self.store.require_room()
-        files = self._generator.generate(prompt_ids)
-        adapter = self.store.put(adapter_id, files, bundle=self.bundle, prompt_tokens=prompt_ids.size)
+        files, novelty = self._generator.generate(prompt_ids)
+        adapter = self.store.put(adapter_id, files, bundle=self.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
         _log.info("adapter made", id=adapter_id, prompt_tokens=adapter.prompt_tokens, bytes=adapter.bytes)
+        if novelty is not None and novelty.is_unusual:
+            _log.warning(
+                "the prompt is unlike the training prompts: the adapter may be worse than none",
+                id=adapter_id,
+                distance=novelty.distance,
+                threshold=novelty.threshold,
+            )
         return adapter, True

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.config import describe
 from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.http.adapter_models import StoredAdapter
+from hyperagent.http.adapter_models import Novelty, StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
 from hyperagent.storage.file_lock import open_locked
@@ -132,7 +132,9 @@ class AdapterStore:
                 "delete some or raise the limit"
             )
 
-    def put(self, adapter_id: str, files: AdapterFiles, *, bundle: Bundle, prompt_tokens: int) -> StoredAdapter:
+    def put(
+        self, adapter_id: str, files: AdapterFiles, *, bundle: Bundle, prompt_tokens: int, novelty: Novelty | None
+    ) -> StoredAdapter:
         """Store an adapter atomically.
 
         Raises:
@@ -151,6 +153,7 @@ class AdapterStore:
             base_model=bundle.manifest.base_model,
             bundle=bundle.fingerprint,
             data=bundle.manifest.data.fingerprint,
+            novelty=novelty,
         )
         with new_directory(self._folder(adapter_id)) as temporary:
             (temporary / MODEL_FILE).write_bytes(files.model)

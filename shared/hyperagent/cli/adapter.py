@@ -53,6 +53,12 @@ def create(
     with AdapterClient(server, read_token()) as client:
         adapter = client.create(request)
         client.download(adapter, out)
+    if (novelty := adapter.novelty) is not None and novelty.is_unusual:
+        typer.echo(
+            "warning: this prompt is unlike the prompts that the hypernetwork was trained on "
+            f"(distance {novelty.distance:.3g}, usual up to {novelty.threshold:.3g}): the adapter may be worse than none",
+            err=True,
+        )
     print_result({**adapter.model_dump(mode="json"), "folder": str(out)}, as_json=as_json)
 
 

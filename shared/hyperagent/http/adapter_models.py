@@ -10,6 +10,17 @@ from pydantic import BaseModel, Field
 from hyperagent.config import StrictModel
 
 
+class Novelty(StrictModel):
+    """How unlike the training prompts of the hypernetwork a prompt is."""
+
+    distance: float
+    """Distance from the training prompts, about 1 for a prompt like them."""
+    threshold: float
+    """Distance up to which a prompt is usual: 99% of the held-out prompts are not farther away."""
+    is_unusual: bool
+    """Whether the distance is above the threshold; the adapter may then be worse than none."""
+
+
 class StoredAdapter(StrictModel):
     """Contents of `adapter.json`."""
 
@@ -28,6 +39,8 @@ class StoredAdapter(StrictModel):
     """Fingerprint of the bundle that generated the adapter."""
     data: str
     """Fingerprint of the data that the bundle was trained on."""
+    novelty: Novelty | None = None
+    """How unlike the training prompts the prompt is; null if the bundle had no statistics of them."""
 
 
 class PromptBody(StrictModel):
