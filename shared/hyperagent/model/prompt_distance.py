@@ -182,7 +182,7 @@ def shrunken_covariance(x_ND: NDArray[np.float64]) -> NDArray[np.float64]:
     return shrunken
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _feature(
     network: AgenticHyperNetwork, featurize: PromptFeaturizer, prompt_ids_P: NDArray[np.uint32]
 ) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from tiny_runs import run
+from tiny_runs import run, start_worker
 
 from hyperagent.data.files.tokens_file import (
     HELD_OUT,
@@ -25,7 +25,7 @@ from hyperagent.data.files.tokens_file import (
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.featurizer import EmbeddingFeaturizer, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
-from hyperagent.model.prompt_distance import prompt_statistics
+from hyperagent.model.prompt_distance import PromptStatistics, prompt_statistics
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.export.command import export_run, read_chosen
 from hyperagent_trainer.export.statistics import MAX_PROMPTS, spread, statistics_of, statistics_of_run
@@ -120,6 +120,27 @@ def test_a_hypernetwork_that_reads_hidden_states_has_statistics_from_the_run_onl
     export_run(folder, tmp_path / "out", None)
     assert not (tmp_path / "out" / "prompt_statistics.safetensors").exists()
     assert capsys.readouterr().err == f"{WARNING}the hypernetwork reads hidden@1 of the student, which is not loaded\n"
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_the_statistics_of_a_sharded_network(recipe: TrainRecipe, tmp_path: Path) -> None:
+    # Hardly trained, because AdamW's first steps have the same size for any gradient, even for rounding noise.
+    changes = {"num_steps": 1, "learning_rate": 1e-7}
+    alone = finished_run(recipe.model_copy(update=changes), tmp_path / "alone")
+    both = RunFolder(tmp_path / "both")
+    process = start_worker(recipe.model_copy(update={**changes, "processes": 2, "shard_network": True}), both.root)
+    try:
+        assert process.wait(120) == 0, both.log.read_text()
+    finally:
+        process.kill()
+    found, expected = (
+        PromptStatistics.decode(
+            (folder.bundle / "prompt_statistics.safetensors").read_bytes(), width=recipe.hypernetwork.width
+        )
+        for folder in (both, alone)
+    )
+    np.testing.assert_allclose(found.mean_D, expected.mean_D, atol=1e-4)
+    np.testing.assert_allclose(found.quantiles_Q, expected.quantiles_Q, rtol=1e-3)
 
 
 def test_statistics_are_not_computed_from_other_data(
