@@ -19,7 +19,7 @@ from hyperagent_trainer.network.adapted_student import AdapterNetwork
 log = structlog.get_logger()
 
 MAX_PROMPTS = 512
-"""Largest number of prompts of each split: the covariance hardly changes with more, and each costs a forward pass."""
+"""Largest number of prompts of each split, because each costs a forward pass of the encoder."""
 
 Prompt = NDArray[np.uint32]
 
