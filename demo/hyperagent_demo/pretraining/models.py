@@ -73,7 +73,7 @@ def build_model(role: Role, config: PretrainConfig, *, vocab_size: int, max_toke
         Qwen3NextConfig(
             **shared,
             shared_expert_intermediate_size=config.hidden_size,
-            full_attention_interval=4,  # type: ignore[call-arg]  # read from **kwargs
+            full_attention_interval=min(4, config.num_layers),  # type: ignore[call-arg]  # read from **kwargs
             linear_conv_kernel_dim=4,
             linear_num_key_heads=1,
             linear_num_value_heads=2,
