@@ -131,6 +131,10 @@ def test_the_parts_add_up_and_few_repositories_give_no_verdict(report: Evaluatio
     assert "3 repositories are fewer than the 8" in report.conditioning.reason
     assert report.similarity is not None
     assert len(report.similarity.cosine) == 3
+    # No held-out prompt is beyond the largest distance of the held-out prompts, which the bundle was calibrated on.
+    assert report.out_of_distribution is not None
+    assert report.out_of_distribution.share_flagged == 0
+    assert report.out_of_distribution.held_out_median <= report.out_of_distribution.threshold
     assert report.arms["own"].gap_closed == pytest.approx(1 - report.arms["own"].kl / report.arms["frozen"].kl)
 
 

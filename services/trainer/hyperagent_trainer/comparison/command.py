@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from hyperagent.cli.display import print_result
 from hyperagent.data.files.tokens_file import HELD_OUT
+from hyperagent.model.bundle import load_bundle
+from hyperagent.model.config import EMBEDDINGS
 from hyperagent.model.targets import num_adapter_parameters
 from hyperagent.progress import Progress
 from hyperagent.storage.files import write_atomically
@@ -27,6 +30,7 @@ from hyperagent_trainer.evaluation.conditioning import DEFAULT_MARGIN
 from hyperagent_trainer.evaluation_report.html import write_html
 from hyperagent_trainer.evaluation_report.markdown import write_markdown
 from hyperagent_trainer.evaluation_report.schema import EvaluationReport
+from hyperagent_trainer.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def evaluate(request: EvaluationRequest, *, progress: Progress) -> EvaluationRep
                 "by_class": summary.by_class(),
                 "similarity": similarity(adapted, comparison, own_wins=wins),
                 "teacher_check": _read_teacher_check(request.teacher_check),
+                "out_of_distribution": _out_of_distribution(comparison),
                 "cost": _cost(comparison, started),
             }
         )
@@ -124,6 +129,24 @@ def _read_teacher_check(path: Path | None) -> dict[str, Any] | None:
         return None
     check: dict[str, Any] = json.loads(path.read_bytes())
     return {name: check[name] for name in ("kl", "dependent_share", "threshold", "num_rows", "nothing_to_distil")}
+
+
+def _out_of_distribution(comparison: Comparison) -> dict[str, Any] | None:
+    """Return how unlike the training prompts the held-out ones are; None if the run's bundle does not say."""
+    run = comparison.own[0]
+    folder = RunFolder(run.folder).bundle
+    if not (folder / "bundle.json").is_file() or run.manifest.hypernetwork.featurizer != EMBEDDINGS:
+        return None
+    bundle = load_bundle(folder)
+    found = [bundle.novelty(trajectory.prompt_ids) for trajectory in comparison.data.trajectories]
+    known = [novelty for novelty in found if novelty is not None]
+    if not known:
+        return None
+    return {
+        "held_out_median": float(np.median([novelty.distance for novelty in known])),
+        "threshold": known[0].threshold,
+        "share_flagged": float(np.mean([novelty.is_unusual for novelty in known])),
+    }
 
 
 def _cost(comparison: Comparison, started: float) -> dict[str, Any]:
