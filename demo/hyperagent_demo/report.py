@@ -214,8 +214,8 @@ def write_plot(path: Path, metrics: list[dict[str, Any]], report: dict[str, Any]
     bars.axvline(0, color="black", lw=0.8)
     bars.margins(x=0.15)
     bars.set_yticks(range(len(arms)), [ARM_WORDS[arm] for arm in arms])
-    bars.set(xlabel="share of the gap to the teacher that is closed, % (line: 95 % interval)")
-    bars.set_title(f"Repositories never seen in training: {report['verdict'] or 'no verdict'}")
+    bars.set(xlabel="gap to the teacher that is closed, % (line: 95 % interval)")
+    bars.set_title(f"Unseen repositories: {report['verdict'] or 'no verdict'}")
     for axes in (curve, bars):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y" if axes is curve else "x", alpha=0.3)

@@ -1,7 +1,7 @@
 """Generate the sample of house rules: small chores, each done by one command of the repository's own script.
 
-A trajectory has two turns of the assistant: the command, which is really run, and a closing message. What the command and the
-message look like is decided by rules that only the system prompt states (`house_rules`).
+A trajectory has two turns of the assistant: the command, which is really run, and a closing message. What the command
+and the message look like is decided by rules that only the system prompt states (`house_rules`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from hyperagent.errors import StorageError
 from hyperagent.progress import Progress
-from hyperagent_demo.sample.house_rules import KINDS, HouseRules
+from hyperagent_demo.sample.house_rules import KINDS, HouseRules, draw_repositories
 from hyperagent_demo.sample.table import write_table
 from hyperagent_demo.sample.tools import TOOLS
 from hyperagent_demo.sample.workspace import Workspace, require_commands
@@ -43,17 +43,15 @@ def write_rules_sample(path: Path, *, seed: int, rows: int, progress: Progress) 
     """
     require_commands()
     table = []
-    for index in range(rows):
+    for index, (rules, random) in enumerate(draw_repositories(seed, rows)):
         progress(index, rows)
-        table.append(_row(index, seed))
+        table.append(_row(rules, random, index=index, seed=seed))
     progress(rows, rows)
     write_table(path, table)
 
 
-def _row(index: int, seed: int) -> dict[str, Any]:
-    """Draw the rules of a repository and a chore in it, and do the chore."""
-    random = Random(f"{seed}/rules/{index}")
-    rules = HouseRules.draw(random)
+def _row(rules: HouseRules, random: Random, *, index: int, seed: int) -> dict[str, Any]:
+    """Draw a chore in a repository, and do it."""
     # In turn, so that every kind has the same number of rows.
     kind = KINDS[index % len(KINDS)]
     good, number = random.choice(_GOODS), random.randint(2, 9)

@@ -1,13 +1,13 @@
 """House rules of a repository: nine choices that only its system prompt states.
 
-Every repository draws each rule by itself, so that the combination of a repository that training has not seen is new, while
-each single value occurs in about a quarter of the others.
+Every repository draws each rule by itself, and no two repositories have the same combination. So the combination of a
+repository that training has not seen is new, while each single value occurs in about a quarter of the others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
@@ -72,25 +72,22 @@ class HouseRules:
         """Return the message that ends the work."""
         return f"The work is {self.values['closing']}. {self.values['signature']}"
 
-    def visible_in(self, text: str) -> list[str]:
-        """Return the words of the rules that occur in `text`, such as a command that was generated."""
-        shown = [value for name, value in self.values.items() if name != "record"]
-        return [value for value in shown if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text)]
-
     def script(self) -> str:
         """Return the source of the repository's own script, which refuses everything that is not by the rules."""
         rule = self.values
-        pattern = re.sub(
-            "number|name", lambda word: {"number": "([0-9]+)", "name": "([a-z]+)"}[word[0]], rule["record"]
-        )
+        pattern = _record_pattern(rule["record"])
         name, number = ("1", "2") if rule["record"].startswith("name") else ("2", "1")
+        # Without commands other than those of bash itself, each of which would start a process per row.
         return f"""#!/bin/bash
-stock=stock.txt
 fail() {{ echo "$1"; exit 1; }}
 [[ $# -eq 4 && $3 == {rule["reason"]} ]] || fail "no reason"
 [[ $2 =~ ^{pattern}$ ]] || fail "no record: $2"
 name=${{BASH_REMATCH[{name}]}} number=${{BASH_REMATCH[{number}]}}
-read -r _ held < <(grep "^$name " $stock) || fail "no $name here"
+mapfile -t lines < stock.txt
+for place in "${{!lines[@]}}"; do
+    if [[ ${{lines[place]}} == "$name "* ]]; then held=${{lines[place]#* }}; break; fi
+done
+[[ -n $held ]] || fail "no $name here"
 case $1 in
 {rule["add"]}) left=$((held + number)) ;;
 {rule["remove"]}) left=$((held - number)) ;;
@@ -99,6 +96,41 @@ case $1 in
 *) fail "no verb: $1" ;;
 esac
 [[ $left -ge 0 ]] || fail "only $held"
-sed -i "s/^$name .*/$name $left/" $stock
+lines[place]="$name $left"
+printf '%s\\n' "${{lines[@]}}" > stock.txt
 echo "left: $left"
 """
+
+
+def draw_repositories(seed: int, count: int) -> Iterator[tuple[HouseRules, Random]]:
+    """Yield each repository's rules, no two alike, and the generator that draws whatever else is its own.
+
+    A repository depends on the seed and on those before it, but not on `count`.
+    """
+    taken: set[str] = set()
+    for index in range(count):
+        random = Random(f"{seed}/rules/{index}")
+        rules = HouseRules.draw(random)
+        while rules.system_prompt() in taken:
+            rules = HouseRules.draw(random)
+        taken.add(rules.system_prompt())
+        yield rules, random
+
+
+def followed(text: str, rules: HouseRules) -> dict[str, bool]:
+    """Return whether `text`, such as a command that was generated, follows each rule that it shows.
+
+    A rule that the text neither follows nor breaks, because none of the rule's values is in it, is left out.
+    """
+    shown = {}
+    for name, (_, values) in _SENTENCES.items():
+        patterns = {value: _record_pattern(value) if name == "record" else re.escape(value) for value in values}
+        found = {value for value in values if re.search(rf"(?<![\w-]){patterns[value]}(?![\w-])", text)}
+        if found:
+            shown[name] = found == {rules.values[name]}
+    return shown
+
+
+def _record_pattern(form: str) -> str:
+    """Return a regular expression, also for bash, whose groups are a record's name and number as the form orders them."""
+    return re.sub("number|name", lambda word: {"number": "([0-9]+)", "name": "([a-z]+)"}[word[0]], form)

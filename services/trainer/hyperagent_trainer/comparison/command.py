@@ -115,7 +115,7 @@ def _facts(comparison: Comparison, request: EvaluationRequest) -> dict[str, Any]
     return {
         "version": 1,
         "run": {"folder": str(run.folder), "step": run.step, "seed": run.recipe.seed},
-        "view": "internalized" if run.manifest.data.settings["views"].get("internalized") else "full",
+        "view": "internalized" if run.manifest.data.settings["views"].get("internalised") else "full",
         "split": request.split,
         "num_repositories": len({t.repo for t in trajectories}),
         "num_trajectories": len(trajectories),

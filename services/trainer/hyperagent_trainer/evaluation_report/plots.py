@@ -19,6 +19,8 @@ _ROW = 46
 """Height in pixels that an arm has in the plot of the gap."""
 _ROOM = 23
 """Most characters of a value and its interval that fit beside the longest name on a telephone."""
+_FLOOR = -1.0
+"""Where bars are cut: an adapter that does more harm, such as the empty prompt's, would flatten all other bars."""
 _LINES = 220
 """Height in pixels of the lines' area in the plot by position."""
 
@@ -36,7 +38,7 @@ def gap_plot(arms: Mapping[str, ArmResult]) -> Markup | None:
     if not shown:
         return None
     bounds = [bound for arm, closed in shown.values() for bound in (closed, arm.gap_low, arm.gap_high)]
-    scale = Scale.over([bound for bound in bounds if bound is not None])
+    scale = Scale.over([max(bound, _FLOOR) for bound in bounds if bound is not None])
     height = _ROW * len(shown)
     # The lines come first: text has a rim that keeps it readable on top of them.
     parts = [_tick(scale, tick, height) for tick in scale.ticks]
@@ -44,6 +46,8 @@ def gap_plot(arms: Mapping[str, ArmResult]) -> Markup | None:
     for place, (name, (arm, closed)) in enumerate(shown.items()):
         parts.append(_gap_row(name, arm, closed, scale, _ROW * place))
     title = "Share of the gap to the teacher that each arm closes, with 95% intervals"
+    if any(closed < _FLOOR for _, closed in shown.values()):
+        title = f"{title}; bars are cut at {_FLOOR:.0%}"
     said = "; ".join(f"{ARMS[name][0]} {_gap_text(arm, closed)}" for name, (arm, closed) in shown.items())
     return figure("gap", title, f"Bars from zero. {said}.", parts, height=height + 20)
 
@@ -65,10 +69,10 @@ def _gap_row(name: str, arm: ArmResult, closed: float, scale: Scale, top: float)
     parts = [
         label(0, top + 15, ARMS[name][0], class_="name"),
         label(1, top + 15, written, anchor="end", class_="value"),
-        bar(scale(0), scale(closed), top + 22, 16, class_=f"bar arm-{name}", title=f"{ARMS[name][0]}: {words}"),
+        bar(scale(0), scale(max(closed, _FLOOR)), top + 22, 16, class_=f"bar arm-{name}", title=f"{ARMS[name][0]}: {words}"),
     ]
     if arm.gap_low is not None and arm.gap_high is not None:
-        low, high = scale(arm.gap_low), scale(arm.gap_high)
+        low, high = scale(max(arm.gap_low, _FLOOR)), scale(max(arm.gap_high, _FLOOR))
         parts.append(line(low, middle, high, middle, class_="whisker"))
         parts += [line(end, middle - 5, end, middle + 5, class_="whisker") for end in (low, high)]
     return join(*parts)
