@@ -1,7 +1,7 @@
 """Evaluate the held-out KL of the arms on other repositories and on other tasks of the training repositories.
 
 The arms are those of `arms`. Where tasks of the training repositories are held out as well, the names of their arms end in
-`_tasks`.
+`_tasks`; those of repositories that choose the checkpoint end in `_validation`.
 
 The gap between `adapter_shuffled_prompt` and `adapter` is the gain from conditioning on the prompt; a single static adapter
 would learn whatever the two have in common. `conditioning` computes an interval for the gap over the held-out repositories.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TokenizedTrajectory
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, VALIDATION, TokenizedTrajectory
 from hyperagent.errors import DataError
 from hyperagent_trainer.data.dataset import DistillationData
 from hyperagent_trainer.distributed import Ranks
@@ -25,7 +25,7 @@ from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, OWN, SHUFFLED, S
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
 from hyperagent_trainer.network.adapted_student import AdaptedStudent
 
-_ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks"}
+_ENDINGS = {HELD_OUT: "", HELD_OUT_TASKS: "_tasks", VALIDATION: "_validation"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class HeldOut:
     """Nats per supervised token, by arm."""
     conditioning: dict[str, ConditioningReport]
     """Comparison of the arms, by split; empty for a static adapter."""
+
+    @property
+    def selecting_kl(self) -> float:
+        """KL that chooses the checkpoint: on the validation repositories if there are any, else on the reported ones."""
+        return self.kl.get(f"{ADAPTER}{_ENDINGS[VALIDATION]}", self.kl[ADAPTER])
 
 
 class Evaluation:

@@ -11,7 +11,8 @@ import structlog
 import torch
 
 from hyperagent.cache.base import CacheReader
-from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, has_split
+from hyperagent.data.files.disjoint import require_disjoint
+from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, VALIDATION, has_split
 from hyperagent.model.common_tokens import common_ids
 from hyperagent.model.manifest import NetworkManifest
 from hyperagent.model.peft_io import ImportedAdapter
@@ -60,6 +61,7 @@ def load_setup(
         HyperagentError: the recipe's inputs are missing, damaged, or do not match.
     """
     held_out = _load_splits(recipe, cache, student)
+    require_disjoint((t.repo, t.split) for data in held_out.values() for t in data.trajectories)
     training = held_out.pop(TRAIN)
     recipe = recipe.in_steps(len(training.trajectories))
     if recipe.full_view_share > 0:
@@ -114,8 +116,8 @@ def _load_splits(recipe: TrainRecipe, cache: CacheReader, student: Student) -> d
             max_prompt_tokens=recipe.max_prompt_tokens,
             temperature=recipe.temperature if split == TRAIN else 1.0,
         )
-        for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)
-        if split != HELD_OUT_TASKS or has_split(recipe.tokens, split)
+        for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS, VALIDATION)
+        if split in (TRAIN, HELD_OUT) or has_split(recipe.tokens, split)
     }
 
 

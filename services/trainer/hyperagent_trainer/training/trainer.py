@@ -27,7 +27,6 @@ from hyperagent_trainer.data.schedule import StepPlan, batches_from, plan_step
 from hyperagent_trainer.data.training_prompts import TrainingPrompts
 from hyperagent_trainer.distributed import Ranks, full_tensor, init_distributed, peak_memory_bytes
 from hyperagent_trainer.evaluation.adapter_statistics import adapter_statistics, gradient_norms, weight_norms
-from hyperagent_trainer.evaluation.arms import ADAPTER
 from hyperagent_trainer.evaluation.collapse import have_collapsed
 from hyperagent_trainer.evaluation.evaluate import Evaluation
 from hyperagent_trainer.export.export import export, make_probe
@@ -218,7 +217,7 @@ class Trainer:
         if collapsed:
             log.warning("different prompts get the same adapter", step=self.step, cosine=statistics.cosine)
         self.reporter.evaluation(self.step, held_out, statistics, collapsed=collapsed)
-        self.best = self.best.after(self.step, held_out.kl[ADAPTER])
+        self.best = self.best.after(self.step, held_out.selecting_kl)
         if self.best.step == self.step and self._recipe.patience is not None:
             self.checkpoints.save(self.step, self.best)
 
