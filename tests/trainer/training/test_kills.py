@@ -17,7 +17,7 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 
-MANY_KILLS = int(os.environ.get("HYPERAGENT_TEST_KILLS", "50"))
+MANY_KILLS = int(os.environ.get("HYPERAGENT_TEST_KILLS", "20"))
 
 
 def _life(recipe: TrainRecipe, root: Path) -> None:
