@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hyperagent.cli import data_options as opt
+from hyperagent.cli.data_condition import extra, potential
 from hyperagent.cli.data_look import inspect, plan, show
 from hyperagent.cli.display import add_bar, print_result, progress_bars, refusals
 
@@ -21,6 +22,8 @@ app = typer.Typer(help="Download, inspect, split and tokenize trajectories.", no
 app.command()(inspect)
 app.command()(show)
 app.command()(plan)
+app.command()(extra)
+app.command()(potential)
 
 
 @app.command()
@@ -65,6 +68,7 @@ def split(
     sample: opt.Sample = None,
     held_out_share: opt.HeldOutShare = 0.2,
     held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
+    validation_share: opt.ValidationShare = 0.0,
     by: opt.By = "hash",
     seed: opt.Seed = 0,
     strict: opt.Strict = False,
@@ -78,7 +82,7 @@ def split(
 
     selection = parse(_selection(resolved_only, exit_status, license, sample, seed), Selection, source="the options")
     settings = parse(
-        {"held_out_share": held_out_share, "held_out_tasks_share": held_out_tasks_share, "by": by, "seed": seed},
+        _split(held_out_share, held_out_tasks_share, validation_share, by, seed),
         SplitSettings,
         source="the options",
     )
@@ -119,6 +123,7 @@ def tokenize(
     condition: opt.Condition = None,
     internalize: opt.Internalize = None,
     extra: opt.Extra = None,
+    extra_in_teacher: opt.ExtraInTeacher = "system",
     resolved_only: opt.ResolvedOnly = False,
     exit_status: opt.ExitStatus = None,
     licenses: opt.Licenses = None,
@@ -126,6 +131,7 @@ def tokenize(
     sample: opt.Sample = None,
     held_out_share: opt.HeldOutShare = 0.2,
     held_out_tasks_share: opt.HeldOutTasksShare = 0.0,
+    validation_share: opt.ValidationShare = 0.0,
     by: opt.By = "hash",
     seed: opt.Seed = 0,
     strict: opt.Strict = False,
@@ -139,20 +145,16 @@ def tokenize(
 
     settings = parse(
         {
-            "views": {
-                "max_tokens": max_tokens,
-                "max_prompt_tokens": max_prompt_tokens,
-                "cut": cut,
-                "internalized": internalize or (),
-                **({"condition": condition} if condition else {}),
-            },
+            "views": opt.view_options(
+                condition,
+                internalize,
+                extra_in_teacher,
+                max_tokens=max_tokens,
+                max_prompt_tokens=max_prompt_tokens,
+                cut=cut,
+            ),
             "selection": _selection(resolved_only, exit_status, license, sample, seed),
-            "split": {
-                "held_out_share": held_out_share,
-                "held_out_tasks_share": held_out_tasks_share,
-                "by": by,
-                "seed": seed,
-            },
+            "split": _split(held_out_share, held_out_tasks_share, validation_share, by, seed),
         },
         TokenizeSettings,
         source="the options",
@@ -197,5 +199,17 @@ def _selection(
         "exit_statuses": exit_status or (),
         "licenses": license or (),
         "sample": sample,
+        "seed": seed,
+    }
+
+
+def _split(
+    held_out_share: float, held_out_tasks_share: float, validation_share: float, by: str, seed: int
+) -> dict[str, Any]:
+    return {
+        "held_out_share": held_out_share,
+        "held_out_tasks_share": held_out_tasks_share,
+        "validation_share": validation_share,
+        "by": by,
         "seed": seed,
     }

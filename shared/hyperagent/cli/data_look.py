@@ -86,6 +86,7 @@ def show(
     condition: opt.Condition = None,
     internalize: opt.Internalize = None,
     extra: opt.Extra = None,
+    extra_in_teacher: opt.ExtraInTeacher = "system",
     as_json: opt.Json = False,
 ) -> None:
     """Show one row as it is tokenized, with colored roles and the supervised text highlighted."""
@@ -95,8 +96,8 @@ def show(
     from hyperagent.data.pipeline.views import ViewSettings
     from hyperagent.data.reports.show import find_row, show_row
 
-    views: dict[str, Any] = {"internalized": internalize or (), "max_tokens": 2**31, "max_prompt_tokens": 2**31}
-    settings = parse(views | ({"condition": condition} if condition else {}), ViewSettings, source="the options")
+    views = opt.view_options(condition, internalize, extra_in_teacher, max_tokens=2**31, max_prompt_tokens=2**31)
+    settings = parse(views, ViewSettings, source="the options")
     number, found = find_row(source, row)
     text = read_joined(extra, "text").get(str(found["instance_id"])) if extra else None
     segments = show_row(found, number, ChatTokenizer(tokenizer), settings=settings, view=view, extra=text)

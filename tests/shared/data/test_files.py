@@ -22,6 +22,7 @@ from hyperagent.data.files.tokens_file import (
     HELD_OUT,
     HELD_OUT_TASKS,
     TRAIN,
+    VALIDATION,
     read_data_identity,
     read_tokens,
     write_tokens,
@@ -125,7 +126,7 @@ def test_a_repository_is_never_on_both_sides(tmp_path: Path, tokenizer: ChatToke
     source = write_parquet(tmp_path / "d.parquet", many_rows())
     report = tokenize(source, tmp_path / "t.parquet", tokenizer)
     assert (report.rows, report.chosen, report.refused) == (12, 12, ())
-    assert report.splits == {TRAIN: 9, HELD_OUT: 3, HELD_OUT_TASKS: 0}
+    assert report.splits == {TRAIN: 9, VALIDATION: 0, HELD_OUT: 3, HELD_OUT_TASKS: 0}
     trajectories = list(read_tokens(tmp_path / "t.parquet"))
     sides = {split: {t.repo for t in trajectories if t.split == split} for split in (TRAIN, HELD_OUT)}
     assert not sides[TRAIN] & sides[HELD_OUT]

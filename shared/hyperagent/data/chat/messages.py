@@ -114,14 +114,19 @@ def refused_as(name: str) -> Iterator[None]:
         raise RowRefused(name, "a tool call's arguments are nested too deeply") from error
 
 
-def issue_text(task: str) -> str:
-    """Return the issue within a task's text, with white space and case normalized so that it can be compared.
+def issue_within(task: str) -> str:
+    """Return the issue within a task's text.
 
     Agent frameworks wrap the issue in a prompt that names the repository's folder. Without such tags the whole task
     is the issue.
     """
     found = _ISSUE.search(task)
-    return " ".join((found.group(2) if found else task).split()).casefold()
+    return found.group(2) if found else task
+
+
+def issue_text(task: str) -> str:
+    """Return the issue within a task's text, with white space and case normalized so that it can be compared."""
+    return " ".join(issue_within(task).split()).casefold()
 
 
 def prune_nulls(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,25 @@ def read_joined(path: Path, column: str) -> dict[str, str]:
     return found
 
 
+def read_sources(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read of a file with extra texts, by instance id, the ids of the instances whose trajectories a text holds.
+
+    They stand in the column `sources` of JSON Lines, as `hyperagent data extra` writes it. A text without it, and one
+    in Parquet, holds none.
+
+    Raises:
+        DataError: the file is missing or damaged, or sources are not a list of texts.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for row in _json_rows(path) if path.suffix == JSON_LINES else []:
+        sources = row.get("sources", []) if isinstance(row, dict) else []
+        if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+            raise DataError(f"{path} has the sources {sources!r}; they must be a list of instance ids")
+        if sources:
+            found[row["instance_id"]] = tuple(sources)
+    return found
+
+
 def _parquet(path: Path, column: str) -> list[tuple[object, object]]:
     try:
         table = pq.read_table(path, columns=["instance_id", column])
@@ -46,12 +66,17 @@ def _parquet(path: Path, column: str) -> list[tuple[object, object]]:
 
 def _json_lines(path: Path, column: str) -> list[tuple[object, object]]:
     try:
-        lines = path.read_bytes().split(b"\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return [(row["instance_id"], row[column]) for row in rows]
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [(row["instance_id"], row[column]) for row in _json_rows(path)]
+    except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} must hold a JSON object with instance_id and {column} in every line: {type(error).__name__} {error}"
         ) from error
+
+
+def _json_rows(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must hold a JSON object in every line: {type(error).__name__} {error}") from error

@@ -22,6 +22,7 @@ from hyperagent.identity import DataIdentity
 from hyperagent.storage.files import new_file
 
 TRAIN = "train"
+VALIDATION = "validation"
 HELD_OUT = "held_out"
 HELD_OUT_TASKS = "held_out_tasks"
 
@@ -50,7 +51,8 @@ class TokenizedTrajectory:
     trajectory_id: str
     repo: str
     split: str
-    """`TRAIN`, `HELD_OUT` (repositories in no other split) or `HELD_OUT_TASKS` (tasks of training repositories)."""
+    """`TRAIN`, `VALIDATION` or `HELD_OUT` (repositories in no other split), or `HELD_OUT_TASKS` (unseen tasks of
+    training repositories)."""
     token_ids: NDArray[np.uint32]
     """Token ids of the teacher's view, shape [T]."""
     positions: NDArray[np.uint32]

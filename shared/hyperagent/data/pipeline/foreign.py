@@ -147,17 +147,21 @@ def view_settings(identity: DataIdentity) -> ViewSettings:
     recorded = dict(identity.settings["views"])
     # The name under which the identity keeps this field.
     recorded["internalized"] = recorded.pop("internalised")
+    if "extra" in recorded["condition"]:
+        # Where nothing is recorded, the teacher does not see the extra text.
+        recorded.setdefault("extra_in_teacher", None)
     return parse(recorded, ViewSettings, source="the view settings of the tokens file")
 
 
 def replaced_parts(views: ViewSettings) -> tuple[Part, ...]:
-    """Return the parts of the condition that the student does not see.
+    """Return the parts of the condition that the teacher sees and the student does not.
 
-    In the full view these are all parts except the task, or the task if the condition has no other part.
+    If there are none, these are all parts except the task, or the task if the teacher sees no other part.
     """
-    hidden = set(views.internalized) | ({"extra"} & set(views.condition))
-    chosen = hidden or set(views.condition) - {"task"} or {"task"}
-    return tuple(part for part in views.condition if part in chosen)
+    seen = [part for part in views.condition if part != "extra" or views.extra_in_teacher]
+    hidden = {*views.internalized, *({"extra"} & set(seen))}
+    chosen = hidden or set(seen) - {"task"} or {"task"}
+    return tuple(part for part in seen if part in chosen)
 
 
 def with_foreign_parts(dialogue: Dialogue, donor: Condition, parts: Sequence[Part]) -> Dialogue:

@@ -15,11 +15,18 @@ from hyperagent.config import StrictModel
 from hyperagent.data.chat.messages import dialogue_of, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import Row, read_rows_or_refusals
-from hyperagent.data.files.side_tables import read_joined
-from hyperagent.data.files.tokens_file import HELD_OUT, HELD_OUT_TASKS, TRAIN, TokenizedTrajectory, write_tokens
+from hyperagent.data.files.side_tables import read_joined, read_sources
+from hyperagent.data.files.tokens_file import (
+    HELD_OUT,
+    HELD_OUT_TASKS,
+    TRAIN,
+    VALIDATION,
+    TokenizedTrajectory,
+    write_tokens,
+)
 from hyperagent.data.pipeline.parallel import map_rows
 from hyperagent.data.pipeline.selection import NOT_SAMPLED, RowFacts, Selected, Selection, select_rows
-from hyperagent.data.pipeline.split import SplitSettings, split_rows
+from hyperagent.data.pipeline.split import SplitSettings, require_no_leaked_text, split_rows
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.errors import DataError, RowRefused, TooLong
 from hyperagent.identity import DataIdentity, file_fingerprint
@@ -43,7 +50,7 @@ class JoinedFiles:
     licenses: Path | None = None
     """File with the columns `instance_id` and `license_name`."""
     extra: Path | None = None
-    """File with the columns `instance_id` and `text`, for the condition."""
+    """File with the columns `instance_id` and `text`, for the condition and the teacher."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ def tokenize_file(
         tokenizing: called with (rows done, rows selected).
 
     Raises:
-        DataError: a file is unusable, or no row of the train split or of the held-out split is left.
+        DataError: a file is unusable, an extra text shows a trajectory that must stay unseen, or no row is left of a
+            split that training needs.
         ConfigError: the chat template cannot be used.
         RowRefused: in strict mode.
         StorageError: a file system operation failed.
@@ -111,6 +119,8 @@ def tokenize_file(
     identity = _identity(source, tokenizer, settings, joined)
     selected = select_rows(source, settings.selection, license_of=license_of, strict=strict, progress=reading)
     splits = split_rows(selected.rows, settings.split)
+    if joined.extra:
+        require_no_leaked_text(selected.rows, splits, read_sources(joined.extra))
 
     counts: Counter[str] = Counter()
     refused = list(selected.refused)
@@ -128,11 +138,11 @@ def tokenize_file(
                 continue
             writer.write(result)
             counts.update(_counts(result))
-        _require_both_sides(source, counts, selected, refused)
+        _require_splits(source, counts, selected, refused, _needed_splits(settings.split))
     return TokenizeReport(
         rows=selected.num_rows,
         chosen=len(selected.rows) + len(selected.refused),
-        splits={split: counts[split] for split in (TRAIN, HELD_OUT, HELD_OUT_TASKS)},
+        splits={split: counts[split] for split in (TRAIN, VALIDATION, HELD_OUT, HELD_OUT_TASKS)},
         tokens=counts["tokens"],
         supervised_tokens=counts["supervised_tokens"],
         student_tokens=counts["student_tokens"],
@@ -233,8 +243,14 @@ def _counts(trajectory: TokenizedTrajectory) -> dict[str, int]:
     }
 
 
-def _require_both_sides(source: Path, counts: Counter[str], selected: Selected, refused: list[RowRefused]) -> None:
-    for split in (TRAIN, HELD_OUT):
+def _needed_splits(settings: SplitSettings) -> tuple[str, ...]:
+    return (TRAIN, VALIDATION, HELD_OUT) if settings.validation_share else (TRAIN, HELD_OUT)
+
+
+def _require_splits(
+    source: Path, counts: Counter[str], selected: Selected, refused: list[RowRefused], needed: tuple[str, ...]
+) -> None:
+    for split in needed:
         if counts[split] == 0:
             why = f"; the first refusal: {refused[0]}" if refused else ""
             raise DataError(
@@ -248,6 +264,11 @@ def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokenizeSettings
     # The fingerprint keeps the original field names: other names would invalidate every existing cache.
     chosen["views"]["internalised"] = chosen["views"].pop("internalized")
     chosen["selection"]["licences"] = chosen["selection"].pop("licenses")
+    # For the same reason, settings that are newer than the format are recorded only where they have an effect.
+    if "extra" not in settings.views.condition or settings.views.extra_in_teacher is None:
+        del chosen["views"]["extra_in_teacher"]
+    if not settings.split.validation_share:
+        del chosen["split"]["validation_share"]
     for name, path in (("licences_file", joined.licenses), ("extra_file", joined.extra)):
         if path is not None:
             chosen[name] = file_fingerprint(path)

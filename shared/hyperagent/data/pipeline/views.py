@@ -1,8 +1,9 @@
 """Make the three views of a trajectory, as token ids.
 
-The teacher sees the whole conversation. The hypernetwork reads the condition. The student sees the whole conversation,
-or the conversation without the parts that the adapter should internalize: conditioning can only help if the adapter
-knows something that the student does not see.
+The teacher sees the whole conversation, and the extra text if there is one. The hypernetwork reads the condition. The
+student sees the whole conversation without the extra text, or also without the parts that the adapter should
+internalize: conditioning can only help if the adapter knows something that the student does not see and that the
+teacher's rows depend on.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ class ViewSettings(StrictModel):
     """Parts that the hypernetwork reads; must contain the task."""
     internalized: tuple[Part, ...] = ()
     """Parts that the student does not see; empty means the *full* view."""
+    extra_in_teacher: Literal["system", "task"] | None = "system"
+    """Where the teacher sees the extra text, if the condition contains it.
+
+    "system": at the end of the system prompt, or before the task if there is no system prompt. "task": after the task.
+    None: nowhere. The teacher's rows cannot depend on a text that it does not see. The student never sees the text."""
     max_tokens: int = Field(131_072, ge=2)
-    """Maximum number of tokens in the teacher's view."""
+    """Maximum number of tokens in the teacher's view, the extra text included."""
     max_prompt_tokens: int = Field(32_768, ge=1)
     """Maximum number of tokens in the condition."""
     cut: bool = False
@@ -113,6 +119,9 @@ class ViewMaker:
     ) -> TokenizedTrajectory:
         """Make the three views of a dialogue.
 
+        Args:
+            extra: the extra text; required if the condition contains it, not used otherwise.
+
         Raises:
             DataError: the dialogue cannot be used; the message states the reason.
         """
@@ -125,10 +134,14 @@ class ViewMaker:
             raise DataError(
                 f"its condition has {len(prompt_ids)} tokens, the limit for a condition is {settings.max_prompt_tokens}"
             )
-        teacher = self.masked(dialogue, max_tokens=settings.max_tokens, cut=settings.cut)
+        shown = dialogue
+        if extra and "extra" in settings.condition:
+            shown = with_extra(dialogue, extra, where=settings.extra_in_teacher)
+        teacher = self.masked(shown, max_tokens=settings.max_tokens, cut=settings.cut)
         student = teacher
-        if settings.internalized:
-            student = self.masked(without(teacher.dialogue, settings.internalized))
+        if settings.internalized or shown is not dialogue:
+            kept = dialogue.first(len(teacher.dialogue.messages))
+            student = self.masked(without(kept, settings.internalized))
         trajectory = TokenizedTrajectory(
             trajectory_id,
             repo,
@@ -208,6 +221,25 @@ def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iter
     rendered = conversation.render()
     conversation.stock_text(rendered, range(len(messages)))
     return conversation.encode(rendered).ids
+
+
+def with_extra(dialogue: Dialogue, extra: str, *, where: Literal["system", "task"] | None) -> Dialogue:
+    """Return a dialogue that shows the extra text (see `ViewSettings.extra_in_teacher`), with as many messages.
+
+    Raises:
+        DataError: the text belongs into the task's message, and there is none.
+    """
+    if where is None:
+        return dialogue
+    if where == "system" and dialogue.system is not None:
+        place, content = 0, f"{dialogue.system}\n\n{extra}"
+    elif where == "system":
+        place, content = dialogue.task_index, f"{extra}\n\n{dialogue.task}"
+    else:
+        place, content = dialogue.task_index, f"{dialogue.task}\n\n{extra}"
+    messages = list(dialogue.messages)
+    messages[place] = {**messages[place], "content": content}
+    return replace(dialogue, messages=messages)
 
 
 def without(dialogue: Dialogue, parts: Iterable[str]) -> Dialogue:
