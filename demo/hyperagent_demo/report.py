@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from hyperagent import __version__
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN
 from hyperagent.storage.files import write_atomically
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.loop import LoopResult
-from hyperagent_demo.sample.house_rules import HouseRules
+from hyperagent_demo.sample.house_rules import HouseRules, followed
 
 _REPORTED_ARMS = ("static", "own", "shuffled", "mean", "trained_on_shuffled")
 ARM_WORDS = {
@@ -38,6 +38,8 @@ _CURVE_WORDS = {
     "adapter": "own prompt",
     "adapter_shuffled_prompt": "another repository's prompt",
 }
+_TAGS = re.compile(r"</?(?:tool_call|function|parameter)[^>]*>")
+"""Markup of tool calls, which is left out where a text is shown to people."""
 _PACKAGES = ("torch", "transformers", "peft", "grpcio", "fastapi")
 
 
@@ -79,7 +81,7 @@ def build_report(
         "peft_max_abs_diff": result.peft["max_abs_diff"],
         "adapter_effect": result.peft["adapter_effect"],
         "texts": result.texts,
-        "house_rules": _stated_words(result.example.dialogue.system),
+        "house_rules": _followed_rules(result.texts, result.example.dialogue.system),
         "cache": {
             "tokens": cache.supervised_tokens,
             "context_tokens": cache.context_tokens,
@@ -102,10 +104,10 @@ def build_report(
     }
 
 
-def _stated_words(system: str | None) -> list[str]:
-    """Return the words that the house rules of a system prompt ask for; none for a prompt of other data."""
+def _followed_rules(texts: dict[str, str], system: str | None) -> dict[str, dict[str, bool]] | None:
+    """Return which house rules each text follows, by arm; None for data without house rules."""
     rules = HouseRules.read(system or "")
-    return [] if rules is None else [word for name, word in rules.values.items() if name != "record"]
+    return None if rules is None else {arm: followed(text, rules) for arm, text in texts.items()}
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -141,17 +143,19 @@ def print_report(console: Console, report: dict[str, Any], *, out: Path) -> None
 
 
 def _print_texts(console: Console, report: dict[str, Any]) -> None:
-    """Print what the student writes for one held-out task, with the house rules that each text follows in bold."""
+    """Print what the student writes for one held-out task, and which house rules of the repository each text follows."""
     console.print(f"\nTask: {' '.join(report['prompt'].split())}", markup=False, highlight=False)
-    rules: list[str] = report["house_rules"]
     for arm, text in report["texts"].items():
-        shown = Text(f"  {TEXT_WORDS[arm]:28} ")
-        line = Text(" ".join(text.split()))
-        for value in rules:
-            line.highlight_words([value], "bold green")
-        console.print(shown + line, soft_wrap=True)
-    if rules:
-        console.print("  (bold: what only this repository's system prompt says, which the student does not see)\n")
+        line = " ".join(_TAGS.sub(" ", text).split())
+        console.print(f"  {TEXT_WORDS[arm]:24} {line}", markup=False, highlight=False, soft_wrap=True)
+        if report["house_rules"] is not None:
+            marks = (
+                f"[green]{rule}[/]" if kept else f"[red]not {rule}[/]"
+                for rule, kept in report["house_rules"][arm].items()
+            )
+            console.print(f"  {'':24} {', '.join(marks)}", highlight=False)
+    if report["house_rules"] is not None:
+        console.print("  (Only this repository's system prompt states its rules, and the student does not see it.)\n")
 
 
 def _print_warnings(console: Console, report: dict[str, Any]) -> None:
