@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hyperagent.cli import data_options as opt
-from hyperagent.cli.data_condition import extra, potential
+from hyperagent.cli.data_condition import extra_texts, potential
 from hyperagent.cli.data_look import inspect, plan, show
 from hyperagent.cli.display import add_bar, print_result, progress_bars, refusals
 
@@ -22,7 +22,7 @@ app = typer.Typer(help="Download, inspect, split and tokenize trajectories.", no
 app.command()(inspect)
 app.command()(show)
 app.command()(plan)
-app.command()(extra)
+app.command("extra")(extra_texts)
 app.command()(potential)
 
 

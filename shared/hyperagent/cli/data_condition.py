@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _REPOS_SHOWN = 10
 
 
-def extra(
+def extra_texts(
     source: opt.Source,
     out: Annotated[Path, typer.Option(help="File of extra texts to write, named *.jsonl.")],
     from_: Annotated[
@@ -61,21 +61,17 @@ def potential(
 ) -> None:
     """Measure, without any model, how much of what the assistant writes only the hidden parts can explain."""
     from hyperagent.config import parse
-    from hyperagent.data.files.side_tables import read_joined
+    from hyperagent.data.pipeline.tokenize_dataset import read_extra_texts
     from hyperagent.data.pipeline.views import ViewSettings
     from hyperagent.data.reports.potential import measure_potential
-    from hyperagent.errors import DataError
 
     views = parse(opt.view_options(condition, internalize, extra_in_teacher), ViewSettings, source="the options")
-    if bool(extra) != ("extra" in views.condition):
-        raise DataError(
-            "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
-        )
+    extra_of = read_extra_texts(extra, views)
     with progress_bars() as bars:
         measured = measure_potential(
             source,
             views,
-            extra_of=read_joined(extra, "text") if extra else {},
+            extra_of=extra_of,
             sample=sample,
             seed=seed,
             reading=add_bar(bars, "reading"),
@@ -101,9 +97,9 @@ def _potential_result(measured: Potential, *, as_json: bool) -> dict[str, Any]:
         return result
     result["words"] = _sentences(measured.total)
     repos = [repo for repo in measured.repos if repo.counts.rare][:_REPOS_SHOWN]
-    result["repos"] = [f"{len(measured.repos)}; {len(repos)} with the highest potential:"] + [
-        f"{repo.repo}: {repo.counts.potential:.2%} of {repo.counts.supervised:,} words in {repo.trajectories} "
-        f"trajectories: {', '.join(repo.examples)}"
+    result["repos"] = [f"{len(measured.repos)}, {len(repos)} of them with the highest potential:"] + [
+        f"{repo.repo} (rows: {repo.trajectories}): {repo.counts.potential:.2%} of {repo.counts.supervised:,} words: "
+        + ", ".join(f"{word} {count}" for word, count in repo.examples.items())
         for repo in repos
     ]
     return result

@@ -110,12 +110,8 @@ def tokenize_file(
         StorageError: a file system operation failed.
     """
     maker = ViewMaker(tokenizer)
-    if bool(joined.extra) != ("extra" in settings.views.condition):
-        raise DataError(
-            "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
-        )
+    extra_of = read_extra_texts(joined.extra, settings.views)
     license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
-    extra_of = read_joined(joined.extra, "text") if joined.extra else {}
     identity = _identity(source, tokenizer, settings, joined)
     selected = select_rows(source, settings.selection, license_of=license_of, strict=strict, progress=reading)
     splits = split_rows(selected.rows, settings.split)
@@ -151,6 +147,19 @@ def tokenize_file(
         refused=tuple(refused),
         fingerprint=identity.fingerprint,
     )
+
+
+def read_extra_texts(path: Path | None, views: ViewSettings) -> dict[str, str]:
+    """Return the extra texts by instance id, none without a file.
+
+    Raises:
+        DataError: the file is unusable, or there is one although the condition does not contain it, or the reverse.
+    """
+    if bool(path) != ("extra" in views.condition):
+        raise DataError(
+            "the condition contains extra text if and only if a file with extra texts is given; set both or neither"
+        )
+    return read_joined(path, "text") if path else {}
 
 
 @dataclass(frozen=True, eq=False)

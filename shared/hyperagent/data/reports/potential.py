@@ -58,8 +58,8 @@ class RepoPotential:
     repo: str
     trajectories: int
     counts: WordCounts
-    examples: tuple[str, ...]
-    """The most frequent of the rare words, in lower case."""
+    examples: Mapping[str, int]
+    """The most frequent of the rare words, in lower case, with their numbers, the highest first."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Potential:
                 "about the repository (`hyperagent data extra`, a repository card), or a view that hides more of it "
                 "(--internalize)"
             )
-        return f"{share}; check that the teacher uses them with `hyperagent teacher-check`"
+        return (
+            f"there is something to distill: {share}; check that the teacher uses them with `hyperagent teacher-check`"
+        )
 
 
 def measure_potential(
@@ -181,7 +183,7 @@ def _potential(
             unseen=unseen.total(),
             rare=rare.total(),
         )
-        examples = tuple(sorted(rare, key=lambda word: (-rare[word], word))[:_MAX_EXAMPLES])
+        examples = dict(sorted(rare.items(), key=lambda item: (-item[1], item[0]))[:_MAX_EXAMPLES])
         repos.append(RepoPotential(repo, len(of_repo), counts, examples))
     names = ("supervised", "in_hidden", "unseen", "rare")
     total = WordCounts(*(sum(getattr(repo.counts, name) for repo in repos) for name in names))
