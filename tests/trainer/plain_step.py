@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.tokens_file import TokenizedTrajectory, read_data_identity, read_tokens, write_tokens
+from hyperagent.data.files.tokens_file import TRAIN, TokenizedTrajectory, read_data_identity, read_tokens, write_tokens
 from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.targets import discover_target_layers
@@ -48,17 +48,26 @@ class PlainStudent:
     def vocab_size(self) -> int:
         return ChatTokenizer(self.recipe.student).vocab_size
 
+    @cached_property
+    def common_ids(self) -> set[int]:
+        """Return the ids that more than nine of ten training prompts hold."""
+        prompts = [set(map(int, t.prompt_ids)) for t in read_tokens(self.recipe.tokens, split=TRAIN)]
+        return {i for i in set().union(*prompts) if sum(i in p for p in prompts) > 0.9 * len(prompts)}
+
     def network(self, weights: dict[str, Tensor]) -> AgenticHyperNetwork:
         """Return the hypernetwork with a checkpoint's weights in float64."""
         config, embeddings = self.recipe.hypernetwork, self.model.get_input_embeddings().weight
-        network = AgenticHyperNetwork(config, discover_target_layers(self.model), embeddings.shape[1])
+        layers, common_V = discover_target_layers(self.model), torch.zeros_like(weights["common_V"])
+        network = AgenticHyperNetwork(config, layers, embeddings.shape[1], common_V=common_V)
         network.load_state_dict(weights, strict=True)
         return network.double()
 
     def adapter(self, network: AgenticHyperNetwork, trajectory: TokenizedTrajectory) -> AdapterWeights:
         """Return the adapter of the trajectory's prompt: a [R, I] and b [O, R] of every layer."""
         ids_1P = torch.from_numpy(trajectory.prompt_ids.astype("int64"))[None]
-        made = network(self.model.get_input_embeddings()(ids_1P), torch.ones_like(ids_1P, dtype=torch.bool))
+        mask = [int(token) not in self.common_ids for token in trajectory.prompt_ids]
+        mask_1P = torch.tensor([mask if any(mask) else [True] * len(mask)])
+        made = network(self.model.get_input_embeddings()(ids_1P), mask_1P)
         return {name: LoRAPair(pair.a[0], pair.b[0]) for name, pair in made.items()}
 
     def row_losses(

@@ -125,6 +125,7 @@ def test_each_step_is_adamws_at_the_rates_and_the_weight_decay_of_the_recipe(
 ) -> None:
     before, after = done.weights(step - 1), done.weights(step)
     first, second = done.moments(step, "exp_avg"), done.moments(step, "exp_avg_sq")
+    assert torch.equal(before.pop("common_V"), after["common_V"])
     for name, value in before.items():
         rate = unusual.learning_rate * SHARES[step - 1]
         if ".b_heads." in name:
