@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from hyperagent.data.chat.messages import Dialogue, dialogue_of
 from hyperagent.data.files.reader import read_rows
+from hyperagent.data.files.side_tables import read_joined
 from hyperagent.data.files.tokens_file import HELD_OUT, TokenizedTrajectory, read_tokens
 from hyperagent.http.adapter_client import AdapterClient
 from hyperagent.http.adapter_models import PromptBody
@@ -31,7 +32,9 @@ class Example:
     other_adapter: Path
 
 
-def request_adapters(config: DemoConfig, *, source: Path, tokens: Path, run: Path, out: Path, token: str) -> Example:
+def request_adapters(
+    config: DemoConfig, *, source: Path, extra: Path | None, tokens: Path, run: Path, out: Path, token: str
+) -> Example:
     """Serve the bundle, turn two held-out conditions into adapters over REST, and download them.
 
     The first condition is the one that the training process wrote its probe for; its parts are also written to OUT/example,
@@ -39,6 +42,7 @@ def request_adapters(config: DemoConfig, *, source: Path, tokens: Path, run: Pat
 
     Args:
         source: trajectories that the tokens file was made from.
+        extra: file of extra texts that it was made from, if any.
         run: folder of the hypernetwork's run.
         token: access token for the adapter service.
 
@@ -50,12 +54,13 @@ def request_adapters(config: DemoConfig, *, source: Path, tokens: Path, run: Pat
     held_out = {t.trajectory_id: t for t in read_tokens(tokens, split=HELD_OUT)}
     trajectory = held_out[probed]
     other = next((t for t in held_out.values() if t.repo != trajectory.repo), None) or trajectory
-    dialogues = {
-        row["trajectory_id"]: dialogue_of(row)
-        for row in read_rows(source)
-        if row["trajectory_id"] in (probed, other.trajectory_id)
+    rows = {row["trajectory_id"]: row for row in read_rows(source)}
+    texts = {} if extra is None else read_joined(extra, "text")
+    dialogue = dialogue_of(rows[probed])
+    bodies = {
+        name: _body(config, dialogue_of(rows[name]), texts.get(str(rows[name]["instance_id"])))
+        for name in (probed, other.trajectory_id)
     }
-    bodies = {name: _body(config, dialogues[name]) for name in (probed, other.trajectory_id)}
     _write_example(out / "example", bodies[probed])
     port = free_port()
     arguments = ["--bundle", str(out / "bundle"), "--store", str(out / "adapters"), "--port", str(port)]
@@ -66,16 +71,18 @@ def request_adapters(config: DemoConfig, *, source: Path, tokens: Path, run: Pat
         process.wait_until_ready(client.wait_until_ready)
         client.download(client.create(bodies[probed]), out / "adapter")
         client.download(client.create(bodies[other.trajectory_id]), out / "other-adapter")
-    return Example(trajectory, dialogues[probed], other.repo, out / "adapter", out / "other-adapter")
+    return Example(trajectory, dialogue, other.repo, out / "adapter", out / "other-adapter")
 
 
-def _body(config: DemoConfig, dialogue: Dialogue) -> PromptBody:
+def _body(config: DemoConfig, dialogue: Dialogue, extra: str | None) -> PromptBody:
     """Return the request of a condition: exactly the parts that the hypernetwork reads."""
     parts: dict[str, Any] = {"prompt": dialogue.task}
     if "system" in config.views.condition:
         parts["system"] = dialogue.system
     if "tools" in config.views.condition:
         parts["tools"] = list(dialogue.tools)
+    if "extra" in config.views.condition:
+        parts["extra"] = extra
     return PromptBody(**parts)
 
 
@@ -83,5 +90,7 @@ def _write_example(folder: Path, body: PromptBody) -> None:
     write_atomically(folder / "task.txt", body.prompt.encode())
     if body.system is not None:
         write_atomically(folder / "system.txt", body.system.encode())
+    if body.extra is not None:
+        write_atomically(folder / "extra.txt", body.extra.encode())
     if body.tools is not None:
         write_atomically(folder / "tools.json", json.dumps(body.tools, indent=2).encode())

@@ -17,6 +17,10 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Your trajectories (Parquet); by default a sample is generated.")
     ] = None,
+    extra: Annotated[
+        Path | None,
+        typer.Option(help="Your extra texts (`hyperagent data extra`), which the teacher and the hypernetwork read."),
+    ] = None,
     sample: Annotated[
         SampleName,
         typer.Option(help="Sample to generate: house rules that only the system prompt states, or tasks."),
@@ -26,7 +30,7 @@ def demo(
         Path | None,
         typer.Option(
             envvar="HYPERAGENT_DEMO_CONFIG",
-            help="YAML configuration; by default configs/demo.yaml, demo_tasks.yaml or demo_own_data.yaml.",
+            help="YAML configuration; by default one of configs/demo*.yaml.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
@@ -45,7 +49,8 @@ def demo(
     from hyperagent_demo.report import build_report, print_report, write_plot, write_report
     from hyperagent_demo.stages import Stages
 
-    name = "demo_own_data.yaml" if data is not None else "demo.yaml" if sample == "rules" else "demo_tasks.yaml"
+    own = "demo_own_data.yaml" if extra is None else "demo_extra.yaml"
+    name = own if data is not None else "demo.yaml" if sample == "rules" else "demo_tasks.yaml"
     settings = load_yaml(config or Path("configs") / name, DemoConfig)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
@@ -54,7 +59,9 @@ def demo(
     started = time.monotonic()
     with PeakMemory() as memory, progress_bars() as bars:
         stages = Stages(bars)
-        result = run_loop(settings, data=data, tokenizer=tokenizer, out=out, model_store=model_store, stages=stages)
+        result = run_loop(
+            settings, data=data, extra=extra, tokenizer=tokenizer, out=out, model_store=model_store, stages=stages
+        )
     seconds = {**stages.seconds, "total": round(time.monotonic() - started, 2)}
     report = build_report(settings, result, seconds=seconds, peak_rss_bytes=memory.peak_bytes)
     write_plot(out / "report.png", result.distilled.metrics, report)
@@ -68,7 +75,12 @@ def demo(
 
 def next_commands(out: Path) -> str:
     """Return commands to try after the demo, with the condition of a held-out task."""
-    files = {"--prompt-file": "task.txt", "--system-file": "system.txt", "--tools-file": "tools.json"}
+    files = {
+        "--prompt-file": "task.txt",
+        "--system-file": "system.txt",
+        "--tools-file": "tools.json",
+        "--extra-file": "extra.txt",
+    }
     parts = {option: out / "example" / name for option, name in files.items()}
     options = " ".join(f"{option} {file}" for option, file in parts.items() if file.is_file())
     return f"""

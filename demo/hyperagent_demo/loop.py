@@ -28,7 +28,7 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import count_tokens_rows
 from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings
-from hyperagent.data.pipeline.tokenize_dataset import TokenizeReport, TokenizeSettings, tokenize_file
+from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeReport, TokenizeSettings, tokenize_file
 from hyperagent.errors import ConfigError
 from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent_demo.adapters import Example, request_adapters
@@ -65,12 +65,20 @@ class LoopResult:
 
 
 def run_loop(
-    config: DemoConfig, *, data: Path | None, tokenizer: Path | None, out: Path, model_store: Path, stages: Stages
+    config: DemoConfig,
+    *,
+    data: Path | None,
+    extra: Path | None,
+    tokenizer: Path | None,
+    out: Path,
+    model_store: Path,
+    stages: Stages,
 ) -> LoopResult:
     """Run every stage.
 
     Args:
         data: trajectories in Parquet; without, the sample is generated.
+        extra: file of extra texts; given if and only if the configuration's condition contains them.
         tokenizer: folder of a tokenizer with a chat template; without, one is trained on the data.
         model_store: keeps pre-trained models from one run to the next.
 
@@ -87,7 +95,13 @@ def run_loop(
     )
     with stages.stage("tokenize") as bar:
         tokenized = tokenize_file(
-            source, tokens, ChatTokenizer(tokenizer), settings, reading=bar.update, tokenizing=bar.update
+            source,
+            tokens,
+            ChatTokenizer(tokenizer),
+            settings,
+            joined=JoinedFiles(extra=extra),
+            reading=bar.update,
+            tokenizing=bar.update,
         )
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
     for name, folder in (("teacher", models.teacher), ("student", models.student)):
@@ -98,7 +112,9 @@ def run_loop(
         log = out / "logs" / "teacher.txt"
         stats = populate(config, models.teacher, tokens=tokens, cache=cache, log=log, token=token, bar=bar)
     with stages.stage("teacher check") as bar:
-        check = check_teacher(config, models.teacher, source=source, tokenizer=tokenizer, out=out, token=token, bar=bar)
+        check = check_teacher(
+            config, models.teacher, source=source, extra=extra, tokenizer=tokenizer, out=out, token=token, bar=bar
+        )
     with stages.stage("distil") as bar:
         distilled = distil(config, models.student, tokens=tokens, cache=cache, out=out, token=token, bar=bar)
     run = distilled.folder
@@ -107,7 +123,7 @@ def run_loop(
     with stages.stage("evaluate"):
         evaluation = _evaluate(distilled, out)
     with stages.stage("adapter"):
-        example = request_adapters(config, source=source, tokens=tokens, run=run, out=out, token=token)
+        example = request_adapters(config, source=source, extra=extra, tokens=tokens, run=run, out=out, token=token)
     with stages.stage("peft check"):
         job = PeftCheckJob(student=models.student, adapter=example.adapter, probe=run / "probe.safetensors")
         peft = _worker("hyperagent_demo.peft_check", "peft_check", job.model_dump_json(), out)

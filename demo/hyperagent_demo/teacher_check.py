@@ -16,13 +16,22 @@ _NOTHING_TO_DISTIL = 1
 
 
 def check_teacher(
-    config: DemoConfig, teacher: Path, *, source: Path, tokenizer: Path, out: Path, token: str, bar: Bar
+    config: DemoConfig,
+    teacher: Path,
+    *,
+    source: Path,
+    extra: Path | None,
+    tokenizer: Path,
+    out: Path,
+    token: str,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Run `hyperagent teacher-check` on the demo's data, write OUT/teacher_check.json, and return its contents.
 
     Args:
         teacher: folder of the teacher's model.
         source: trajectories that OUT/tokens.parquet was made from.
+        extra: file of extra texts that it was made from, if any.
         token: access token for the teacher service.
 
     Raises:
@@ -31,6 +40,8 @@ def check_teacher(
     tokens, foreign = out / "tokens.parquet", out / "foreign.parquet"
     arguments = ["teacher-check", "tokens", str(source), str(foreign), "--tokens", str(tokens)]
     arguments += ["--tokenizer", str(tokenizer), "--rows", str(config.teacher_check_rows), "--seed", str(config.seed)]
+    if extra is not None:
+        arguments += ["--extra", str(extra)]
     run_command(arguments, log=out / "logs" / "teacher_check_tokens.txt")
     cache = out / "foreign-cache"
     populate(
