@@ -67,8 +67,9 @@ def assign_splits(
 ) -> dict[str, str]:
     """Assign every repository to `TRAIN`, `HELD_OUT` or, with a `validation_share`, `VALIDATION`.
 
-    The order of a keyed hash decides, so the split does not depend on the order of the rows, and `validation_share`
-    does not change which repositories are held out. Each of the splits gets at least one repository.
+    The order of a keyed hash decides, so the split does not depend on the order of the rows. `validation_share` does
+    not change which repositories are held out, unless so few are left that none would be for training. Each of the
+    splits gets at least one repository.
 
     Args:
         held_out_share: fraction of the repositories to hold out, in (0, 1).
