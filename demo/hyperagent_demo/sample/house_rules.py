@@ -15,13 +15,14 @@ from types import MappingProxyType
 KINDS = ("add", "remove", "check", "label")
 """Kinds of work; each has a verb of its own in every repository."""
 
+# The words that a value belongs to stand right before it, within the three neighbors that the hypernetwork binds to a word.
 _SENTENCES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "script": ("Use only the script {}.", ("./depot", "./ledger", "./store", "./shelf")),
-        "add": ("To add goods, its verb is {}.", ("append", "insert", "enter", "receive")),
-        "remove": ("To remove goods, its verb is {}.", ("erase", "discard", "strike", "release")),
-        "check": ("To check goods, its verb is {}.", ("tally", "verify", "reckon", "inspect")),
-        "label": ("To label goods, its verb is {}.", ("mark", "stamp", "brand", "tag")),
+        "add": ("The verb to add is {}.", ("append", "insert", "enter", "receive")),
+        "remove": ("The verb to remove is {}.", ("erase", "discard", "strike", "release")),
+        "check": ("The verb to check is {}.", ("tally", "verify", "reckon", "inspect")),
+        "label": ("The verb to label is {}.", ("mark", "stamp", "brand", "tag")),
         "record": ("Write goods as {}.", ("name=number", "name:number", "number/name", "number@name")),
         "reason": ("Give the reason after {}.", ("--note", "--why", "--memo", "--cause")),
         "closing": ("Say that the work is {}.", ("finished", "complete", "settled", "accomplished")),
