@@ -1,6 +1,6 @@
 """Exit 1 unless a demo's report.json keeps its bounds.
 
-    check_report.py REPORT --seconds 300 --gib 4 --kl-ratio 0.8 [--conditioning-pays]
+check_report.py REPORT --seconds 300 --gib 4 --kl-ratio 0.8 [--conditioning-pays]
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _MOST_SHUFFLED_OF_OWN = 0.2
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("report", type=Path)
-    parser.add_argument("--kl-ratio", type=float, required=True, help="most that the adapter may leave of the frozen KL")
+    parser.add_argument(
+        "--kl-ratio", type=float, required=True, help="most that the adapter may leave of the frozen KL"
+    )
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--gib", type=float, required=True)
     parser.add_argument("--conditioning-pays", action="store_true", help="require the verdict and the arms' figures")

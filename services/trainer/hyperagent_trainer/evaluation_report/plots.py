@@ -69,7 +69,14 @@ def _gap_row(name: str, arm: ArmResult, closed: float, scale: Scale, top: float)
     parts = [
         label(0, top + 15, ARMS[name][0], class_="name"),
         label(1, top + 15, written, anchor="end", class_="value"),
-        bar(scale(0), scale(max(closed, _FLOOR)), top + 22, 16, class_=f"bar arm-{name}", title=f"{ARMS[name][0]}: {words}"),
+        bar(
+            scale(0),
+            scale(max(closed, _FLOOR)),
+            top + 22,
+            16,
+            class_=f"bar arm-{name}",
+            title=f"{ARMS[name][0]}: {words}",
+        ),
     ]
     if arm.gap_low is not None and arm.gap_high is not None:
         low, high = scale(max(arm.gap_low, _FLOOR)), scale(max(arm.gap_high, _FLOOR))
