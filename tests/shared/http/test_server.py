@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -46,6 +47,24 @@ def service() -> Iterator[tuple[subprocess.Popen[str], str]]:
 def url() -> Iterator[str]:
     with service() as (_, url):
         yield url
+
+
+async def test_answers_are_sent_at_once() -> None:
+    """asyncio, on which uvicorn runs, must find a socket on which it disables Nagle's algorithm."""
+    delays: asyncio.Queue[int] = asyncio.Queue()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted: socket.socket = writer.get_extra_info("socket")
+        delays.put_nowait(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    port = free_port()
+    with listening(host="127.0.0.1", port=port, allow_remote=False) as listener:
+        server = await asyncio.start_server(answer, sock=listener)
+        async with server:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await delays.get() == 1
+            writer.close()
 
 
 def test_the_client_speaks_to_a_real_service(url: str) -> None:
