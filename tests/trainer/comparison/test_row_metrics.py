@@ -61,7 +61,7 @@ def by_hand(hidden_ND: torch.Tensor, head_VD: torch.Tensor, rows: TeacherRows) -
 def test_every_metric_equals_its_definition_in_chunks_of_any_size(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_rows * 8 * VOCAB)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_rows * 4 * VOCAB)
     hidden_ND, head_VD, rows = inputs()
     found, wanted = row_metrics(hidden_ND, head_VD, rows, vocab_size=VOCAB), by_hand(hidden_ND, head_VD, rows)
     # The logits are float32, of size about ten.

@@ -54,9 +54,9 @@ def row_metrics(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, *, vocab_
         rows: the teacher's rows at temperature 1, with their target ids.
     """
     head_VD = head_VD[:vocab_size]
-    chunk = max(1, _CHUNK_BYTES // (8 * vocab_size))
+    chunk = max(1, _CHUNK_BYTES // (4 * vocab_size))
     parts = [
-        _chunk_metrics(hidden_ND[start : start + chunk] @ head_VD.T, rows[slice(start, start + chunk)])
+        _chunk_metrics((hidden_ND[start : start + chunk] @ head_VD.T).float(), rows[slice(start, start + chunk)])
         for start in range(0, len(hidden_ND), chunk)
     ]
     joined = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(RowMetrics)}
@@ -64,18 +64,21 @@ def row_metrics(hidden_ND: Tensor, head_VD: Tensor, rows: TeacherRows, *, vocab_
 
 
 def _chunk_metrics(logits_CV: Tensor, rows: TeacherRows) -> RowMetrics:
+    """Compute a chunk's metrics; `logits_CV` is overwritten.
+
+    Only the sums over K + 1 buckets are in float64: the logits have float32's error already.
+    """
     assert rows.target_ids_N is not None
-    logq_CV = logits_CV.double().log_softmax(1)
     best_C = logits_CV.argmax(1)
-    target_C1 = rows.target_ids_N[:, None]
+    target_C = logits_CV.gather(1, rows.target_ids_N[:, None])[:, 0].double()
     is_kept_CK = rows.logprobs_NK > -torch.inf
-    logq_CK = logq_CV.gather(1, rows.ids_NK).masked_fill(~is_kept_CK, -torch.inf)
-    nll_C = -logq_CV.gather(1, target_C1)[:, 0]
+    kept_CK = logits_CV.gather(1, rows.ids_NK).double().masked_fill(~is_kept_CK, -torch.inf)
     # Padding repeats the row's first id, which is kept.
-    others_CV = logq_CV.scatter(1, rows.ids_NK, -torch.inf)
-    logq_CB = torch.cat([logq_CK, others_CV.logsumexp(1, keepdim=True)], dim=1)
+    others_C = logits_CV.scatter_(1, rows.ids_NK, -torch.inf).logsumexp(1).double()
+    masses_CB = torch.cat([kept_CK, others_C[:, None]], dim=1)
+    nll_C = masses_CB.logsumexp(1) - target_C
     logp_CB = torch.cat([rows.logprobs_NK, rows.tail_logmass_N[:, None]], dim=1).double()
-    kl_C, _ = divergence_terms(logp_CB.log_softmax(1), logq_CB.log_softmax(1), _FORWARD_KL)
+    kl_C, _ = divergence_terms(logp_CB.log_softmax(1), masses_CB.log_softmax(1), _FORWARD_KL)
     teacher_C = rows.ids_NK.gather(1, rows.logprobs_NK.argmax(1, keepdim=True))[:, 0]
     return RowMetrics(
         kl_C.cpu().numpy(),
