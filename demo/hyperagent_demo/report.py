@@ -7,6 +7,7 @@ import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +41,8 @@ _CURVE_WORDS = {
 }
 _TAGS = re.compile(r"</?(?:tool_call|function|parameter)[^>]*>")
 """Markup of tool calls, which is left out where a text is shown to people."""
+_SHOWN_CHARACTERS = 300
+"""Most characters of a task or a generated text that are printed."""
 _PACKAGES = ("torch", "transformers", "peft", "grpcio", "fastapi")
 
 
@@ -144,9 +147,9 @@ def print_report(console: Console, report: dict[str, Any], *, out: Path) -> None
 
 def _print_texts(console: Console, report: dict[str, Any]) -> None:
     """Print what the student writes for one held-out task, and which house rules of the repository each text follows."""
-    console.print(f"\nTask: {' '.join(report['prompt'].split())}", markup=False, highlight=False)
+    console.print(f"\nTask: {shorten(report['prompt'], _SHOWN_CHARACTERS)}", markup=False, highlight=False)
     for arm, text in report["texts"].items():
-        line = " ".join(_TAGS.sub(" ", text).split())
+        line = shorten(_TAGS.sub(" ", text), _SHOWN_CHARACTERS)
         console.print(f"  {TEXT_WORDS[arm]:24} {line}", markup=False, highlight=False, soft_wrap=True)
         if report["house_rules"] is not None:
             marks = (

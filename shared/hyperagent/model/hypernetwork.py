@@ -56,8 +56,11 @@ class PromptEncoder(nn.Module):
         self.norm_input = nn.RMSNorm(embedding_size)
         self.input = linear(embedding_size, width)
         # A word must stay distinguishable from its neighbors: random signs turn the features of each distance into another
-        # direction, as in holographic representations (Plate, 1995). Training adapts them.
-        self.bind_ND = nn.Parameter(torch.randint(2, (config.neighbors, width)) * 2.0 - 1.0)
+        # direction, as in holographic representations (Plate, 1995). All neighbors together start weaker than the word itself;
+        # as strong as it, they cost a third of the gain on one of two seeds (docs/experiments.md). Training adapts them.
+        self.bind_ND = nn.Parameter(
+            (torch.randint(2, (config.neighbors, width)) * 2.0 - 1.0) / max(1, config.neighbors)
+        )
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(_EncoderBlock(width, config.num_heads) for _ in range(config.encoder_blocks))
 
