@@ -32,8 +32,6 @@ from hyperagent.errors import DataError, RowRefused, TooLong
 from hyperagent.identity import DataIdentity, file_fingerprint
 from hyperagent.progress import Progress, no_progress
 
-"""Called with (what is being done, rows done, rows to do)."""
-
 
 class TokenizeSettings(StrictModel):
     """Everything that determines a tokens file's contents, other than the data and the tokenizer."""
