@@ -42,7 +42,7 @@ from hyperagent_demo.processes import run_command, run_worker
 from hyperagent_demo.sample.chores import write_rules_sample
 from hyperagent_demo.sample.generate import write_sample
 from hyperagent_demo.stages import Stages
-from hyperagent_demo.teacher_check import check_teacher
+from hyperagent_demo.teacher_check import check_teacher, write_foreign_tokens
 from hyperagent_demo.tokenizer import tokenizer_texts, train_tokenizer
 
 
@@ -103,6 +103,8 @@ def run_loop(
             reading=bar.update,
             tokenizing=bar.update,
         )
+    # Before anything is trained, because it fails where there is nothing to distill.
+    write_foreign_tokens(config, source=source, extra=extra, tokenizer=tokenizer, out=out)
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
     for name, folder in (("teacher", models.teacher), ("student", models.student)):
         # Relative, so that the two folders can be moved together.
@@ -112,9 +114,7 @@ def run_loop(
         log = out / "logs" / "teacher.txt"
         stats = populate(config, models.teacher, tokens=tokens, cache=cache, log=log, token=token, bar=bar)
     with stages.stage("teacher check") as bar:
-        check = check_teacher(
-            config, models.teacher, source=source, extra=extra, tokenizer=tokenizer, out=out, token=token, bar=bar
-        )
+        check = check_teacher(config, models.teacher, out=out, token=token, bar=bar)
     with stages.stage("distil") as bar:
         distilled = distil(config, models.student, tokens=tokens, cache=cache, out=out, token=token, bar=bar)
     run = distilled.folder

@@ -15,34 +15,36 @@ from hyperagent_demo.stages import Bar
 _NOTHING_TO_DISTIL = 1
 
 
-def check_teacher(
-    config: DemoConfig,
-    teacher: Path,
-    *,
-    source: Path,
-    extra: Path | None,
-    tokenizer: Path,
-    out: Path,
-    token: str,
-    bar: Bar,
-) -> dict[str, Any]:
-    """Run `hyperagent teacher-check` on the demo's data, write OUT/teacher_check.json, and return its contents.
+def write_foreign_tokens(config: DemoConfig, *, source: Path, extra: Path | None, tokenizer: Path, out: Path) -> None:
+    """Write OUT/foreign.parquet: held-out trajectories with the hidden parts of another repository.
+
+    Args:
+        source: trajectories that OUT/tokens.parquet was made from.
+        extra: file of extra texts that it was made from, if any.
+
+    Raises:
+        ServiceError: the command failed, for instance because all repositories have the same hidden parts, so that there
+            is nothing to distill.
+    """
+    arguments = ["teacher-check", "tokens", str(source), str(out / "foreign.parquet")]
+    arguments += ["--tokens", str(out / "tokens.parquet"), "--tokenizer", str(tokenizer)]
+    arguments += ["--rows", str(config.teacher_check_rows), "--seed", str(config.seed)]
+    if extra is not None:
+        arguments += ["--extra", str(extra)]
+    run_command(arguments, log=out / "logs" / "teacher_check_tokens.txt")
+
+
+def check_teacher(config: DemoConfig, teacher: Path, *, out: Path, token: str, bar: Bar) -> dict[str, Any]:
+    """Let the teacher score OUT/foreign.parquet, compare, write OUT/teacher_check.json, and return its contents.
 
     Args:
         teacher: folder of the teacher's model.
-        source: trajectories that OUT/tokens.parquet was made from.
-        extra: file of extra texts that it was made from, if any.
         token: access token for the teacher service.
 
     Raises:
         ServiceError: a command or the teacher service failed.
     """
     tokens, foreign = out / "tokens.parquet", out / "foreign.parquet"
-    arguments = ["teacher-check", "tokens", str(source), str(foreign), "--tokens", str(tokens)]
-    arguments += ["--tokenizer", str(tokenizer), "--rows", str(config.teacher_check_rows), "--seed", str(config.seed)]
-    if extra is not None:
-        arguments += ["--extra", str(extra)]
-    run_command(arguments, log=out / "logs" / "teacher_check_tokens.txt")
     cache = out / "foreign-cache"
     populate(
         config, teacher, tokens=foreign, cache=cache, log=out / "logs" / "teacher-foreign.txt", token=token, bar=bar
