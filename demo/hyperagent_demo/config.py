@@ -52,12 +52,6 @@ class StaticConfig(StrictModel):
     """Learning rates to train with; the run with the lowest held-out KL is the baseline, which favors it."""
 
 
-class ShuffledConfig(StrictModel):
-    """The hypernetwork's run on shuffled prompts; everything else is as in the hypernetwork's recipe."""
-
-    num_steps: int = Field(ge=1)
-
-
 class DemoConfig(StrictModel):
     """Configuration of one run of the whole loop."""
 
@@ -83,8 +77,6 @@ class DemoConfig(StrictModel):
     distill: DistillConfig
     static: StaticConfig
     """A static LoRA of the same rank and targets."""
-    trained_on_shuffled: ShuffledConfig
-    """The same hypernetwork, trained on shuffled prompts."""
 
 
 Role = Literal["teacher", "student"]

@@ -101,7 +101,7 @@ def _recipes(config: DemoConfig, student: Path, tokens: Path, cache: Path) -> di
         )
         for number, rate in enumerate(config.static.learning_rates, start=1)
     }
-    shuffled = control(config.trained_on_shuffled.num_steps, prompts="shuffled")
+    shuffled = control(config.distill.num_steps, prompts="shuffled")
     return {_HYPERNETWORK: own, **static, _TRAINED_ON_SHUFFLED: shuffled}
 
 

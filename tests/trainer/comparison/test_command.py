@@ -155,6 +155,10 @@ def test_runs_that_do_not_belong_together_are_refused(
     refusal(NotFound, "holds no run", own=[tmp_path])
     refusal(ConfigError, "belongs to the arm 'own', not to 'static'", static=[folders["own"]])
     refusal(ConfigError, "belongs to the arm 'trained_on_shuffled', not to 'own'", own=[folders["trained_on_shuffled"]])
+    short = recipe.model_copy(update={"num_steps": 1, "prompts": "shuffled"})
+    folder = run(short, tmp_path / "short")
+    folder.recipe.write_text(short.model_dump_json())
+    refusal(ConfigError, "trained for 1 steps, the one in .* for 12", trained_on_shuffled=[folder.root])
     other = recipe.model_copy(
         update={"num_steps": 1, "arm": "static", "hypernetwork": recipe.hypernetwork.model_copy(update={"rank": 2})}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from hyperagent_trainer.evaluation.arms import FROZEN, OWN, SHUFFLED, STATIC, TRAINED_ON_SHUFFLED
 from hyperagent_trainer.evaluation.conditioning import ConditioningReport, conditioning_report
@@ -26,9 +27,10 @@ def report(
     noise: float = 0.02,
     margin: float = 0.05,
     frozen: float = 1.0,
+    gain: float = 1.0,
 ) -> ConditioningReport:
     """Compare arms with these KLs in nats per row; what own prompts save differs by up to `noise` between repositories."""
-    kl = {OWN: own + spread(noise, num), SHUFFLED: np.full(num, own + 1)}
+    kl = {OWN: own + spread(noise, num), SHUFFLED: np.full(num, own + gain)}
     kl |= {arm: np.full(num, x) for arm, x in ((STATIC, static), (TRAINED_ON_SHUFFLED, trained_on_shuffled)) if x}
     sums = {FROZEN: np.full(num, frozen * ROWS), **{arm: ROWS * values for arm, values in kl.items()}}
     return conditioning_report(sums, np.full(num, ROWS), list(range(num)), margin=margin)
@@ -81,6 +83,15 @@ def test_a_hypernetwork_that_needs_no_prompt_for_its_advantage_does_not_pay() ->
     found = report(trained_on_shuffled=0.51)
     assert found.verdict == UNDECIDED
     assert "the second interval is not above 0" in found.reason
+
+
+@pytest.mark.parametrize("gain", [-0.01, 0.0])
+def test_conditioning_does_not_pay_where_another_repositorys_prompt_is_as_good(gain: float) -> None:
+    """Controls that were trained too little lose against a hypernetwork that ignores its prompt."""
+    found = report(gain=gain)
+    assert found.verdict == UNDECIDED
+    assert "over another repository's" in found.reason
+    assert report(gain=0.05).verdict == PAYS
 
 
 def test_fewer_than_eight_repositories_decide_nothing() -> None:

@@ -72,6 +72,8 @@ def load_comparison(
     first = runs["own"][0]
     for run in (run for several in runs.values() for run in several):
         _require_comparable(run, first)
+    for run in runs["trained_on_shuffled"]:
+        _require_same_steps(run, first)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = first.recipe
     student = Student(recipe.student, device=device, dtype=getattr(torch, recipe.student_dtype))
@@ -142,6 +144,15 @@ def _require_comparable(run: Run, first: Run) -> None:
         raise ConfigError(
             f"the runs in {run.folder} and {first.folder} have other target layers, rank or alpha, so their adapters are "
             "not of the same size; train both with the same targets, rank and alpha"
+        )
+
+
+def _require_same_steps(run: Run, first: Run) -> None:
+    """Check that the control was trained as long as the hypernetwork: otherwise it loses for that alone."""
+    if run.step != first.step:
+        raise ConfigError(
+            f"the run on shuffled prompts in {run.folder} was trained for {run.step} steps, the one in {first.folder} for "
+            f"{first.step}; train both equally long"
         )
 
 

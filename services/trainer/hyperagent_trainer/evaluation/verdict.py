@@ -1,6 +1,6 @@
 """Decide whether conditioning on the prompt pays, from intervals over repositories.
 
-    conditioning pays      own beats frozen, and beats both a static LoRA and a hypernetwork trained on shuffled prompts by more
+    conditioning pays      own beats frozen and another repository's prompt, and beats both a static LoRA and a hypernetwork trained on shuffled prompts by more
                            than the margin, each with its whole interval
     a static LoRA suffices the advantage over the static LoRA is below the margin with its whole interval
     harmful                own is worse than frozen with its whole interval
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hyperagent_trainer.evaluation.arms import STATIC, TRAINED_ON_SHUFFLED
+from hyperagent_trainer.evaluation.arms import SHUFFLED, STATIC, TRAINED_ON_SHUFFLED
 from hyperagent_trainer.evaluation.intervals import Interval
 
 PAYS = "conditioning pays"
@@ -37,7 +37,7 @@ class Evidence:
     over_frozen: Interval
     """KL_frozen - KL_own."""
     over: Mapping[str, Interval]
-    """KL_arm - KL_own, by arm: `STATIC` and `TRAINED_ON_SHUFFLED` where they were evaluated."""
+    """KL_arm - KL_own, by arm: `SHUFFLED`, `STATIC` and `TRAINED_ON_SHUFFLED` where they were evaluated."""
     beyond_margin: Mapping[str, Interval]
     """KL_arm - KL_own - margin * KL_frozen, by the same arms."""
     margin: float
@@ -74,6 +74,9 @@ def decide(evidence: Evidence) -> tuple[str, str]:
         return UNDECIDED, f"{over_both}: the second interval is not above 0"
     if not evidence.over_frozen.is_above_zero:
         return UNDECIDED, f"{over_both}, but own prompts save only {evidence.over_frozen.text} over the frozen student"
+    gain = evidence.over.get(SHUFFLED)
+    if gain is not None and not gain.is_above_zero:
+        return UNDECIDED, f"{over_both}, but own prompts save only {gain.text} over another repository's"
     return PAYS, over_both
 
 
