@@ -10,6 +10,7 @@ from typing import Any
 
 from hyperagent.data.chat.messages import Dialogue
 from hyperagent.data.pipeline.views import ViewSettings, without
+from hyperagent.data.reports.json_texts import json_texts
 
 _WORD = re.compile(r"\w{3,}")
 
@@ -35,14 +36,14 @@ def words_of(text: str) -> Iterator[str]:
 
 def all_words(dialogue: Dialogue) -> set[str]:
     """Return every word of a dialogue."""
-    return {word for text in _texts([dialogue.messages, dialogue.tools]) for word in words_of(text)}
+    return {word for text in json_texts([dialogue.messages, dialogue.tools]) for word in words_of(text)}
 
 
 def hidden_words(dialogue: Dialogue, views: ViewSettings, extra: str | None) -> HiddenWords:
     """Count the words that the assistant takes from what the teacher sees and the student does not."""
     hidden = {word for text in _hidden_texts(dialogue, views, extra) for word in words_of(text)}
     student = without(dialogue, views.internalized)
-    visible = {word for text in _texts(student.tools) for word in words_of(text)}
+    visible = {word for text in json_texts(student.tools) for word in words_of(text)}
     supervised = in_hidden = 0
     unseen: Counter[str] = Counter()
     for message in student.messages:
@@ -60,7 +61,7 @@ def _hidden_texts(dialogue: Dialogue, views: ViewSettings, extra: str | None) ->
     if "system" in views.internalized:
         yield dialogue.system or ""
     if "tools" in views.internalized:
-        yield from _texts(dialogue.tools)
+        yield from json_texts(dialogue.tools)
     if "task" in views.internalized:
         yield dialogue.task
     if "extra" in views.condition and views.extra_in_teacher and extra:
@@ -71,17 +72,4 @@ def _texts_of_message(message: dict[str, Any]) -> Iterator[str]:
     """Yield what a template shows of a message: its content, then its calls."""
     yield message["content"]
     for call in message.get("tool_calls", []):
-        yield from _texts([call["function"]["name"], call["function"]["arguments"]])
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the keys and leaves of a JSON value, as text."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    else:
-        yield str(value)
+        yield from json_texts([call["function"]["name"], call["function"]["arguments"]])

@@ -14,6 +14,7 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals, read_schema_differences
 from hyperagent.data.pipeline.parallel import map_rows
 from hyperagent.data.pipeline.views import ViewMaker
+from hyperagent.data.reports.json_texts import json_texts
 from hyperagent.errors import MaskDisagreement, RowRefused
 from hyperagent.progress import Progress, no_progress
 
@@ -179,7 +180,7 @@ def count_phantom_parameters(raw_tools: list[dict[str, Any]], dialogue: Dialogue
             continue
         shown = _render_tool(tokenizer, tool)
         bare = _render_tool(tokenizer, _without_parameters(tool))
-        declared = " ".join(_texts(prune_nulls(own)))
+        declared = " ".join(json_texts(prune_nulls(own)))
         count += sum(_words(shown, name) - _words(bare, name) > _words(declared, name) for name in padded)
     return count
 
@@ -192,7 +193,7 @@ def _roles(dialogue: Dialogue) -> dict[str, tuple[int, int]]:
     roles: dict[str, tuple[int, int]] = {}
     for message in dialogue.messages:
         messages, characters = roles.get(message["role"], (0, 0))
-        calls = sum(len(text) for text in _texts(message.get("tool_calls", [])))
+        calls = sum(len(text) for text in json_texts(message.get("tool_calls", [])))
         roles[message["role"]] = (messages + 1, characters + len(message["content"]) + calls)
     return roles
 
@@ -216,16 +217,3 @@ def _render_tool(tokenizer: ChatTokenizer, tool: dict[str, Any]) -> str:
 
 def _words(text: str, word: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every key and every leaf of a JSON value, as text."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    else:
-        yield str(value)
