@@ -72,7 +72,7 @@ def alone(found_alone: Found) -> Found:
 def bound(found_alone: Found) -> float:
     """Return float32's own error on this CPU: the largest difference that its rounding explains."""
     error = largest_difference(found_alone[ranks_child.EXACT][1], found_alone["replicated"][1])
-    # Rounding explains 3e-5 to 1.4e-4, by initialization and CPU; a gradient that misses a sample is off by more than 0.1.
+    # Rounding explains 3e-5 to 1.4e-4, by initialization and CPU; a missing sample changes it by tens of percent.
     assert error < 1e-3, "the gradient is not that of float64"
     return error
 
