@@ -53,7 +53,7 @@ def _conditioning(report: dict[str, Any]) -> dict[str, bool]:
         f"gap closed by own prompts: {own:.1%} (at least {_LEAST_OWN:.0%})": own >= _LEAST_OWN,
         f"conditioning gain: {gain['low']:.3g} to {gain['high']:.3g} nats, above 0": gain["low"] > 0,
         f"verdict: {report['verdict']}": report["verdict"] == "conditioning pays",
-        "the teacher's rows depend on the condition": not report["teacher_check"]["nothing_to_distil"],
+        "the teacher's rows depend on the condition": not report["teacher_check"]["nothing_to_distill"],
     }
 
 

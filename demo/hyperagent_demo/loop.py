@@ -33,7 +33,7 @@ from hyperagent.errors import ConfigError
 from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent_demo.adapters import Example, request_adapters
 from hyperagent_demo.config import DemoConfig
-from hyperagent_demo.distil import Distilled, distil
+from hyperagent_demo.distill import Distilled, distill
 from hyperagent_demo.generate_texts import TextsJob
 from hyperagent_demo.peft_check import PeftCheckJob
 from hyperagent_demo.populate import populate
@@ -115,8 +115,8 @@ def run_loop(
         stats = populate(config, models.teacher, tokens=tokens, cache=cache, log=log, token=token, bar=bar)
     with stages.stage("teacher check") as bar:
         check = check_teacher(config, models.teacher, out=out, token=token, bar=bar)
-    with stages.stage("distil") as bar:
-        distilled = distil(config, models.student, tokens=tokens, cache=cache, out=out, token=token, bar=bar)
+    with stages.stage("distill") as bar:
+        distilled = distill(config, models.student, tokens=tokens, cache=cache, out=out, token=token, bar=bar)
     run = distilled.folder
     with new_directory(out / "bundle") as temporary:
         shutil.copytree(run / "bundle", temporary, dirs_exist_ok=True)

@@ -169,10 +169,10 @@ def _print_warnings(console: Console, report: dict[str, Any]) -> None:
             "it more steps or time in the configuration.",
             style="bold red",
         )
-    if report["teacher_check"]["nothing_to_distil"]:
+    if report["teacher_check"]["nothing_to_distill"]:
         console.print(
             f"The teacher hardly uses the condition: {report['teacher_check']['dependent_share']:.1%} of its rows change "
-            "with it. There is nothing to distil here; choose a richer condition, or another view.",
+            "with it. There is nothing to distill here; choose a richer condition, or another view.",
             style="bold red",
         )
     for role in ("teacher", "student"):

@@ -1,1 +1,1 @@
-"""The trainer: distils the teacher into a hypernetwork for a frozen student, under a control endpoint."""
+"""The trainer: distills the teacher into a hypernetwork for a frozen student, under a control endpoint."""

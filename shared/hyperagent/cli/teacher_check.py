@@ -80,14 +80,14 @@ def compare(
     ],
     threshold: Annotated[float, typer.Option(min=0, help="KL in nats above which a row is dependent.")] = 0.1,
     least_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of dependent rows below which there is nothing to distil.")
+        float, typer.Option(min=0, max=1, help="Share of dependent rows below which there is nothing to distill.")
     ] = 0.01,
     out: Annotated[
         Path | None, typer.Option(help="File to write (Parquet): which rows of each trajectory are dependent.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the teacher's rows under own and foreign condition; exit with 1 if there is nothing to distil."""
+    """Compare the teacher's rows under own and foreign condition; exit with 1 if there is nothing to distill."""
     from hyperagent.data.files.tokens_file import read_data_identity
     from hyperagent.teacher_check.compare import compare_caches
     from hyperagent.teacher_check.dependent_rows import write_dependent_rows
@@ -106,7 +106,7 @@ def compare(
         found = dependent_rows(compared, threshold=threshold)
         write_dependent_rows(out, found, data=read_data_identity(tokens), threshold=threshold)
     print_result(check.to_json() if as_json else _as_text(check), as_json=as_json)
-    if check.nothing_to_distil:
+    if check.nothing_to_distill:
         raise typer.Exit(1)
 
 
@@ -116,4 +116,4 @@ def _as_text(check: TeacherCheck) -> dict[str, Any]:
         for name in ("kl", "own_nll", "foreign_nll"):
             figures[name] = f"{figures[name]:.3f} nats"
         figures["dependent_share"] = f"{figures['dependent_share']:.1%}"
-    return {**result, "nothing_to_distil": "yes" if check.nothing_to_distil else "no"}
+    return {**result, "nothing_to_distill": "yes" if check.nothing_to_distill else "no"}

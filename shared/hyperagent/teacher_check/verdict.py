@@ -49,7 +49,7 @@ class TeacherCheck:
     least_dependent_share: float
 
     @property
-    def nothing_to_distil(self) -> bool:
+    def nothing_to_distill(self) -> bool:
         """Whether fewer rows depend on the condition than `least_dependent_share`."""
         return self.all_rows.dependent_share < self.least_dependent_share
 
@@ -58,9 +58,9 @@ class TeacherCheck:
         """One sentence with the result, its reason in figures, and what to change if there is nothing to distill."""
         rows = self.all_rows
         share = f"{rows.dependent_share:.1%} of the rows depend on the condition (KL above {self.threshold:g} nats)"
-        if self.nothing_to_distil:
+        if self.nothing_to_distill:
             return (
-                f"nothing to distil here: only {share}, less than {self.least_dependent_share:.1%}; choose a condition "
+                f"nothing to distill here: only {share}, less than {self.least_dependent_share:.1%}; choose a condition "
                 "that says more about the repository (--condition, --extra) or hide more of it from the student "
                 "(--internalize), or use a teacher that follows its condition"
             )
@@ -79,7 +79,7 @@ class TeacherCheck:
         """Return all figures and the verdict as JSON values, the figures of all rows at the top level."""
         return {
             "verdict": self.verdict,
-            "nothing_to_distil": self.nothing_to_distil,
+            "nothing_to_distill": self.nothing_to_distill,
             **asdict(self.all_rows),
             "threshold": self.threshold,
             "least_dependent_share": self.least_dependent_share,

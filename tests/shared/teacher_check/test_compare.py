@@ -143,10 +143,10 @@ def expected_kl(own: TokenizedTrajectory, foreign: TokenizedTrajectory, logits: 
     return np.array([(np.exp(p) * (p - q)).sum() for p, q in pairs])
 
 
-def test_a_teacher_that_ignores_the_condition_has_nothing_to_distil(world: World) -> None:
+def test_a_teacher_that_ignores_the_condition_has_nothing_to_distill(world: World) -> None:
     check = check_teacher(world.compare(ignoring))
-    assert check.nothing_to_distil
-    assert check.verdict.startswith("nothing to distil here: only 0.0% of the rows depend on the condition")
+    assert check.nothing_to_distill
+    assert check.verdict.startswith("nothing to distill here: only 0.0% of the rows depend on the condition")
     assert (check.all_rows.kl, check.all_rows.dependent_share) == (0, 0)
     assert check.all_rows.own_nll == check.all_rows.foreign_nll
 
@@ -166,7 +166,7 @@ def test_a_teacher_that_uses_the_condition_is_measured_exactly(world: World) -> 
     assert check.all_rows.dependent_share == is_fifth.mean()
     assert check.all_rows.num_rows == len(is_fifth)
     assert check.all_rows.foreign_nll > check.all_rows.own_nll + 0.1
-    assert not check.nothing_to_distil
+    assert not check.nothing_to_distill
     assert check.verdict.startswith(f"the teacher uses the condition: {is_fifth.mean():.1%} of the rows")
     assert (check.num_trajectories, check.num_unchanged) == (6, 0)
 
@@ -193,8 +193,8 @@ def test_fewer_kept_ids_give_a_lower_bound(world: World) -> None:
 def test_threshold_and_least_share_decide(world: World) -> None:
     compared = world.compare(using)
     share = check_teacher(compared).all_rows.dependent_share
-    assert check_teacher(compared, least_dependent_share=share + 1e-9).nothing_to_distil
-    assert not check_teacher(compared, least_dependent_share=share).nothing_to_distil
+    assert check_teacher(compared, least_dependent_share=share + 1e-9).nothing_to_distill
+    assert not check_teacher(compared, least_dependent_share=share).nothing_to_distill
     high = max(found.kl_N.max() for found in compared)
     assert check_teacher(compared, threshold=high).all_rows.dependent_share == 0
     assert sum(rows.sum() for rows in dependent_rows(compared, threshold=high - 1e-9).values()) >= 1
@@ -208,7 +208,7 @@ def test_rows_that_change_without_predicting_better_are_called_so(world: World) 
         return logits
 
     check = check_teacher(world.compare(misled))
-    assert not check.nothing_to_distil
+    assert not check.nothing_to_distill
     assert check.verdict.startswith("the teacher's rows change with the condition but do not improve")
 
 
@@ -297,7 +297,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(build_app(), ["teacher-check", "compare", *map(str, arguments)])
 
 
-def test_the_command_prints_the_figures_and_exits_with_1_if_there_is_nothing_to_distil(world: World) -> None:
+def test_the_command_prints_the_figures_and_exits_with_1_if_there_is_nothing_to_distill(world: World) -> None:
     out = world.folder / "dependent.parquet"
     codes = {}
     for name, logits in (("using", using), ("ignoring", ignoring)):
@@ -305,7 +305,7 @@ def test_the_command_prints_the_figures_and_exits_with_1_if_there_is_nothing_to_
         files = ("--tokens", world.tokens, "--cache", caches[0], "--foreign-tokens", world.foreign)
         done = run(*files, "--foreign-cache", caches[1], "--out", out, "--json")
         result = json.loads(done.stdout)
-        codes[name] = done.exit_code, result["nothing_to_distil"]
+        codes[name] = done.exit_code, result["nothing_to_distill"]
         expected = check_teacher(compare_caches(world.tokens, caches[0], world.foreign, caches[1]))
         assert result == expected.to_json()
         rows = read_dependent_rows(out, data=read_data_identity(world.tokens))

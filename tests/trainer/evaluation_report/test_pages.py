@@ -269,7 +269,7 @@ def test_the_smallest_report_names_all_that_it_lacks(tmp_path: Path) -> None:
 def test_a_teacher_that_ignores_the_condition_is_a_warning(tmp_path: Path) -> None:
     value = evaluation()
     assert page_of(value, tmp_path).all("p", class_="warning") == []
-    value["teacher_check"].update(nothing_to_distil=True)
+    value["teacher_check"].update(nothing_to_distill=True)
     (warning,) = page_of(value, tmp_path).all("p", class_="warning")
     assert "next to nothing to distill" in warning.text
     assert f"**{warning.text}**" in markdown_of(value, tmp_path)

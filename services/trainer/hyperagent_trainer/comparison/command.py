@@ -128,7 +128,7 @@ def _read_teacher_check(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     check: dict[str, Any] = json.loads(path.read_bytes())
-    return {name: check[name] for name in ("kl", "dependent_share", "threshold", "num_rows", "nothing_to_distil")}
+    return {name: check[name] for name in ("kl", "dependent_share", "threshold", "num_rows", "nothing_to_distill")}
 
 
 def _out_of_distribution(comparison: Comparison) -> dict[str, Any] | None:

@@ -37,5 +37,5 @@ def similarity(adapted: AdaptedStudent, comparison: Comparison, *, own_wins: flo
         "repositories": repositories,
         "cosine": cosine_PP.tolist(),
         "mean_cosine": float((cosine_PP.sum() - num) / (num * (num - 1))),
-        "retrieval_top1": own_wins,
+        "own_beats_others": own_wins,
     }

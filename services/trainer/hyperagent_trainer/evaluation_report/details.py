@@ -92,7 +92,7 @@ def _similarity(found: Similarity) -> Section:
             Paragraph(
                 f"The mean cosine between the adapters of two different repositories is {found.mean_cosine:.3f}. Near 1, the "
                 "hypernetwork generates almost the same adapter for every prompt. On "
-                f"{share(found.retrieval_top1)} of the trajectories, the adapter of the own prompt is better than those of other "
+                f"{share(found.own_beats_others)} of the trajectories, the adapter of the own prompt is better than those of other "
                 "repositories' prompts; adapters that ignore the prompt would reach about 50%."
             ),
             Figure(heat_map(found), "The table below has the names of the numbered repositories."),
@@ -110,7 +110,7 @@ def _teacher_check(found: TeacherCheck) -> Section:
             f"{found.threshold:g} nats. These are the dependent rows."
         )
     ]
-    if found.nothing_to_distil:
+    if found.nothing_to_distill:
         blocks.append(
             Paragraph(
                 "The teacher hardly uses the condition, so there is next to nothing to distill. Choose a richer condition, or "

@@ -162,7 +162,7 @@ class Similarity(_Part):
     """Cosine between the weight changes of two repositories' adapters, symmetric, shape [P, P]."""
     mean_cosine: Cosine
     """Mean over all pairs of different repositories."""
-    retrieval_top1: Share
+    own_beats_others: Share
     """Share of held-out trajectories on which the adapter of the own prompt has a smaller KL than those of other
     repositories' prompts; about one half if the adapters ignore the prompt."""
 
@@ -185,7 +185,7 @@ class TeacherCheck(_Part):
     """KL above which a row counts as dependent, in nats."""
     num_rows: Count
     """Number of rows that were compared."""
-    nothing_to_distil: bool
+    nothing_to_distill: bool
     """Whether so few rows depend on the condition that an adapter cannot learn anything from it."""
 
 

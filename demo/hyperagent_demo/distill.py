@@ -1,4 +1,4 @@
-"""Distil: train the hypernetwork and the two runs that it is compared with, over the trainer's REST interface.
+"""Distill: train the hypernetwork and the two runs that it is compared with, over the trainer's REST interface.
 
 The hypernetwork has a trainer service of its own, so that it trains beside the two controls, each with one thread: these
 models are too small to gain from a second one.
@@ -46,7 +46,7 @@ class Distilled:
     """Folder of the run on shuffled prompts."""
 
 
-def distil(
+def distill(
     config: DemoConfig, student: Path, *, tokens: Path, cache: Path, out: Path, token: str, bar: Bar
 ) -> Distilled:
     """Write the recipes, train them and follow the runs to their end.
