@@ -193,8 +193,11 @@ def read_network(folder: Path) -> tuple[CheckpointManifest, dict[str, Tensor]]:
     """
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    weights = load_file(folder / "network.safetensors")
-    return manifest, weights | load_file(folder / _AVERAGE) if _AVERAGE in manifest.files else weights
+    try:
+        weights = load_file(folder / "network.safetensors")
+        return manifest, weights | load_file(folder / _AVERAGE) if _AVERAGE in manifest.files else weights
+    except FileNotFoundError as error:  # removed since the check, by a run that saved a newer checkpoint
+        raise CorruptRecord(f"{error.filename or folder} was removed while it was read") from error
 
 
 def _check_files(folder: Path, manifest: CheckpointManifest) -> None:
