@@ -85,6 +85,7 @@ def evaluate(
     from hyperagent.logs import configure_logging
     from hyperagent_trainer.comparison.command import EvaluationRequest, show, write_report
     from hyperagent_trainer.comparison.command import evaluate as compare
+    from hyperagent_trainer.comparison.keep_verdict import keep_verdict
 
     configure_logging(service="evaluate")
     request = EvaluationRequest(
@@ -101,6 +102,7 @@ def evaluate(
         report = compare(request, progress=add_bar(bars, "evaluate", unit="trajectories, in every arm"))
     write_report(out, report)
     show(report, out, as_json=as_json)
+    keep_verdict(runs, report, out)
 
 
 def export(

@@ -82,6 +82,26 @@ class RunStatus(StrictModel):
         return f"{self.state} · loss {self.loss:.3f} · {self.tokens_per_s or 0:,.0f} tokens/s"
 
 
+class RunVerdict(StrictModel):
+    """Whether conditioning pays, as the last `hyperagent evaluate` of a run found."""
+
+    verdict: str | None
+    """One of the verdicts of docs/evaluation.md; None if the evaluation had no other trained arm."""
+    reason: str
+    """One sentence with the numbers that the verdict follows from."""
+    margin: float
+    """Least advantage that counts, as a share of the frozen student's KL."""
+    step: int
+    """Optimizer step of the evaluated checkpoint."""
+    split: str
+    """Split of the tokens file that was evaluated."""
+    num_repositories: int
+    num_seeds: int
+    """Number of training seeds."""
+    report: str
+    """Folder of the whole report on the machine that made it."""
+
+
 class RunBody(RunStatus):
     """A run with its status and links to possible actions."""
 
@@ -90,6 +110,8 @@ class RunBody(RunStatus):
     """Name of the recipe."""
     folder: str
     """Folder of the run's files on the service's machine, including the bundle of a finished run."""
+    verdict: RunVerdict | None = None
+    """Verdict of the run's last evaluation; None if it was not evaluated."""
     links: dict[str, str]
     """Links to the run, its metrics, and the actions that are currently possible."""
 

@@ -192,16 +192,11 @@ def save_bundle(
     return manifest
 
 
-def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bundle:
-    """Read a bundle and check every file against its digest.
-
-    Args:
-        featurizer: `make_featurizer` of the student, for a hypernetwork that reads hidden states; not needed for one
-            that reads embeddings, whose table is in the bundle.
+def read_manifest(folder: Path) -> BundleManifest:
+    """Read what a bundle is, without its weights.
 
     Raises:
-        ConfigError: there is no bundle, it has an unknown format version, or it needs the student's featurizer.
-        CorruptRecord: a file is missing, or differs from the one that was written.
+        ConfigError: there is no bundle, or it has an unknown format version.
     """
     try:
         raw = json.loads((folder / "bundle.json").read_bytes())
@@ -213,7 +208,21 @@ def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bun
         raise ConfigError(
             f"{folder}/bundle.json does not have format version {FORMAT_VERSION}; export it again with this release"
         )
-    manifest = parse(raw, BundleManifest, source=str(folder / "bundle.json"))
+    return parse(raw, BundleManifest, source=str(folder / "bundle.json"))
+
+
+def load_bundle(folder: Path, featurizer: PromptFeaturizer | None = None) -> Bundle:
+    """Read a bundle and check every file against its digest.
+
+    Args:
+        featurizer: `make_featurizer` of the student, for a hypernetwork that reads hidden states; not needed for one
+            that reads embeddings, whose table is in the bundle.
+
+    Raises:
+        ConfigError: there is no bundle, it has an unknown format version, or it needs the student's featurizer.
+        CorruptRecord: a file is missing, or differs from the one that was written.
+    """
+    manifest = read_manifest(folder)
     reads = manifest.hypernetwork.featurizer
     if reads != EMBEDDINGS and featurizer is None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,14 @@ from hyperagent.progress import no_progress
 from hyperagent_trainer.comparison.arms import foreign_prompts
 from hyperagent_trainer.comparison.command import EvaluationRequest, evaluate, write_report
 from hyperagent_trainer.comparison.export_mean import export_mean
+from hyperagent_trainer.comparison.keep_verdict import keep_verdict
 from hyperagent_trainer.comparison.measure import NUM_DRAWS
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation_report.read import read_evaluation
 from hyperagent_trainer.evaluation_report.schema import EvaluationReport
+from hyperagent_trainer.export.command import export_run
+from hyperagent_trainer.export.model_card import with_verdict
+from hyperagent_trainer.runs.folder import RunFolder
 
 RUNS = {"own": {}, "static": {"arm": "static"}, "trained_on_shuffled": {"prompts": "shuffled"}}
 
@@ -199,3 +204,26 @@ def test_the_command_prints_the_arms_and_the_verdict(folders: dict[str, Path], t
     assert "undecided: 3 repositories" in done.stdout
     assert {"frozen", "own", "shuffled", "static"} <= {line.split()[0] for line in done.stdout.splitlines() if line}
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "evaluation.md", "evaluation.html"}
+
+
+def test_the_verdict_stays_with_the_run(folders: dict[str, Path], report: EvaluationReport, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(folders["own"], folder.root)
+    card = folder.bundle / "README.md"
+    folder.verdict.unlink(missing_ok=True)
+    before = card.read_text()
+    assert "has not compared this run" in before
+    keep_verdict([folder.root], report, tmp_path / "out")
+    found = folder.read_verdict()
+    assert found is not None
+    assert (found.verdict, found.step, found.report) == ("undecided", 12, str(tmp_path / "out"))
+    assert f"**undecided**: {report.conditioning.reason}" in card.read_text()
+    load_bundle(folder.bundle)  # The card has no digest.
+    # A bundle exported later says the same, and one of another step that it is not the evaluated one.
+    export_run(folder, tmp_path / "exported", None)
+    assert (tmp_path / "exported" / "README.md").read_text() == card.read_text()
+    assert "after step 12, not for this one" in with_verdict(before, found, step=6)
+    # People may rewrite the card.
+    card.write_text("mine")
+    keep_verdict([folder.root], report, tmp_path / "out")
+    assert card.read_text() == "mine"

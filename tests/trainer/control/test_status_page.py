@@ -21,7 +21,7 @@ from needs import skip_or_fail
 from served import served
 
 import hyperagent_trainer
-from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.http.run_models import RunRequest, RunStatus, RunVerdict
 from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.control.app import create_control_app
@@ -304,6 +304,15 @@ def test_a_collapse_raises_an_alarm_for_a_hypernetwork_alone(supervisor: Supervi
     alarm = "document.getElementById('alarm')"
     with page() as browser:
         assert browser.evaluate(f"[{alarm}.getAttribute('role'), {alarm}.textContent]") == ["alert", ""]
+        assert "Verdict" not in browser.evaluate("document.getElementById('facts').innerText")
+        verdict = {"verdict": "conditioning pays", "reason": "<b>own</b> beats static", "step": 1200, "report": "/out"}
+        numbers = {"margin": 0.05, "split": "held_out", "num_repositories": 24, "num_seeds": 3}
+        run.folder.write_verdict(RunVerdict(**verdict, **numbers))
+        browser.wait_for(
+            "document.getElementById('facts').innerText.includes('conditioning pays: <b>own</b> beats static')"
+        )
+        assert "Verdict after step 1,200" in browser.evaluate("document.getElementById('facts').innerText")
+
         # A run without a conditioning verdict: a static adapter, which is the same for all prompts by design.
         run.folder.write_status(status.model_copy(update={"conditioning": {}, "step": 11}))
         browser.wait_for("document.getElementById('progress-text').textContent.startsWith('step 11 ')")

@@ -147,5 +147,10 @@ def _body(run: Run) -> RunBody:
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(
-        id=run.run_id, recipe=run.request.recipe, folder=str(run.folder.root), links=links, **run.status.model_dump()
+        id=run.run_id,
+        recipe=run.request.recipe,
+        folder=str(run.folder.root),
+        verdict=run.folder.read_verdict(),
+        links=links,
+        **run.status.model_dump(),
     )

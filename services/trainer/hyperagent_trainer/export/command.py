@@ -73,6 +73,7 @@ def export_run(folder: RunFolder, out: Path, which: Literal["last", "best"] | No
         step=manifest.step,
         held_out=held_out,
         statistics=_statistics(network, recipe, embeddings, network_manifest.data),
+        verdict=folder.read_verdict(),
     )
     return {
         "folder": str(out),

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
+from hyperagent.http.run_models import RunVerdict
 from hyperagent.model.bundle import BundleManifest, save_bundle
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
 from hyperagent.model.manifest import NetworkManifest
@@ -35,6 +36,7 @@ def export(
     step: int,
     held_out: HeldOutKL,
     statistics: PromptStatistics | None,
+    verdict: RunVerdict | None = None,
 ) -> None:
     """Write the bundle of a hypernetwork or the PEFT folder of a static adapter, replacing an existing folder.
 
@@ -44,6 +46,7 @@ def export(
         step: number of optimizer steps that the network was trained for.
         held_out: the last evaluation at or before that step.
         statistics: of the prompts of a hypernetwork; None if they are not known.
+        verdict: of the run's last evaluation; None if it was not evaluated.
 
     Raises:
         ConfigError: the student's folder lacks a tokenizer file.
@@ -64,7 +67,9 @@ def export(
             hypernetwork=network,
             embeddings=embeddings,
             tokenizer_folder=recipe.student,
-            card=model_card(manifest, recipe, held_out, statistics, sum(p.numel() for p in network.parameters())),
+            card=model_card(
+                manifest, recipe, held_out, statistics, sum(p.numel() for p in network.parameters()), verdict
+            ),
             statistics=statistics,
         )
     else:

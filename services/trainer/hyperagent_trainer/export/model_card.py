@@ -9,11 +9,15 @@ from pathlib import Path
 
 import yaml
 
+from hyperagent.http.run_models import RunVerdict
 from hyperagent.model.bundle import BundleManifest
 from hyperagent.model.prompt_distance import PromptStatistics
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT
 from hyperagent_trainer.runs.metrics_file import HeldOutKL
+
+_VERDICT_BEGIN, _VERDICT_END = "<!-- verdict -->", "<!-- end of the verdict -->"
+"""Lines around the part of the card that `hyperagent evaluate` replaces."""
 
 _ARMS = {
     FROZEN: "the student as it is",
@@ -28,12 +32,14 @@ def model_card(
     held_out: HeldOutKL,
     statistics: PromptStatistics | None,
     num_parameters: int,
+    verdict: RunVerdict | None,
 ) -> str:
     """Return the model card: what the bundle is, how it was trained, and its held-out KL.
 
     Args:
         held_out: the last evaluation at or before the bundle's step.
         statistics: the prompt statistics in the bundle, if it has any.
+        verdict: of the run's last evaluation, if it was evaluated.
     """
     student = Path(manifest.base_model).name
     front = {
@@ -81,12 +87,43 @@ def model_card(
         "",
         "A gap between the last two rows is what reading the prompt is worth; without one, a static adapter would do as well.",
         "",
+        "## Does reading the prompt pay?",
+        "",
+        _VERDICT_BEGIN,
+        _verdict_text(verdict, manifest.step),
+        _VERDICT_END,
+        "",
         "## Prompts unlike the training prompts",
         "",
         _novelty(statistics),
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def with_verdict(card: str, verdict: RunVerdict, *, step: int) -> str:
+    """Return the card with the verdict in its place; unchanged if somebody has removed that place.
+
+    Args:
+        step: the bundle's own step.
+    """
+    before, begin, rest = card.partition(_VERDICT_BEGIN)
+    _, end, after = rest.partition(_VERDICT_END)
+    return f"{before}{begin}\n{_verdict_text(verdict, step)}\n{end}{after}" if begin and end else card
+
+
+def _verdict_text(verdict: RunVerdict | None, step: int) -> str:
+    if verdict is None:
+        return "Not known: `hyperagent evaluate` has not compared this run with a static adapter yet."
+    which = (
+        ""
+        if verdict.step == step
+        else f" It was found for the run's checkpoint after step {verdict.step:,}, not for this one."
+    )
+    return (
+        f"**{verdict.verdict or 'no verdict'}**: {verdict.reason} ({verdict.num_repositories} repositories of the split {verdict.split}, "
+        f"{verdict.num_seeds} training seed{'s' if verdict.num_seeds > 1 else ''}, least advantage that counts {verdict.margin:.0%}.){which}"
+    )
 
 
 def _novelty(statistics: PromptStatistics | None) -> str:

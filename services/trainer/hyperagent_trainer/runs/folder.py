@@ -13,6 +13,7 @@ log.txt           the training process's stdout and stderr
 checkpoints/      step-00000200/ etc.: network, optimizer and step; the most recent ones and, with `patience`, the best
 bundle/           at the end of a hypernetwork's run: everything the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
+verdict.json      after `hyperagent evaluate` of the run: whether conditioning pays
 probe.safetensors at the end: a prompt, tokens and logits, for verifying the bundle in another process
 """
 
@@ -22,7 +23,7 @@ import re
 from pathlib import Path
 
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.http.run_models import RunStatus
+from hyperagent.http.run_models import RunStatus, RunVerdict
 from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.config import TrainRecipe
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
+        self.verdict = root / "verdict.json"
 
     def checkpoint(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` optimizer steps, whether or not it exists."""
@@ -95,3 +97,24 @@ class RunFolder:
             raise CorruptRecord(
                 f"{self.status} is damaged; move {self.root} elsewhere to continue without this run"
             ) from error
+
+    def write_verdict(self, verdict: RunVerdict) -> None:
+        """Replace the verdict of the run's last evaluation.
+
+        Raises:
+            StorageError: a file operation failed.
+        """
+        write_atomically(self.verdict, verdict.model_dump_json(indent=2).encode() + b"\n")
+
+    def read_verdict(self) -> RunVerdict | None:
+        """Return the verdict of the run's last evaluation; None if there is none.
+
+        Raises:
+            CorruptRecord: it cannot be read.
+        """
+        try:
+            return RunVerdict.model_validate_json(self.verdict.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CorruptRecord(f"{self.verdict} is damaged; remove it, or evaluate the run again") from error

@@ -92,6 +92,7 @@ function showFacts(run) {
   const skipped = curves.skipped;
   if (skipped.length) facts.push(["Steps skipped", `${number(skipped.length)}, the last is ${number(skipped.at(-1))}`]);
   for (const [split, verdict] of Object.entries(run.conditioning)) facts.push([`Own prompt, ${split.replaceAll("_", " ")}`, verdict]);
+  if (run.verdict) facts.push([`Verdict after step ${number(run.verdict.step)}`, `${run.verdict.verdict ?? "none"}: ${run.verdict.reason}`]);
   byId("facts").replaceChildren(
     ...facts.map(([name, text]) => {
       const fact = document.createElement("div");
