@@ -16,7 +16,7 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.reader import read_rows
 from hyperagent.data.pipeline.condensed import condensed
 from hyperagent.data.pipeline.earlier_texts import EarlierSettings, earlier_rows, write_earlier_texts
-from hyperagent.data.pipeline.selection import RowFacts
+from hyperagent.data.pipeline.selection import RowFacts, Selection
 from hyperagent.data.pipeline.split import SplitSettings
 from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
@@ -89,6 +89,10 @@ def test_the_report_names_tasks_without_an_earlier_one_and_tokenizing_refuses_th
     tokenized = tokenize_file(source, tmp_path / "t", tokenizer, settings, joined=JoinedFiles(extra=out))
     assert {refusal.trajectory_id for refusal in tokenized.refused} == {"t1", "t4", "t5"}
     assert {refusal.reason for refusal in tokenized.refused} == {"it has no extra text, which the condition requires"}
+    # A sample is drawn from the three rows that have a text, none of which is refused.
+    sampled = settings.model_copy(update={"selection": Selection(sample=3)})
+    tokenized = tokenize_file(source, tmp_path / "s", tokenizer, sampled, joined=JoinedFiles(extra=out))
+    assert (tokenized.refused, dict(tokenized.left_out)) == ((), {"no extra text": 3})
 
 
 def facts(rows: list[tuple[int, int, int]]) -> list[RowFacts]:

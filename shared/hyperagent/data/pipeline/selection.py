@@ -21,6 +21,10 @@ NOT_SAMPLED = "not in the sample"
 """Reason under which rows that were not drawn into the sample are counted."""
 
 
+NO_EXTRA_TEXT = "no extra text"
+"""Reason under which rows that need an extra text and have none are counted."""
+
+
 class Selection(StrictModel):
     """Criteria that a row must meet to be used."""
 
@@ -68,6 +72,7 @@ def select_rows(
     selection: Selection,
     *,
     license_of: Mapping[str, str] | None = None,
+    extra_of: Mapping[str, str] | None = None,
     strict: bool = False,
     progress: Progress = no_progress,
 ) -> Selected:
@@ -75,6 +80,7 @@ def select_rows(
 
     Args:
         license_of: license by instance id; required if `selection` restricts licenses.
+        extra_of: extra text by instance id, if rows need one; then a sample is drawn from the rows that have one.
         strict: raise at the first row that cannot be used.
         progress: called with (rows done, rows in the file).
 
@@ -102,7 +108,7 @@ def select_rows(
         names.add(fact.name)
         facts.append(fact)
     progress(total, total)
-    chosen, left_out = _choose(facts, selection, license_of or {})
+    chosen, left_out = _choose(facts, selection, license_of or {}, extra_of)
     if not chosen:
         why = f"; the first refusal: {refused[0]}" if refused else ""
         raise DataError(
@@ -130,7 +136,10 @@ def _facts(row: Row | RowRefused, number: int) -> RowFacts:
 
 
 def _choose(
-    facts: Sequence[RowFacts], selection: Selection, license_of: Mapping[str, str]
+    facts: Sequence[RowFacts],
+    selection: Selection,
+    license_of: Mapping[str, str],
+    extra_of: Mapping[str, str] | None,
 ) -> tuple[list[RowFacts], dict[str, int]]:
     left_out: Counter[str] = Counter()
     repo_of_issue: dict[bytes, str] = {}
@@ -146,6 +155,10 @@ def _choose(
             left_out["issue of another repository"] += 1
         else:
             chosen.append(fact)
+    if selection.sample is not None and extra_of is not None:
+        with_extra = [fact for fact in chosen if fact.instance_id in extra_of]
+        left_out[NO_EXTRA_TEXT] = len(chosen) - len(with_extra)
+        chosen = with_extra
     if selection.sample is not None and selection.sample < len(chosen):
         drawn = sorted(random.Random(selection.seed).sample(range(len(chosen)), selection.sample))
         left_out[NOT_SAMPLED] = len(chosen) - len(drawn)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hyperagent.data.chat.messages import Dialogue, dialogue_of
 from hyperagent.data.files.reader import read_rows_or_refusals
-from hyperagent.data.pipeline.selection import RowFacts, Selection, select_rows
+from hyperagent.data.pipeline.selection import NO_EXTRA_TEXT, RowFacts, Selection, select_rows
 from hyperagent.data.pipeline.views import ViewSettings
 from hyperagent.data.reports.hidden_words import HiddenWords, all_words, hidden_words
 from hyperagent.errors import DataError, RowRefused
@@ -120,7 +120,7 @@ def measure_potential(
     rows = {row.number: row for row in selected.rows if not needs_extra or extra_of.get(row.instance_id)}
     left_out = dict(selected.left_out)
     if missing := len(selected.rows) - len(rows):
-        left_out["no extra text"] = missing
+        left_out[NO_EXTRA_TEXT] = missing
     if len({row.repo for row in rows.values()}) < 2:
         raise DataError(
             f"{len(rows)} rows of {source} are left, and they have fewer than two repositories, so no word is known to "
