@@ -89,8 +89,8 @@ def test_the_report_names_tasks_without_an_earlier_one_and_tokenizing_refuses_th
     tokenized = tokenize_file(source, tmp_path / "t", tokenizer, settings, joined=JoinedFiles(extra=out))
     assert {refusal.trajectory_id for refusal in tokenized.refused} == {"t1", "t4", "t5"}
     assert {refusal.reason for refusal in tokenized.refused} == {"it has no extra text, which the condition requires"}
-    # A sample is drawn from the three rows that have a text, none of which is refused.
-    sampled = settings.model_copy(update={"selection": Selection(sample=3)})
+    # A sample is drawn from the four rows that have a text, none of which is refused.
+    sampled = settings.model_copy(update={"selection": Selection(sample=4)})
     tokenized = tokenize_file(source, tmp_path / "s", tokenizer, sampled, joined=JoinedFiles(extra=out))
     assert (tokenized.refused, dict(tokenized.left_out)) == ((), {"no extra text": 3})
 
