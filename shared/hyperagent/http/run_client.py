@@ -7,7 +7,15 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
-from hyperagent.http.run_models import FINAL_STATES, MetricsBody, RecipesBody, RunBody, RunRequest, RunsBody
+from hyperagent.http.run_models import (
+    FINAL_STATES,
+    ComparisonRequest,
+    MetricsBody,
+    RecipesBody,
+    RunBody,
+    RunRequest,
+    RunsBody,
+)
 
 _FOLLOW_POLL_S = 0.5
 
@@ -27,6 +35,15 @@ class RunClient(ApiClient):
             Conflict: the queue is full, or the key was used with a different request.
         """
         return self.send(_start(request, idempotency_key))
+
+    def compare(self, request: ComparisonRequest, *, idempotency_key: str | None = None) -> RunBody:
+        """Start a run that compares training runs; its folder gets the report, and they get the verdict.
+
+        Raises:
+            NotFound: one of the runs does not exist.
+            Conflict: the queue is full, or the key was used with a different request.
+        """
+        return self.send(_compare(request, idempotency_key))
 
     def runs(self) -> list[RunBody]:
         """Return all runs, newest first."""
@@ -97,6 +114,10 @@ class AsyncRunClient(AsyncApiClient):
         """See `RunClient.start`."""
         return await self.send(_start(request, idempotency_key))
 
+    async def compare(self, request: ComparisonRequest, *, idempotency_key: str | None = None) -> RunBody:
+        """See `RunClient.compare`."""
+        return await self.send(_compare(request, idempotency_key))
+
     async def runs(self) -> list[RunBody]:
         """Return all runs, newest first."""
         return (await self.send(_LIST)).runs
@@ -140,9 +161,17 @@ _LIST = Call("GET", "/v1/runs", json_of(RunsBody))
 
 
 def _start(request: RunRequest, idempotency_key: str | None) -> Call[RunBody]:
+    return _post("/v1/runs", request, idempotency_key)
+
+
+def _compare(request: ComparisonRequest, idempotency_key: str | None) -> Call[RunBody]:
+    return _post("/v1/comparisons", request, idempotency_key)
+
+
+def _post(path: str, request: RunRequest | ComparisonRequest, idempotency_key: str | None) -> Call[RunBody]:
     return Call(
         "POST",
-        "/v1/runs",
+        path,
         json_of(RunBody),
         body=request.model_dump(exclude_none=True),
         headers={} if idempotency_key is None else {"Idempotency-Key": idempotency_key},

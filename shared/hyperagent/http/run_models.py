@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -48,6 +48,26 @@ class RunRequest(StrictModel):
     overrides: RunOverrides = RunOverrides()
 
 
+RunId = Annotated[str, Field(pattern=r"^\d{8}-\d{6}-\d{6}$")]
+
+
+class ComparisonRequest(StrictModel):
+    """Request for a run that compares training runs of the service, as `hyperagent evaluate` does."""
+
+    own: list[RunId] = Field(min_length=1, max_length=16)
+    """Hypernetwork runs that differ in their seed only."""
+    static: list[RunId] = Field(default=[], max_length=16)
+    """Static runs, one for each seed."""
+    trained_on_shuffled: list[RunId] = Field(default=[], max_length=16)
+    """Runs with `prompts: shuffled`, one for each seed."""
+    split: str = Field("held_out", max_length=64)
+    """Split of the tokens file to evaluate on."""
+    margin: float = Field(0.05, ge=0, le=0.99)
+    """Least advantage that counts, as a share of the frozen student's KL."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the shuffled prompts and the intervals."""
+
+
 class RunStatus(StrictModel):
     """Status of a run."""
 
@@ -55,7 +75,7 @@ class RunStatus(StrictModel):
     reason: str = ""
     """Reason for the states "failed" and "stopped"."""
     step: int = 0
-    """Number of completed optimizer steps."""
+    """Number of completed optimizer steps; of a comparison, number of trajectories done, in every arm."""
     num_steps: int
     loss: float | None = None
     """Training loss of the last step in nats per supervised token."""
@@ -106,8 +126,9 @@ class RunBody(RunStatus):
     """A run with its status and links to possible actions."""
 
     id: str
+    kind: Literal["training", "comparison"] = "training"
     recipe: str
-    """Name of the recipe."""
+    """Name of the recipe; of a comparison, "comparison"."""
     folder: str
     """Folder of the run's files on the service's machine, including the bundle of a finished run."""
     verdict: RunVerdict | None = None

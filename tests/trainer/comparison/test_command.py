@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from peft import PeftModel
 from tiny_runs import run
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.cache.local import LocalCache
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajectory, read_tokens
 from hyperagent.errors import ConfigError, Conflict, IdentityMismatch, NotFound
+from hyperagent.http.run_models import FINAL_STATES
 from hyperagent.model.adapter import AdapterWeights
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.peft_io import encode_adapter
@@ -29,6 +32,9 @@ from hyperagent_trainer.comparison.export_mean import export_mean
 from hyperagent_trainer.comparison.keep_verdict import keep_verdict
 from hyperagent_trainer.comparison.measure import NUM_DRAWS
 from hyperagent_trainer.config import TrainRecipe
+from hyperagent_trainer.control.app import create_control_app
+from hyperagent_trainer.control.settings import ControlSettings
+from hyperagent_trainer.control.supervisor import Supervisor
 from hyperagent_trainer.evaluation_report.read import read_evaluation
 from hyperagent_trainer.evaluation_report.schema import EvaluationReport
 from hyperagent_trainer.export.command import export_run
@@ -198,12 +204,18 @@ def test_the_mean_is_exported_once(folders: dict[str, Path], recipe: TrainRecipe
 
 
 def test_the_command_prints_the_arms_and_the_verdict(folders: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hyperagent", "evaluate", str(folders["own"]), "--static", str(folders["static"])]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    own = shutil.copytree(folders["own"], tmp_path / "own")  # It is written to.
+    command = [sys.executable, "-m", "hyperagent", "evaluate", str(own), "--static", str(folders["static"])]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "undecided: 3 repositories" in done.stdout
     assert {"frozen", "own", "shuffled", "static"} <= {line.split()[0] for line in done.stdout.splitlines() if line}
-    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "evaluation.md", "evaluation.html"}
+    assert RunFolder(own).read_verdict() is not None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "evaluation.json",
+        "evaluation.md",
+        "evaluation.html",
+    }
 
 
 def test_the_verdict_stays_with_the_run(folders: dict[str, Path], report: EvaluationReport, tmp_path: Path) -> None:
@@ -227,3 +239,46 @@ def test_the_verdict_stays_with_the_run(folders: dict[str, Path], report: Evalua
     card.write_text("mine")
     keep_verdict([folder.root], report, tmp_path / "out")
     assert card.read_text() == "mine"
+
+
+def test_the_service_compares_its_runs(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    ids = {}
+    for second, name in enumerate(("own", "static")):
+        ids[name] = f"20260101-00000{second}-000000"
+        shutil.copytree(folders[name], tmp_path / "runs" / ids[name])
+        record = {"request": {"recipe": name}, "idempotency_key": None}
+        (tmp_path / "runs" / ids[name] / "request.json").write_text(json.dumps(record))
+    supervisor = Supervisor(ControlSettings(recipes=tmp_path / "recipes", runs=tmp_path / "runs"))
+    with TestClient(create_control_app(supervisor, token="t"), headers={"Authorization": "Bearer t"}) as client:
+        body = {"own": [ids["own"]], "static": [ids["static"]]}
+        answer = client.post("/v1/comparisons", json=body, headers={"Idempotency-Key": "k"})
+        assert answer.status_code == 201, answer.text
+        run = answer.json()
+        assert (run["kind"], run["recipe"]) == ("comparison", "comparison")
+        assert client.post("/v1/comparisons", json=body, headers={"Idempotency-Key": "k"}).json()["id"] == run["id"]
+        # A comparison can be stopped, but it has no steps to pause between.
+        assert "pause" not in run["links"]
+        assert client.post(f"/v1/runs/{run['id']}/pause").status_code == 409
+        deadline = time.monotonic() + 120
+        while (run := client.get(f"/v1/runs/{run['id']}").json())["state"] not in FINAL_STATES:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert (run["state"], run["step"]) == ("done", run["num_steps"]), run["reason"]
+        report = read_evaluation(Path(run["folder"]) / "evaluation" / "evaluation.json")
+        assert {"own", "static", "shuffled"} <= set(report.arms)
+        verdict = client.get(f"/v1/runs/{ids['own']}").json()["verdict"]
+        assert (verdict["verdict"], verdict["reason"]) == ("undecided", report.conditioning.reason)
+        assert client.get(f"/v1/runs/{ids['static']}").json()["verdict"] is None
+
+        assert client.post("/v1/comparisons", json={"own": ["20260101-000009-000000"]}).status_code == 404
+        refused = client.post("/v1/comparisons", json={"own": [run["id"]]})
+        assert refused.status_code == 422
+        assert "is a comparison; name training runs" in refused.json()["detail"]
+        # Runs that cannot be compared fail with the reason.
+        failed = client.post("/v1/comparisons", json={"own": [ids["static"]]}).json()
+        while (failed := client.get(f"/v1/runs/{failed['id']}").json())["state"] not in FINAL_STATES:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert failed["state"] == "failed"
+        assert "belongs to the arm 'static', not to 'own'" in failed["reason"]

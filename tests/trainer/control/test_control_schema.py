@@ -39,5 +39,5 @@ def test_every_check_of_schemathesis_passes_on_every_operation(tmp_path: Path) -
         )
         started = supervisor.runs.all()
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "Tested: 13" in found.stdout
+    assert "Tested: 14" in found.stdout
     assert {"0"} <= {run.request.recipe for run in started}

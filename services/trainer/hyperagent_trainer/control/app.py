@@ -16,7 +16,15 @@ from fastapi.responses import StreamingResponse
 
 from hyperagent import __version__
 from hyperagent.http.app import create_app
-from hyperagent.http.run_models import FINAL_STATES, MetricsBody, RecipesBody, RunBody, RunRequest, RunsBody
+from hyperagent.http.run_models import (
+    FINAL_STATES,
+    ComparisonRequest,
+    MetricsBody,
+    RecipesBody,
+    RunBody,
+    RunRequest,
+    RunsBody,
+)
 from hyperagent_trainer.control import events
 from hyperagent_trainer.control.status_page import PUBLIC_PATHS, page_router
 from hyperagent_trainer.control.supervisor import Supervisor
@@ -66,6 +74,19 @@ def start_run(
 ) -> RunBody:
     """Start a run or queue it after the active one; a repeated request with the same Idempotency-Key returns its run."""
     run = supervisor.start(body, idempotency_key=idempotency_key)
+    response.headers["Location"] = _path(run.run_id)
+    return _body(run)
+
+
+@router.post("/comparisons", status_code=status.HTTP_201_CREATED)
+def compare_runs(
+    body: ComparisonRequest,
+    response: Response,
+    supervisor: Supervised,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> RunBody:
+    """Compare runs on held-out repositories in a run of its own, whose folder gets the report; the verdict is in their bodies."""
+    run = supervisor.compare(body, idempotency_key=idempotency_key)
     response.headers["Location"] = _path(run.run_id)
     return _body(run)
 
@@ -142,13 +163,15 @@ def _body(run: Run) -> RunBody:
     path = _path(run.run_id)
     links = {"self": path, "metrics": f"{path}/metrics", "events": f"{path}/events"}
     if run.status.state not in FINAL_STATES:
-        commands = ("stop",) if run.status.state == "queued" else ("stop", "pause", "checkpoint")
+        is_training = run.status.state != "queued" and isinstance(run.request, RunRequest)
+        commands = ("stop", "pause", "checkpoint") if is_training else ("stop",)
         links |= {command: f"{path}/{command}" for command in commands}
     if run.is_resumable or run.status.state == "paused":
         links["resume"] = f"{path}/resume"
     return RunBody(
         id=run.run_id,
-        recipe=run.request.recipe,
+        kind="training" if isinstance(run.request, RunRequest) else "comparison",
+        recipe=run.request.recipe if isinstance(run.request, RunRequest) else "comparison",
         folder=str(run.folder.root),
         verdict=run.folder.read_verdict(),
         links=links,

@@ -29,6 +29,8 @@ from hyperagent.storage.files import write_atomically
 from hyperagent_trainer.runs.folder import RunFolder
 
 _WORKER = ("-m", "hyperagent_trainer.worker")
+COMPARISON_COMMAND = (sys.executable, "-m", "hyperagent_trainer.comparison.worker")
+"""Command that compares runs; the caller appends the folder of the comparison's own run as an argument."""
 _GATE = 'read -r line && exec "$@" </dev/null'
 _POLL_S = 0.1
 _FOLDER_VARIABLE = "HYPERAGENT_RUN_FOLDER"

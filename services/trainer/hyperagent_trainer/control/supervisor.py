@@ -16,9 +16,7 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,11 +24,18 @@ from pathlib import Path
 import structlog
 
 from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
-from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, RunRequest, RunState
+from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, ComparisonRequest, RunRequest
 from hyperagent.storage.file_lock import open_locked
 from hyperagent.storage.files import is_temporary
 from hyperagent_trainer.config import load_recipe
-from hyperagent_trainer.control.process import TrainingProcess, describe_exit, end_leftovers, training_command
+from hyperagent_trainer.control.final_state import has_started, is_final, settle, write_state
+from hyperagent_trainer.control.process import (
+    COMPARISON_COMMAND,
+    TrainingProcess,
+    describe_exit,
+    end_leftovers,
+    training_command,
+)
 from hyperagent_trainer.control.run_queue import RunQueue
 from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.runs.commands import RunCommands, read_commands, write_commands
@@ -39,9 +44,6 @@ from hyperagent_trainer.runs.store import Run, Runs, new_run_id
 
 MAX_WAITING = 100
 """Maximum number of queued runs."""
-
-_LOG_TAIL_BYTES = 4096
-_LOG_LINE_CHARACTERS = 300
 
 _log = structlog.get_logger()
 
@@ -140,6 +142,30 @@ class Supervisor:
             self._start_next()
             return self.runs.get(run_id)
 
+    def compare(self, request: ComparisonRequest, *, idempotency_key: str | None = None) -> Run:
+        """Start a run that compares other runs of this folder, or queue it until the active one has ended.
+
+        Repeating a request with the same key returns the run that it started.
+
+        Raises:
+            NotFound: one of the runs does not exist.
+            ConfigError: one of them is a comparison itself.
+            Conflict: the queue is full, or the key was used with a different request.
+            StorageError: a file operation failed.
+        """
+        with self._changing:
+            if idempotency_key is not None and (known := self._started_with(idempotency_key)) is not None:
+                return _same(known, request)
+            for compared in (*request.own, *request.static, *request.trained_on_shuffled):
+                if isinstance(self.runs.get(compared).request, ComparisonRequest):
+                    raise ConfigError(f"run {compared} is a comparison; name training runs")
+            self._require_room()
+            run_id = new_run_id()
+            create = partial(self.runs.create_comparison, run_id, request, idempotency_key=idempotency_key)
+            self._queue.add(run_id, idempotency_key, make_folder=create)
+            self._start_next()
+            return self.runs.get(run_id)
+
     def resume(self, run_id: str) -> Run:
         """Unpause a run, even before it has paused, or continue a stopped or failed run from its last checkpoint.
 
@@ -167,7 +193,7 @@ class Supervisor:
                 # Wait until the finished process is gone, so that it cannot overwrite the new status.
                 self._end(self._training)
             self._queue.enqueue(run_id)
-            _write_state(run.folder, "queued", "")
+            write_state(run.folder, "queued", "")
             self._start_next()
             return self.runs.get(run_id)
 
@@ -180,7 +206,7 @@ class Supervisor:
             StorageError: a file operation failed.
         """
         with self._changing:
-            run, _ = self._in_training(run_id)
+            run = self._in_training_of_a_network(run_id)
             commands = read_commands(run.folder.control)
             write_commands(run.folder.control, commands.model_copy(update={"pause": True}))
             return run
@@ -194,7 +220,7 @@ class Supervisor:
             StorageError: a file operation failed.
         """
         with self._changing:
-            run, _ = self._in_training(run_id)
+            run = self._in_training_of_a_network(run_id)
             commands = read_commands(run.folder.control)
             write_commands(run.folder.control, commands.model_copy(update={"checkpoints": commands.checkpoints + 1}))
             return run
@@ -212,7 +238,7 @@ class Supervisor:
         with self._changing:
             if run_id in self._queue.waiting():
                 run = self.runs.get(run_id)
-                _write_state(run.folder, "stopped", "stopped on request while it was queued")
+                write_state(run.folder, "stopped", "stopped on request while it was queued")
                 self._queue.dequeue(run_id)
                 return self.runs.get(run_id)
             run, training = self._in_training(run_id)
@@ -225,6 +251,12 @@ class Supervisor:
         if training is None or not self._trains(run):
             raise Conflict(f"run {run_id} is {run.status.state}; there is nothing to stop, pause or save")
         return run, training
+
+    def _in_training_of_a_network(self, run_id: str) -> Run:
+        run, _ = self._in_training(run_id)
+        if isinstance(run.request, ComparisonRequest):
+            raise Conflict(f"run {run_id} compares other runs: it can be stopped, but neither paused nor saved")
+        return run
 
     def _trains(self, run: Run) -> bool:
         training = self._training
@@ -254,19 +286,18 @@ class Supervisor:
             return
         for run_id in self._queue.waiting():
             try:
-                folder = self.runs.folder(run_id)
+                run = self.runs.get(run_id)
             except NotFound:
                 self._forget(run_id)
                 continue
+            folder = run.folder
             try:
                 # The commands were meant for an earlier process.
                 write_commands(folder.control, RunCommands())
-                processes = folder.read_recipe().processes
-                command = self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
-                process = TrainingProcess.start(folder, command)
+                process = TrainingProcess.start(folder, self._command_of(run))
             except HyperagentError as error:
                 _log.error("run not started", run=run_id, error=str(error))
-                _settle(folder, state="failed", reason=str(error))
+                settle(folder, state="failed", reason=str(error))
                 self._queue.dequeue(run_id)
                 continue
             self._queue.dequeue(run_id)
@@ -274,13 +305,19 @@ class Supervisor:
             self._watch(_Training(run_id, folder, process))
             return
 
+    def _command_of(self, run: Run) -> Sequence[str]:
+        if isinstance(run.request, ComparisonRequest):
+            return COMPARISON_COMMAND
+        processes = run.folder.read_recipe().processes
+        return self._command or training_command(processes, stop_grace_s=self._stop_grace_s)
+
     def _watch(self, training: _Training) -> None:
         self._training = training
         threading.Thread(target=self._await, args=(training,), name=f"watch {training.run_id}", daemon=True).start()
 
     def _await(self, training: _Training) -> None:
         try:
-            exit_code = training.process.wait(lambda: _is_final(training.folder), grace_s=self._stop_grace_s)
+            exit_code = training.process.wait(lambda: is_final(training.folder), grace_s=self._stop_grace_s)
             _log.info("run ended", run=training.run_id, exit_code=exit_code)
             self._settle_ended(training, exit_code)
         except HyperagentError as error:
@@ -296,12 +333,12 @@ class Supervisor:
     def _settle_ended(self, training: _Training, exit_code: int | None) -> None:
         if training.killed:
             reason = f"the training process had not ended {self._stop_grace_s:g} s after SIGTERM and was killed"
-            _settle(training.folder, state="failed", reason=reason)
-        elif training.stop_requested and (exit_code in (None, -signal.SIGTERM) or not _has_started(training.folder)):
+            settle(training.folder, state="failed", reason=reason)
+        elif training.stop_requested and (exit_code in (None, -signal.SIGTERM) or not has_started(training.folder)):
             reason = "stopped on request before the training process could answer signals"
-            _settle(training.folder, state="stopped", reason=reason)
+            settle(training.folder, state="stopped", reason=reason)
         else:
-            _settle(training.folder, state="failed", reason=describe_exit(exit_code))
+            settle(training.folder, state="failed", reason=describe_exit(exit_code))
 
     def _end(self, training: _Training) -> None:
         training.stop_requested = True
@@ -328,52 +365,18 @@ class Supervisor:
                 continue
             elif run.status.state not in FINAL_STATES:
                 end_leftovers(run.folder)
-                _settle(run.folder, state="failed", reason=describe_exit(None))
+                settle(run.folder, state="failed", reason=describe_exit(None))
             self._queue.dequeue(run.run_id)
         with self._changing:
             self._start_next()
 
 
-def _is_final(folder: RunFolder) -> bool:
-    with suppress(HyperagentError):  # An unreadable status is not final.
-        return folder.read_status().state in FINAL_STATES
-    return False
-
-
-def _has_started(folder: RunFolder) -> bool:
-    """Return whether the training process has begun to handle SIGTERM; torchrun's exit code does not reveal it."""
-    return folder.read_status().state not in ("queued", "loading")
-
-
-def _same(run: Run, request: RunRequest) -> Run:
+def _same(run: Run, request: RunRequest | ComparisonRequest) -> Run:
     if run.request != request:
         raise Conflict(
             f"the idempotency key {run.idempotency_key!r} started run {run.run_id} with another request; use a new key"
         )
     return run
-
-
-def _settle(folder: RunFolder, *, state: RunState, reason: str) -> None:
-    """Write a final state for a run that has no process, unless its process wrote one."""
-    status = folder.read_status()
-    if status.state not in FINAL_STATES:
-        _write_state(folder, state, f"{reason}; last line of {folder.log}: {_last_line(folder.log)}")
-
-
-def _write_state(folder: RunFolder, state: RunState, reason: str) -> None:
-    """Write the state of a run that has no process."""
-    changes = {"state": state, "reason": reason, "eta_s": None, "updated_at": time.time()}
-    folder.write_status(folder.read_status().model_copy(update=changes))
-
-
-def _last_line(path: Path) -> str:
-    """Return the last non-empty line of a log, truncated to a readable length."""
-    if not path.exists():
-        return "(no log)"
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return next((line[:_LOG_LINE_CHARACTERS] for line in reversed(lines) if line), "(empty)")
 
 
 def _lock_folder(runs: Path) -> int:

@@ -16,6 +16,11 @@ from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.evaluation.arms import ADAPTER, FROZEN, SHUFFLED_PROMPT
 from hyperagent_trainer.runs.metrics_file import HeldOutKL
 
+_FRONT = {
+    "library_name": "hyperagent",
+    "tags": ["lora", "hypernetwork", "distillation"],
+    "pipeline_tag": "text-generation",
+}
 _VERDICT_BEGIN, _VERDICT_END = "<!-- verdict -->", "<!-- end of the verdict -->"
 """Lines around the part of the card that `hyperagent evaluate` replaces."""
 
@@ -42,12 +47,7 @@ def model_card(
         verdict: of the run's last evaluation, if it was evaluated.
     """
     student = Path(manifest.base_model).name
-    front = {
-        "library_name": "hyperagent",
-        "base_model": student,
-        "tags": ["lora", "hypernetwork", "distillation"],
-        "pipeline_tag": "text-generation",
-    }
+    front = {**_FRONT, "base_model": student}
     kl_rows = [f"| {_ARMS[arm]} | {held_out.kl[arm]:.4f} |" for arm in _ARMS if arm in held_out.kl]
     shape = manifest.hypernetwork
     lines = [

@@ -14,6 +14,7 @@ checkpoints/      step-00000200/ etc.: network, optimizer and step; the most rec
 bundle/           at the end of a hypernetwork's run: everything the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
 verdict.json      after `hyperagent evaluate` of the run: whether conditioning pays
+evaluation/       of a run that compares others: the report, as `hyperagent evaluate` writes it
 probe.safetensors at the end: a prompt, tokens and logits, for verifying the bundle in another process
 """
 
@@ -49,6 +50,7 @@ class RunFolder:
         self.adapter = root / "adapter"
         self.probe = root / "probe.safetensors"
         self.verdict = root / "verdict.json"
+        self.evaluation = root / "evaluation"
 
     def checkpoint(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` optimizer steps, whether or not it exists."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hyperagent.config import StrictModel
 from hyperagent.errors import CorruptRecord, NotFound
-from hyperagent.http.run_models import RunRequest, RunStatus
+from hyperagent.http.run_models import ComparisonRequest, RunRequest, RunStatus
 from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
@@ -24,7 +24,7 @@ _RUN_ID = re.compile(r"\d{8}-\d{6}-\d{6}")
 class _RunRecord(StrictModel):
     """Contents of request.json."""
 
-    request: RunRequest
+    request: RunRequest | ComparisonRequest
     idempotency_key: str | None
 
 
@@ -34,7 +34,7 @@ class Run:
 
     run_id: str
     """Time of the first start in UTC with microseconds, so that ids sort by age."""
-    request: RunRequest
+    request: RunRequest | ComparisonRequest
     idempotency_key: str | None
     status: RunStatus
     folder: RunFolder
@@ -68,6 +68,19 @@ class Runs:
             folder.request.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.recipe.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
             folder.write_status(RunStatus(state="queued", num_steps=recipe.num_steps))
+        return self.get(run_id)
+
+    def create_comparison(self, run_id: str, request: ComparisonRequest, *, idempotency_key: str | None) -> Run:
+        """Create the folder of a new run that compares others, atomically.
+
+        Raises:
+            StorageError: a file operation failed.
+        """
+        record = _RunRecord(request=request, idempotency_key=idempotency_key)
+        with new_directory(self.root / run_id) as root:
+            folder = RunFolder(root)
+            folder.request.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            folder.write_status(RunStatus(state="queued", num_steps=1))
         return self.get(run_id)
 
     def all(self) -> list[Run]:

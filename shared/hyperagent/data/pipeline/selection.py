@@ -70,9 +70,9 @@ class Selected:
 def select_rows(
     path: Path,
     selection: Selection,
-    *,
     license_of: Mapping[str, str] | None = None,
     extra_of: Mapping[str, str] | None = None,
+    *,
     strict: bool = False,
     progress: Progress = no_progress,
 ) -> Selected:

@@ -109,16 +109,10 @@ def tokenize_file(
     """
     maker = ViewMaker(tokenizer)
     extra_of = read_extra_texts(joined.extra, settings.views)
-    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
     identity = _identity(source, tokenizer, settings, joined)
-    selected = select_rows(
-        source,
-        settings.selection,
-        license_of=license_of,
-        extra_of=extra_of if joined.extra else None,
-        strict=strict,
-        progress=reading,
-    )
+    license_of = read_joined(joined.licenses, "license_name") if joined.licenses else None
+    texts = extra_of if joined.extra else None
+    selected = select_rows(source, settings.selection, license_of, texts, strict=strict, progress=reading)
     splits = split_rows(selected.rows, settings.split)
     if joined.extra:
         require_no_leaked_text(selected.rows, splits, read_sources(joined.extra))
