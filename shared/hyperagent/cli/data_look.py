@@ -69,6 +69,8 @@ def _inspect_result(report: FileReport, *, max_tokens: int, as_json: bool) -> di
         "mask_disagreements": report.mask_disagreements,
         "phantom_parameters": report.phantom_parameters,
         "template_mismatches": report.template_mismatches,
+        "labels_not_printed": report.not_printed,
+        "keys_not_read": report.not_read,
         "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in shares.items()},
         "longer_than_max_tokens": int((lengths > max_tokens).sum()),
         "roles": report.roles(),

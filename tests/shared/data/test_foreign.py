@@ -236,7 +236,7 @@ def test_a_cut_trajectory_keeps_its_turns_and_one_that_no_longer_fits_is_left_ou
 def test_supervised_tokens_that_change_with_the_condition_are_refused_by_name(tmp_path: Path) -> None:
     """A template that shortens the assistant's turns, depending on the system prompt."""
     template = (
-        "{%- for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ tools }}{%- for m in messages %}<|im_start|>{{ m.role }}\n"
         "{{ m.content[:5] if m.role == 'assistant' and '1' in messages[0].content else m.content }}<|im_end|>\n{% endfor -%}"
         "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif -%}"
     )

@@ -244,9 +244,9 @@ def test_a_template_without_control_tokens_around_turns_stops_the_run(tmp_path: 
     "body",
     [
         # Keeps only the newest tool output, which a plain conversation does not show.
-        "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'tool' or loop.revindex < 3 }}<|im_end|>\n",
+        "<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'tool' or loop.revindex < 3 }}{{ m.tool_calls or '' }}<|im_end|>\n",
         # Renders a message depending on its index.
-        "<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.index }}<|im_end|>\n",
+        "<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.index }}{{ m.tool_calls or '' }}<|im_end|>\n",
     ],
 )
 def test_a_template_whose_turns_depend_on_their_place_refuses_the_row(body: str, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_template_whose_turns_depend_on_their_place_refuses_the_row(body: str,
 
 
 def test_an_end_that_is_not_written_refuses_the_row(tmp_path: Path) -> None:
-    body = "<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|im_end|>' if not m.tool_calls }}\n"
+    body = "<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls or '<|im_end|>' }}\n"
     maker = maker_of(f"{{% for m in messages %}}{body}{{% endfor %}}{GENERATION}", tmp_path)
     with pytest.raises(DataError, match=r"does not end message 1 with <\|im_end\|>"):
         maker.masked(dialogue(USER, {**LAST, "tool_calls": [call("f", "{}")]}, USER, LAST, tools=[]))

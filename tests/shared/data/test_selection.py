@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,29 @@ def names(selected: Selected) -> list[str]:
 def attempt(number: int, repo: str, task: str, instance_id: str = "a__b-1") -> dict[str, Any]:
     user = {"role": "user", "content": task}
     return row(user, LAST, tools=[], trajectory_id=f"t{number}", repo=repo, instance_id=instance_id)
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        (1, True), (True, True), (1.0, True), ("true", True), ("True", True), ("1", True),
+        (0, False), (False, False), (0.0, False), ("False", False), ("false", False), ("0", False),
+        (None, False), (float("nan"), False),
+        ("yes", None), ("", None), (2, None), ([], None), ("NaN", None),
+    ],
+)  # fmt: skip
+def test_a_mark_of_resolved_is_read_strictly(value: Any, outcome: bool | None, tmp_path: Path) -> None:
+    rows = [{**data, "resolved": 1 if number else value} for number, data in enumerate(many_rows())]
+    source = tmp_path / "d.jsonl"
+    source.write_text("".join(json.dumps(data) + "\n" for data in rows))
+    found = select_rows(source, Selection(resolved_only=True))
+    assert ("t0" in names(found)) is bool(outcome)
+    assert found.left_out == ({"not resolved": 1} if outcome is False else {})
+    reasons = [refusal.reason for refusal in found.refused]
+    assert len(reasons) == (outcome is None)
+    assert all("which is neither true nor false" in reason for reason in reasons)
+    # Where the mark decides nothing, it refuses nothing.
+    assert len(select_rows(source, Selection()).rows) == 12
 
 
 def test_outcome_and_exit_status(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from data_rows import LAST, USER, dialogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.pipeline.views import Condition, ViewMaker, condition_ids
@@ -195,3 +197,52 @@ def test_identity_follows_tokenizer_and_template(tokenizer: ChatTokenizer, tmp_p
     assert same.identity == tokenizer.identity
     assert other.identity.tokenizer_sha256 == tokenizer.identity.tokenizer_sha256
     assert other.identity.template_sha256 != tokenizer.identity.template_sha256
+
+
+def with_template(folder: Path, template: Any) -> Path:
+    """Move a tokenizer's template into its configuration, as folders made by older releases have it."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return folder
+
+
+def test_named_templates_are_chosen_as_transformers_does(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": "{{ tools[0] }}" + plain}]
+    tokenizer = ChatTokenizer(with_template(make_tokenizer(tmp_path), named))
+    maker = ViewMaker(tokenizer)
+    tool = {"type": "function", "function": {"name": "run", "parameters": {"properties": {"command": {}}}}}
+    assert maker.masked(dialogue(USER, LAST, tools=[])).text.startswith("<|im_start|>user")
+    assert "'command'" in maker.masked(dialogue(USER, LAST, tools=[tool])).text
+    # Another template is another identity.
+    other = [named[0], {**named[1], "template": named[1]["template"] + " "}]
+    assert ChatTokenizer(with_template(tmp_path, other)).identity != tokenizer.identity
+
+
+@pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}])
+def test_a_tokenizer_that_strips_beside_control_tokens_is_refused(flags: dict[str, bool], tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    next(token for token in content["added_tokens"] if token["content"] == END).update(flags)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="a tokenizer that adds a prefix space, strips or normalizes text"):
+        ChatTokenizer(folder)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_tokenizer_with_prefix_spaces_gives_the_stock_ids_or_is_refused(scheme: str, tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path)
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", START, END], show_progress=False)
+    backend.train_from_iterator(["user assistant Mend it. word\n"] * 9, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    if scheme == "first":
+        with pytest.raises(ConfigError, match="a tokenizer that adds a prefix space"):
+            ChatTokenizer(folder)
+    else:
+        text = f"{START}user\nMend it.{END}\n{START} assistant"
+        stock = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+        assert ChatTokenizer(folder).encode(text).ids.tolist() == stock

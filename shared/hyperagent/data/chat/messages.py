@@ -1,17 +1,21 @@
 """Convert a row's messages and tools to the form that chat templates expect.
 
-This module handles three irregularities of the data set:
-- Arrow pads every tool's parameters with the keys of all other tools, which a template would print as phantom
-  parameters. Nulls are therefore pruned recursively.
+This module handles irregularities of data sets:
+- Columnar files pad every tool's parameters, and every call's arguments that are a struct, with the keys of all others,
+  which a template would print as phantom parameters. Nulls there are therefore pruned recursively.
+- Columnar files and requests order the same keys differently. The tools of a condition, and arguments that are a mapping,
+  therefore get one order, the alphabetical one. Arguments that are JSON text keep the order that they were written in.
 - Arguments are JSON text, but templates iterate a mapping. They are therefore parsed.
 - `tool_calls` may be null, missing, empty or the string "None".
+
+docs/data.md has the table of the keys of a message: passed to the template, refused, or counted.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +31,9 @@ MAX_CHARACTERS = 4 << 20
 
 For comparison, all messages of a trajectory of 131,072 tokens together have about 500,000 characters."""
 
+_PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
+"""Keys that a message's text can be accompanied by; templates decide which of them they print."""
+_READ = {"role", "content", "tool_calls", *_PASSED_ON, "weight", "refusal", "function_call"}
 _ROLES = {"system", "user", "assistant", "tool"}
 _ISSUE = re.compile(r"<(issue_description|pr_description)>(.*?)</\1>", re.DOTALL)
 
@@ -37,6 +44,8 @@ class Dialogue:
 
     messages: list[Message]
     tools: list[Tool]
+    not_read: frozenset[str] = frozenset()
+    """Keys of messages that hold something and are not passed to the template."""
 
     @property
     def system(self) -> str | None:
@@ -81,7 +90,8 @@ def dialogue_of(row: Row) -> Dialogue:
         raise DataError(f"it has no {' and no '.join(missing)}")
     for name in ("trajectory_id", "repo"):
         _require(row[name], str, f"its {name}")
-    messages = [_message(index, message) for index, message in enumerate(_list(row["trajectory"], "its trajectory"))]
+    raw = _list(row["trajectory"], "its trajectory")
+    messages = [_message(index, message) for index, message in enumerate(raw)]
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise DataError("it has no assistant message, so there is nothing to learn from")
@@ -90,7 +100,7 @@ def dialogue_of(row: Row) -> Dialogue:
     tools = _list(row["tools"], "its tools")
     for index, tool in enumerate(tools):
         _require(tool, Mapping, f"tool {index}")
-    return Dialogue(messages, prune_nulls(tools))
+    return Dialogue(messages, prune_nulls(tools), _keys_not_read(raw))
 
 
 def name_of(row: Row, number: int) -> str:
@@ -129,6 +139,19 @@ def issue_text(task: str) -> str:
     return " ".join(issue_within(task).split()).casefold()
 
 
+def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
+    """Return declarations of tools without nulls and with their keys in alphabetical order, at every depth."""
+    return [_sorted(prune_nulls(tool)) for tool in tools]
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [_sorted(item) for item in value]
+    return value
+
+
 def prune_nulls(value: Any) -> Any:
     """Return `value` without the null entries of its mappings, at every depth."""
     if isinstance(value, Mapping):
@@ -153,7 +176,25 @@ def _message(index: int, message: Any) -> Message:
     arguments = sum(len(str(call["function"]["arguments"])) for call in clean)
     if len(content) + arguments > MAX_CHARACTERS:
         raise DataError(f"{what} has {len(content) + arguments:,} characters, the limit is {MAX_CHARACTERS:,}")
-    return {"role": role, "content": content} | ({"tool_calls": clean} if clean else {})
+    _require_trainable(what, message)
+    more = {key: message[key] for key in _PASSED_ON if message.get(key) not in (None, "")}
+    for key, value in more.items():
+        _require(value, str, f"{key} of {what}")
+    return {"role": role, "content": content, **more} | ({"tool_calls": clean} if clean else {})
+
+
+def _require_trainable(what: str, message: Mapping[str, Any]) -> None:
+    """Refuse what would change the meaning of a message if it were left out."""
+    weight = message.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight != 1):
+        raise DataError(f"{what} has the weight {weight!r}, but every turn is trained; remove the turn or its weight")
+    for key in ("refusal", "function_call"):
+        if message.get(key):
+            raise DataError(f"{what} has a {key}, which is not read; write it as content or as tool_calls")
+
+
+def _keys_not_read(raw: list[Any]) -> frozenset[str]:
+    return frozenset(key for message in raw for key, value in message.items() if key not in _READ and value)
 
 
 def _call(what: str, call: Any) -> dict[str, Any]:
@@ -163,14 +204,20 @@ def _call(what: str, call: Any) -> dict[str, Any]:
         raise DataError(f"{what} has a tool call without a name")
     _require(name, str, f"a tool's name in {what}")
     arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
+    if isinstance(arguments, Mapping):
+        arguments = _sorted(prune_nulls(arguments))
+    elif isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, parse_constant=_refuse_constant)
         except ValueError as error:
             raise DataError(f"{what} calls {name} with arguments that are not JSON: {error}") from error
     if not isinstance(arguments, Mapping):
         raise DataError(f"{what} calls {name} with arguments that are not a JSON object")
-    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    call_id = call.get("id")
+    if call_id is not None:
+        _require(call_id, str, f"the id of a tool call in {what}")
+    named = {"id": call_id} if call_id else {}
+    return {**named, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
 def _refuse_constant(name: str) -> float:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -22,8 +23,9 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from hyperagent.data.chat.control_tokens import Guard, any_of
+from hyperagent.data.chat.printed import PrintedContent
 from hyperagent.errors import ConfigError, DataError
-from hyperagent.identity import TokenizerIdentity, tokenizer_sha256
+from hyperagent.identity import TokenizerIdentity, canonical_json, tokenizer_sha256
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -83,6 +85,22 @@ class _Piece:
             self._offsets = self._make_offsets()
         return self._offsets
 
+
+_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""Date that templates print as today's, so that the same conversation has the same ids on every day. It is the date that
+Llama's templates print themselves where they are given none."""
+
+_DATE_CODES = ("%A", "%a", "%B", "%b", "%d", "%e", "%H", "%I", "%j", "%M", "%m", "%p", "%S", "%Y", "%y", "%F", "%T")
+"""Codes of strftime that are replaced by the date's; any other is printed as it stands, which is the same every day too."""
+
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+"""What draws at random in a template: https://jinja.palletsprojects.com/en/stable/templates/#jinja-filters.random."""
+
+_BESIDE_CONTROL = (
+    "CONTROL", "CONTROLword", "CONTROL word", "CONTROL\nword", "wordCONTROL", "word CONTROL", "word\nCONTROL\n word",
+    "CONTROLCONTROL", "CONTROL CONTROL", " CONTROL ", "\n\nCONTROL\n\n", "wordCONTROL  Word\tCONTROL1\u00e9 \u212b",
+)  # fmt: skip
+"""Texts around a control token that show whether a tokenizer treats their ends in a special way."""
 
 _MarkedText = tuple[str, str]
 """A text without control tokens, and the marker it contains, "" if it contains none."""
@@ -186,12 +204,20 @@ class ChatTokenizer:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"cannot load a tokenizer from {folder}: {why}; copy the model's own files") from error
         template = self._tokenizer.chat_template
-        if not isinstance(template, str):
+        if not template:
             raise ConfigError(
                 f"the tokenizer in {folder} has no chat template; put chat_template.jinja next to tokenizer.json"
             )
+        # Several named templates: Transformers renders with `tool_use` where there are tools, else with `default`.
+        text = template if isinstance(template, str) else canonical_json(template).decode()
+        _require_repeatable(text, folder)
+        self._tokenizer.chat_template = (
+            _with_pinned_date(template)
+            if isinstance(template, str)
+            else {name: _with_pinned_date(one) for name, one in template.items()}
+        )
         self.folder = folder
-        self.identity = TokenizerIdentity(digest, hashlib.sha256(template.encode()).hexdigest())
+        self.identity = TokenizerIdentity(digest, hashlib.sha256(text.encode()).hexdigest())
         self.vocab_size = len(self._tokenizer)
         """Number of entries in the vocabulary, added tokens included."""
         # encode_special_tokens: control tokens' literals become plain text (tokenizers >= 0.19).
@@ -209,6 +235,9 @@ class ChatTokenizer:
         """Pattern that matches the literals of the control tokens."""
         self.guard = Guard(self.control_ids)
         self._pieces = _PieceCache()
+        self._require_stock_ids()
+        self.printed = PrintedContent(partial(self.apply_template, add_generation_prompt=False))
+        """Knows which kinds of content the template loses."""
 
     def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Path]]:
         # Pickled as its folder: a worker process loads the tokenizer again.
@@ -270,9 +299,48 @@ class ChatTokenizer:
             self._pieces.add(key, piece)
         return pieces
 
+    def _require_stock_ids(self) -> None:
+        """Require that encoding in pieces gives the ids of the stock tokenizer around every control token.
+
+        Raises:
+            ConfigError: it does not, because a text's ids depend on the control token beside it.
+        """
+        for control in self.control_ids:
+            for pattern in _BESIDE_CONTROL:
+                text = pattern.replace("CONTROL", control)
+                found = self.encode(text).ids.tolist()
+                self._plain.encode_special_tokens = False
+                try:
+                    stock = self._plain.encode(text, add_special_tokens=False).ids
+                finally:
+                    self._plain.encode_special_tokens = True
+                if found != stock:
+                    raise ConfigError(
+                        f"the tokenizer in {self.folder} encodes {text!r} as {stock}, but as {found} if its text and "
+                        "control tokens are encoded apart, which keeps texts from forging control tokens; a tokenizer that "
+                        "adds a prefix space, strips or normalizes text beside control tokens cannot be used"
+                    )
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _with_pinned_date(template: str) -> str:
+    """Return a template whose `strftime_now`, a function that Transformers offers, always returns the same date."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('{code}', '{_DATE.strftime(code)}')" for code in _DATE_CODES)
+    # A macro hides the function of the same name; `+` keeps a newline at the template's start.
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro +%}}{template}"
+
+
+def _require_repeatable(template: str, folder: Path) -> None:
+    if (found := _RANDOM.search(template)) is not None:
+        raise ConfigError(
+            f"the chat template in {folder} draws at random ({found.group()!r}), so the same conversation would have "
+            "other ids each time; use a template without it"
+        )
 
 
 def _offsets(encoding: Encoding, text: str, marker: str) -> NDArray[np.int64]:

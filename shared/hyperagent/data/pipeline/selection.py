@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 from pydantic import Field
@@ -21,6 +23,16 @@ NOT_SAMPLED = "not in the sample"
 """Reason under which rows that were not drawn into the sample are counted."""
 
 
+_TRUTH: dict[Any, bool] = {
+    1: True,
+    0: False,
+    "true": True,
+    "false": False,
+    "1": True,
+    "0": False,
+    "1.0": True,
+    "0.0": False,
+}
 NO_EXTRA_TEXT = "no extra text"
 """Reason under which rows that need an extra text and have none are counted."""
 
@@ -49,6 +61,7 @@ class RowFacts:
     repo: str
     instance_id: str
     resolved: bool
+    """False also if the row does not say."""
     exit_status: str
     issue: bytes
     """Digest of the issue's text."""
@@ -97,7 +110,7 @@ def select_rows(
     for number, row in enumerate(read_rows_or_refusals(path)):
         progress(number, total)
         try:
-            fact = _facts(row, number)
+            fact = _facts(row, number, needs_resolved=selection.resolved_only)
             if fact.name in names:
                 raise RowRefused(fact.name, f"row {number} has the id of an earlier row")
         except RowRefused as refusal:
@@ -117,22 +130,59 @@ def select_rows(
     return Selected(tuple(chosen), total, tuple(refused), left_out)
 
 
-def _facts(row: Row | RowRefused, number: int) -> RowFacts:
+def _facts(row: Row | RowRefused, number: int, *, needs_resolved: bool) -> RowFacts:
     if isinstance(row, RowRefused):
         raise row
     name = name_of(row, number)
     with refused_as(name):
-        task = dialogue_of(row).task
+        return _usable_facts(row, name, number, needs_resolved=needs_resolved)
+
+
+def _usable_facts(row: Row, name: str, number: int, *, needs_resolved: bool) -> RowFacts:
+    task = dialogue_of(row).task
     return RowFacts(
         number=number,
         name=name,
         repo=row["repo"],
-        instance_id=str(row["instance_id"] or ""),
-        resolved=bool(row["resolved"]),
-        exit_status=str(row["exit_status"] or ""),
+        instance_id=_word(row["instance_id"], "instance_id"),
+        resolved=_is_resolved(row["resolved"], is_needed=needs_resolved),
+        exit_status=_word(row["exit_status"], "exit_status"),
         # A task may hold half of a surrogate pair; its row is refused later.
         issue=blake3(issue_text(task).encode("utf-8", "surrogatepass")).digest(),
     )
+
+
+def _is_missing(value: Any) -> bool:
+    # pandas writes a missing value as NaN.
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_resolved(value: Any, *, is_needed: bool) -> bool:
+    """Return whether a row is marked as resolved; a missing mark means that it is not.
+
+    Raises:
+        DataError: the mark decides about the row, and is neither true nor false.
+    """
+    if _is_missing(value):
+        return False
+    key = value.strip().lower() if isinstance(value, str) else value
+    truth = _TRUTH.get(key) if isinstance(key, str | int | float) else None
+    if truth is None and is_needed:
+        raise DataError(f"its resolved is {value!r}, which is neither true nor false; write true, false, 1 or 0")
+    return bool(truth)
+
+
+def _word(value: Any, column: str) -> str:
+    """Return a column's text, "" for a missing one; a whole number is written out.
+
+    Raises:
+        DataError: the value is neither text nor a whole number.
+    """
+    if _is_missing(value):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"its {column} is {value!r}, not text")
+    return str(value)
 
 
 def _choose(

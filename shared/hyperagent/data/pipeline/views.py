@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.mask_by_rendering import assistant_spans, supervised_by_spans
 from hyperagent.data.chat.mask_by_scanning import TurnScanner, turn_shape
-from hyperagent.data.chat.messages import Dialogue
+from hyperagent.data.chat.messages import Dialogue, canonical_tools
 from hyperagent.data.chat.tokenizer import ChatTokenizer, Conversation
 from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.errors import DataError, MaskDisagreement, TooLong
@@ -74,7 +74,7 @@ class Condition:
     task: str
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
-    """Declarations of the tools, without nulls, as templates expect them."""
+    """Declarations of the tools."""
     extra: str | None = None
 
 
@@ -163,6 +163,7 @@ class ViewMaker:
             TooLong: the dialogue has more than `max_tokens` tokens, and `cut` is False or no turn fits.
             MaskDisagreement: the two masks differ.
         """
+        self.tokenizer.printed.require(dialogue.messages, dialogue.tools)
         conversation = self.tokenizer.conversation(dialogue.messages, dialogue.tools)
         rendered = conversation.render()
         encoded = conversation.encode(rendered)
@@ -216,7 +217,8 @@ def condition_ids(tokenizer: ChatTokenizer, condition: Condition, *, parts: Iter
     messages = [{"role": "user", "content": text}]
     if "system" in parts and condition.system is not None:
         messages.insert(0, {"role": "system", "content": condition.system})
-    tools = list(condition.tools) if "tools" in parts else []
+    tools = canonical_tools(condition.tools) if "tools" in parts else []
+    tokenizer.printed.require(messages, tools)
     conversation = tokenizer.conversation(messages, tools)
     rendered = conversation.render()
     conversation.stock_text(rendered, range(len(messages)))

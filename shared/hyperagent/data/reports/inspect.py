@@ -34,6 +34,10 @@ class RowReport:
     """Whether the rendered text equals the stock template's rendering of the messages, byte for byte."""
     phantom_parameters: int
     """Number of parameters that the row's tools declare as null and that the rendering shows nevertheless."""
+    not_printed: tuple[str, ...] = ()
+    """Labels, such as ids of tool calls, that the row holds and the template does not print."""
+    not_read: tuple[str, ...] = ()
+    """Keys of messages that hold something and are not passed to the template."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ class FileReport:
         """Number of rows whose issue occurred in another repository before; tokenization leaves them out."""
         repo_of_issue: dict[str, str] = {}
         return sum(repo_of_issue.setdefault(row.issue, row.repo) != row.repo for row in self.rendered)
+
+    @property
+    def not_printed(self) -> dict[str, int]:
+        """Number of rows whose labels of a kind the template does not print, by kind."""
+        return dict(Counter(kind for row in self.rendered for kind in row.not_printed))
+
+    @property
+    def not_read(self) -> dict[str, int]:
+        """Number of rows with a key in their messages that holds something and is not passed to the template, by key."""
+        return dict(Counter(key for row in self.rendered for key in row.not_read))
 
     def roles(self) -> dict[str, dict[str, int]]:
         """Return the number of messages and characters of all rows, by role."""
@@ -163,6 +177,8 @@ class RowInspector:
             roles=_roles(dialogue),
             is_stock=masked.text == stock,
             phantom_parameters=count_phantom_parameters(row["tools"] or [], dialogue, tokenizer),
+            not_printed=tuple(tokenizer.printed.lost(dialogue.messages, dialogue.tools)),
+            not_read=tuple(sorted(dialogue.not_read)),
         )
 
 
