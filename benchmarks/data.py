@@ -34,7 +34,8 @@ import pyarrow.parquet as pq
 
 from hyperagent.data.chat.messages import dialogue_of
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.reader import Row, read_rows
+from hyperagent.data.files.columns import Row
+from hyperagent.data.files.reader import read_rows
 from hyperagent.data.files.schema import TRAJECTORY_SCHEMA
 from hyperagent.data.pipeline.parallel import available_cores, map_rows
 from hyperagent.data.pipeline.tokenize_dataset import RowTask, RowTokenizer

@@ -17,6 +17,21 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that occurs twice; YAML's last one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -28,7 +43,8 @@ def load_yaml(path: Path, model: type[_Model], *, context: dict[str, Any] | None
             every one of them.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # A safe loader too, which only builds plain values.
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
     except OSError as error:

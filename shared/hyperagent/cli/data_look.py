@@ -52,6 +52,8 @@ def inspect(
     result = _inspect_result(report, max_tokens=max_tokens, as_json=as_json)
     result |= {"tokenizer_sha256": chat.identity.tokenizer_sha256, "template_sha256": chat.identity.template_sha256}
     print_result(result | ({"plot": str(plot)} if plot else {}), as_json=as_json)
+    if not report.rendered:
+        raise typer.Exit(1)
 
 
 def _inspect_result(report: FileReport, *, max_tokens: int, as_json: bool) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def _inspect_result(report: FileReport, *, max_tokens: int, as_json: bool) -> di
         "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in shares.items()},
         "longer_than_max_tokens": int((lengths > max_tokens).sum()),
         "roles": report.roles(),
+        "without_repository": report.without_repository,
         "repos": len({row.repo for row in report.rendered}),
         "duplicate_issues": report.duplicates,
         "schema_differences": list(report.schema_differences),

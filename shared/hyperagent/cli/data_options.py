@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-Source = Annotated[Path, typer.Argument(help="Trajectories: Parquet, or JSON Lines in a file named *.jsonl.")]
+Source = Annotated[
+    Path, typer.Argument(help="Trajectories: *.parquet, *.jsonl or *.ndjson, also *.gz or *.zst; or a folder of them.")
+]
 TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Folder with tokenizer.json and the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]

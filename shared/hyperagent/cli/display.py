@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,14 @@ def print_result(result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def refusals(refused: Iterable[RowRefused], *, as_json: bool) -> list[Any]:
-    """Format refused rows for `print_result`, as objects for programs or as sentences for people."""
+    """Format refused rows for `print_result`: an object for each for programs, a line for each reason for people."""
     if as_json:
         return [{"trajectory_id": refusal.trajectory_id, "reason": refusal.reason} for refusal in refused]
-    return [str(refusal) for refusal in refused]
+    groups: dict[str, list[RowRefused]] = {}
+    for refusal in refused:
+        groups.setdefault(re.sub(r"\d[\d,]*", "N", refusal.reason), []).append(refusal)
+    found = sorted(groups.values(), key=len, reverse=True)
+    return [str(group[0]) if len(group) == 1 else f"{len(group)} rows, such as {group[0]}" for group in found]
 
 
 def _flat(value: Any) -> str:

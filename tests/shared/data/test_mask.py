@@ -209,16 +209,6 @@ def maker_of(template: str, folder: Path) -> ViewMaker:
     [
         # Numbers its messages from the end.
         ("<|im_start|>{{ m.role }}\n{{ m.content }} {{ loop.revindex }}<|im_end|>\n", "is not prefix-preserving"),
-        # Shows the assistant's text only in the last message, as templates that drop old reasoning do.
-        (
-            "<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n",
-            "is not prefix-preserving",
-        ),
-        # Ends the last turn differently.
-        (
-            "<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}",
-            "is not prefix-preserving",
-        ),
         # Does not end turns with a control token, so a student would never learn to stop.
         ("<|im_start|>{{ m.role }}\n{{ m.content }}\n", "would never learn to stop"),
         (
@@ -232,6 +222,26 @@ def test_a_template_that_cannot_be_trusted_stops_the_run(body: str, why: str, tm
     with pytest.raises(ConfigError, match=why) as refused:
         maker_of(f"{{% for m in messages %}}{body}{{% endfor %}}{GENERATION}", tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Writes an empty thought before the last turn alone, as templates of thinking models do.
+        "<|im_start|>{{ m.role }}\n{{ '<think></think>' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n",
+        # Ends the last turn differently.
+        "<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}",
+    ],
+)
+def test_a_template_that_changes_earlier_turns_is_fine_for_rows_of_one_turn(body: str, tmp_path: Path) -> None:
+    maker = maker_of(f"{{% for m in messages %}}{body}{{% endfor %}}{GENERATION}", tmp_path)
+    one = dialogue_of(row({"role": "system", "content": "the cat"}, USER, {**LAST, "content": "the cat"}, tools=[]))
+    found = maker.masked(one)
+    shown = maker.tokenizer.decode(found.ids[found.positions].tolist())
+    assert shown.startswith(("<think></think>the cat", "the cat"))
+    assert shown.endswith(("<|im_end|>", "<|endoftext|>"))
+    with pytest.raises(DataError, match="use a prefix-preserving template"):
+        maker.masked(dialogue_of(row(USER, LAST, USER, LAST, tools=[])))
 
 
 def test_a_template_without_control_tokens_around_turns_stops_the_run(tmp_path: Path) -> None:

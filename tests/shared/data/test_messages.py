@@ -60,7 +60,10 @@ def test_the_parts_of_a_dialogue() -> None:
         (row(USER, LAST, tools=["bash"]), "tool 0 is 'bash', not an object"),
         (row({"role": "narrator", "content": "x"}, LAST), "message 0 has the unknown role 'narrator'"),
         (row({"role": None}, LAST), "unknown role None"),
-        (row(USER, {**LAST, "content": [{"type": "text"}]}), "the content of message 1 is .*, not text"),
+        (
+            row(USER, {**LAST, "content": [{"type": "image"}]}),
+            "message 1 has a part of the type 'image'; only text can be read",
+        ),
         (row(USER, {**LAST, "tool_calls": "run"}), "tool_calls of message 1 is 'run', not a list"),
         (row(USER, {**LAST, "tool_calls": [None]}), "message 1 has a tool call without a name"),
         (row(USER, {**LAST, "tool_calls": [{"function": None}]}), "message 1 has a tool call without a name"),

@@ -145,7 +145,6 @@ def _tokenizer() -> ChatTokenizer:
     [
         ({"weight": 0}, "has the weight 0, but every turn is trained"),
         ({"refusal": "I cannot."}, "has a refusal, which is not read"),
-        ({"function_call": {"name": "f", "arguments": "{}"}}, "has a function_call, which is not read"),
         ({"reasoning_content": ["a"]}, "reasoning_content of message 1 is"),
     ],
 )

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hyperagent.data.files.reader import Row
+from hyperagent.data.files.columns import Row
 from hyperagent.errors import DataError, RowRefused
 
 Message = dict[str, Any]
@@ -33,8 +33,17 @@ For comparison, all messages of a trajectory of 131,072 tokens together have abo
 
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
 """Keys that a message's text can be accompanied by; templates decide which of them they print."""
-_READ = {"role", "content", "tool_calls", *_PASSED_ON, "weight", "refusal", "function_call"}
-_ROLES = {"system", "user", "assistant", "tool"}
+_CONTENT = ("content", "text", "value", "system_prompt")
+"""Keys under which data sets keep a message's text; the first that is not null counts."""
+_ROLE = ("role", "from")
+_READ = {*_ROLE, *_CONTENT, "tool_calls", *_PASSED_ON, "weight", "refusal", "function_call"}
+_ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "ai": "assistant", "gpt": "assistant",
+    "tool": "tool", "function": "tool",
+}  # fmt: skip
+"""Roles of data sets, and what templates call them."""
 _ISSUE = re.compile(r"<(issue_description|pr_description)>(.*?)</\1>", re.DOTALL)
 
 
@@ -164,14 +173,16 @@ def prune_nulls(value: Any) -> Any:
 def _message(index: int, message: Any) -> Message:
     what = f"message {index}"
     _require(message, Mapping, what)
-    role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
-        raise DataError(f"{what} has the unknown role {role!r}")
-    content = "" if content is None else content
-    _require(content, str, f"the content of {what}")
+    named = next((message[key] for key in _ROLE if message.get(key) is not None), None)
+    role = _ROLES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise DataError(f"{what} has the unknown role {named!r}")
+    content = _text(what, next((message[key] for key in _CONTENT if message.get(key) is not None), ""))
     calls = message.get("tool_calls")
     if calls == "None":
         calls = None
+    if not calls and message.get("function_call"):  # the form before tool_calls
+        calls = [{"function": message["function_call"]}]
     clean = [_call(what, call) for call in _list(calls, f"tool_calls of {what}")]
     arguments = sum(len(str(call["function"]["arguments"])) for call in clean)
     if len(content) + arguments > MAX_CHARACTERS:
@@ -183,14 +194,28 @@ def _message(index: int, message: Any) -> Message:
     return {"role": role, "content": content, **more} | ({"tool_calls": clean} if clean else {})
 
 
+def _text(what: str, content: Any) -> str:
+    """Return a message's text, which may be given in parts."""
+    if not isinstance(content, list):
+        _require(content, str, f"the content of {what}")
+        return str(content)
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"{what} has a part of the type {kind!r}; only text can be read")
+        texts.append(text)
+    return "".join(texts)
+
+
 def _require_trainable(what: str, message: Mapping[str, Any]) -> None:
     """Refuse what would change the meaning of a message if it were left out."""
     weight = message.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight != 1):
         raise DataError(f"{what} has the weight {weight!r}, but every turn is trained; remove the turn or its weight")
-    for key in ("refusal", "function_call"):
-        if message.get(key):
-            raise DataError(f"{what} has a {key}, which is not read; write it as content or as tool_calls")
+    if message.get("refusal"):
+        raise DataError(f"{what} has a refusal, which is not read; write it as content")
 
 
 def _keys_not_read(raw: list[Any]) -> frozenset[str]:

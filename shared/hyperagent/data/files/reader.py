@@ -1,7 +1,8 @@
-"""Read trajectories from Parquet or JSON Lines in the schema of `hyperagent.data.files.schema`.
+"""Read trajectories from Parquet or JSON Lines, in the schema of `hyperagent.data.files.schema` or under other names.
 
 Rows stream through a small buffer, so memory is bounded by a few rows, independent of the file and its row groups.
-Columns are checked here, values where they are used: an invalid value invalidates its row, not the file.
+Columns are checked here, values where they are used: an invalid value invalidates its row, not the file. Only the columns
+that are used are read.
 """
 
 from __future__ import annotations
@@ -12,37 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hyperagent.data.files.schema import DATASET, NEEDED_COLUMNS, TRAJECTORY_SCHEMA, schema_differences
+from hyperagent.data.files.columns import Columns, Row, read_columns, row_of
+from hyperagent.data.files.schema import schema_differences
+from hyperagent.data.files.shards import MAX_LINE_BYTES, is_json_lines, lines, open_parquet, shards
 from hyperagent.errors import DataError, RowRefused
 
-Row = Mapping[str, Any]
-
-JSON_LINES = ".jsonl"
-
 _ROWS_PER_BATCH = 16
-_BUFFER_BYTES = 1 << 20
-# A row of 131,072 tokens has about half a megabyte; a longer line than this is never read into memory as a whole.
-_MAX_LINE_BYTES = 64 << 20
 
 
 def count_rows(path: Path) -> int:
-    """Return the number of trajectories in a file; in JSON Lines these are the lines that are not blank.
+    """Return the number of trajectories in a file or folder; in JSON Lines these are the lines that are not blank.
 
     Raises:
         DataError: as `read_rows`.
     """
-    if path.suffix == JSON_LINES:
-        return sum(1 for _ in _lines(path))
-    return int(_open(path).metadata.num_rows)
+    return sum(
+        sum(1 for _ in lines(file)) if is_json_lines(file) else int(open_parquet(file).metadata.num_rows)
+        for file in shards(path)
+    )
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a file in order; a row has every column of the schema, None where the file lacks it.
+    """Stream the rows of a file or folder in order; a row has every column of `columns.row_of`.
 
     Raises:
-        DataError: the file is missing, is of another format, is damaged, or lacks a required column.
+        DataError: a file is missing, is of another format, is damaged, or has no column with messages.
+        ConfigError: the file that names the columns cannot be read.
         RowRefused: a line of a JSON Lines file is not a row.
     """
     for row in read_rows_or_refusals(path):
@@ -55,76 +52,56 @@ def read_rows_or_refusals(path: Path) -> Iterator[Row | RowRefused]:
     """Stream rows like `read_rows`, but yield a refusal in place of a line that is not a row.
 
     Raises:
-        DataError: as `read_rows`.
+        DataError, ConfigError: as `read_rows`.
     """
-    yield from _read_json_lines(path) if path.suffix == JSON_LINES else _read_parquet(path)
+    columns = read_columns(path)
+    first = 0
+    for file in shards(path):
+        rows = _read_json_lines(file, columns, first) if is_json_lines(file) else _read_parquet(file, columns)
+        for row in rows:
+            first += 1
+            yield row
 
 
 def read_schema_differences(path: Path) -> list[str]:
-    """Return a Parquet file's differences from the schema; none for JSON Lines, whose rows are checked one by one.
+    """Return the differences of Parquet from the schema; none for JSON Lines, whose rows are checked one by one.
 
     Raises:
         DataError: as `read_rows`.
     """
-    return [] if path.suffix == JSON_LINES else schema_differences(_open(path).schema_arrow)
+    files = [file for file in shards(path) if not is_json_lines(file)]
+    return list(dict.fromkeys(line for file in files for line in schema_differences(open_parquet(file).schema_arrow)))
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    file = _open(path)
-    columns = [name for name in TRAJECTORY_SCHEMA.names if name in file.schema_arrow.names]
-    absent = dict.fromkeys(set(TRAJECTORY_SCHEMA.names) - set(columns))
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
+    file = open_parquet(path)
+    sources = columns.sources(file.schema_arrow.names, path)
     try:
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(sources.values())):
             for row in batch.to_pylist():
-                yield {**row, **absent}
+                yield row_of(row, sources)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; copy it again") from error
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        # pre_buffer would read whole column chunks and keep those of all row groups until the last one is read.
-        file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a Parquet file: {' '.join(str(error).split())}; JSON Lines must be named *{JSON_LINES}"
-        ) from error
-    if not set(NEEDED_COLUMNS) <= set(file.schema_arrow.names):
-        raise DataError(
-            f"{path} is not in the schema of {DATASET}: {'; '.join(schema_differences(file.schema_arrow))}; "
-            "give a file with these columns"
-        )
-    return file
-
-
-def _read_json_lines(path: Path) -> Iterator[Row | RowRefused]:
-    for number, line in enumerate(_lines(path)):
-        if len(line) > _MAX_LINE_BYTES:
-            yield RowRefused(f"row {number}", f"its line is longer than {_MAX_LINE_BYTES:,} bytes")
+def _read_json_lines(path: Path, columns: Columns, first: int) -> Iterator[Row | RowRefused]:
+    for number, line in enumerate(lines(path), start=first):
+        if len(line) > MAX_LINE_BYTES:
+            yield RowRefused(f"row {number}", f"its line is longer than {MAX_LINE_BYTES:,} bytes")
             continue
         try:
-            row = json.loads(line)
+            raw = json.loads(line)
         except (ValueError, RecursionError) as error:
             yield RowRefused(f"row {number}", f"its line is not JSON: {' '.join(str(error).split())}")
             continue
-        if isinstance(row, dict):
-            yield {name: row.get(name) for name in TRAJECTORY_SCHEMA.names}
-        else:
-            yield RowRefused(f"row {number}", f"its line is a JSON {type(row).__name__}, not an object")
+        if not isinstance(raw, dict):
+            yield RowRefused(f"row {number}", f"its line is a JSON {type(raw).__name__}, not an object")
+            continue
+        yield _json_row(raw, columns, path, number)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines that are not blank; a line that is too long is truncated to one byte more than the limit."""
+def _json_row(raw: Mapping[str, Any], columns: Columns, path: Path, number: int) -> Row | RowRefused:
     try:
-        with path.open("rb") as file:
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                if line.strip():
-                    yield line
-                while len(line) > _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    line = file.readline(_MAX_LINE_BYTES + 1)
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+        return row_of(raw, columns.sources(raw, path))
+    except DataError as error:  # The rows of a file may have different keys.
+        return RowRefused(f"row {number}", str(error))

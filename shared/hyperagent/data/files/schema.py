@@ -16,9 +16,6 @@ DATASET_REVISION = "35455389ab51bf5e2306bfd436ef72d0f98bf882"
 DATASET_FILE = "trajectories.parquet"
 DATASET_BYTES = 2_079_503_354
 
-NEEDED_COLUMNS = ("trajectory_id", "repo", "trajectory", "tools")
-"""Columns without which no row can be used."""
-
 
 def _struct(**fields: pa.DataType) -> pa.DataType:
     return pa.struct(list(fields.items()))

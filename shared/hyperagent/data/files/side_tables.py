@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hyperagent.data.files.reader import JSON_LINES
+from hyperagent.data.files.shards import JSON_LINES
 from hyperagent.errors import DataError
 
 

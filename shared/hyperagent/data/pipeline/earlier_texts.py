@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.messages import dialogue_of, refused_as
-from hyperagent.data.files.reader import JSON_LINES, read_rows_or_refusals
+from hyperagent.data.files.reader import read_rows_or_refusals
+from hyperagent.data.files.shards import JSON_LINES
 from hyperagent.data.pipeline.condensed import condensed
 from hyperagent.data.pipeline.selection import RowFacts, Selection, select_rows
 from hyperagent.errors import DataError, RowRefused

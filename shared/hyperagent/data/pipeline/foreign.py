@@ -19,6 +19,7 @@ from hyperagent.data.chat.messages import Dialogue, dialogue_of, name_of, refuse
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.checked_sample import SampleCondition, SampleSettings, sample_identity
 from hyperagent.data.files.reader import count_rows, read_rows_or_refusals
+from hyperagent.data.files.shards import fingerprint
 from hyperagent.data.files.side_tables import read_joined
 from hyperagent.data.files.tokens_file import (
     HELD_OUT,
@@ -32,7 +33,7 @@ from hyperagent.data.files.tokens_rows import TokensRow
 from hyperagent.data.pipeline.foreign_draw import Draw, draw_rows
 from hyperagent.data.pipeline.views import Condition, Part, ViewMaker, ViewSettings
 from hyperagent.errors import ConfigError, DataError, RowRefused, TooLong
-from hyperagent.identity import DataIdentity, file_fingerprint, require_same
+from hyperagent.identity import DataIdentity, require_same
 from hyperagent.progress import Progress, no_progress
 
 
@@ -262,7 +263,7 @@ def _require_inputs(identity: DataIdentity, source: Path, tokenizer: ChatTokeniz
         require_same(
             f"the fingerprint of {what}",
             expected=expected,
-            found=file_fingerprint(path) if path else None,
+            found=fingerprint(path) if path else None,
             remedy="give the file that the tokens file was made with",
         )
 

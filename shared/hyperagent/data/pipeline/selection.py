@@ -15,7 +15,8 @@ from pydantic import Field
 
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.messages import dialogue_of, issue_text, name_of, refused_as
-from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals
+from hyperagent.data.files.columns import Row
+from hyperagent.data.files.reader import count_rows, read_rows_or_refusals
 from hyperagent.errors import DataError, RowRefused
 from hyperagent.progress import Progress, no_progress
 

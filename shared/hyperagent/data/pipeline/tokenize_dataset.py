@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.messages import dialogue_of, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.reader import Row, read_rows_or_refusals
+from hyperagent.data.files.columns import Row
+from hyperagent.data.files.reader import read_rows_or_refusals
+from hyperagent.data.files.shards import fingerprint
 from hyperagent.data.files.side_tables import read_joined, read_sources
 from hyperagent.data.files.tokens_file import (
     HELD_OUT,
@@ -280,4 +282,4 @@ def _identity(source: Path, tokenizer: ChatTokenizer, settings: TokenizeSettings
     for name, path in (("licences_file", joined.licenses), ("extra_file", joined.extra)):
         if path is not None:
             chosen[name] = file_fingerprint(path)
-    return DataIdentity(tokenizer.identity, file_fingerprint(source), chosen)
+    return DataIdentity(tokenizer.identity, fingerprint(source), chosen)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from hyperagent.data.chat.messages import Dialogue, dialogue_of, issue_text, name_of, prune_nulls, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.reader import Row, count_rows, read_rows_or_refusals, read_schema_differences
+from hyperagent.data.files.columns import NO_REPOSITORY, Row
+from hyperagent.data.files.reader import count_rows, read_rows_or_refusals, read_schema_differences
 from hyperagent.data.pipeline.parallel import map_rows
 from hyperagent.data.pipeline.views import ViewMaker
 from hyperagent.data.reports.json_texts import json_texts
@@ -86,6 +87,11 @@ class FileReport:
     def not_read(self) -> dict[str, int]:
         """Number of rows with a key in their messages that holds something and is not passed to the template, by key."""
         return dict(Counter(key for row in self.rendered for key in row.not_read))
+
+    @property
+    def without_repository(self) -> int:
+        """Number of rows that name no repository, so that each counts as one of its own."""
+        return sum(row.repo.startswith(NO_REPOSITORY) for row in self.rendered)
 
     def roles(self) -> dict[str, dict[str, int]]:
         """Return the number of messages and characters of all rows, by role."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from hyperagent.data.chat.mask_by_scanning import turn_shape
 from hyperagent.data.chat.messages import dialogue_of, name_of, refused_as
 from hyperagent.data.chat.tokenizer import ChatTokenizer
-from hyperagent.data.files.reader import Row, read_rows_or_refusals
+from hyperagent.data.files.columns import Row
+from hyperagent.data.files.reader import read_rows_or_refusals
 from hyperagent.data.files.tokens_file import TokenizedTrajectory
 from hyperagent.data.pipeline.views import ViewMaker, ViewSettings
 from hyperagent.errors import NotFound, RowRefused
@@ -50,7 +51,7 @@ def find_row(path: Path, wanted: str) -> tuple[int, Row]:
     for number, row in enumerate(read_rows_or_refusals(path)):
         if not isinstance(row, RowRefused) and name_of(row, number) == wanted:
             return number, row
-        if str(number) == wanted:
+        if wanted in (str(number), f"row {number}"):
             by_number = row if isinstance(row, RowRefused) else (number, row)
     if by_number is None:
         raise NotFound(f"{path} has no row {wanted!r}; give a trajectory_id, or a number from 0")
