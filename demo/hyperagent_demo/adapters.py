@@ -64,6 +64,8 @@ def request_adapters(
     _write_example(out / "example", bodies[probed])
     port = free_port()
     arguments = ["--bundle", str(out / "bundle"), "--store", str(out / "adapters"), "--port", str(port)]
+    # The check against PEFT is one of the numbers, not of their rounding to bfloat16.
+    arguments += ["--dtype", "float32"]
     with (
         service("adapter-api", arguments, log=out / "logs" / "adapter-api.txt", token=token) as process,
         AdapterClient(f"http://127.0.0.1:{port}", token) as client,

@@ -71,6 +71,7 @@ def _make_token_file() -> None:
 
 def is_authorized(header: str | None, token: str) -> bool:
     """Return whether an `Authorization` header carries the token (RFC 6750), compared in constant time."""
-    if header is None or not header.startswith(BEARER):
+    # The scheme's case does not matter (RFC 9110, section 11.1).
+    if header is None or header[: len(BEARER)].lower() != BEARER.lower():
         return False
     return hmac.compare_digest(header[len(BEARER) :].encode(), token.encode())

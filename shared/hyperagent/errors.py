@@ -106,7 +106,15 @@ class ServiceError(HyperagentError, RuntimeError):
 
 
 class Busy(ServiceError):
-    """The service holds as many requests as it accepts at once; a later retry helps."""
+    """The service holds as many requests as it accepts at once; a later retry helps.
+
+    Attributes:
+        retry_after_s: seconds after which a retry is likely to be accepted.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotServing(ServiceError):

@@ -149,7 +149,9 @@ def store_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(generator: AdapterGenerator, store_folder: Path) -> Iterator[TestClient]:
-    service = AdapterService(generator, AdapterStore(store_folder, max_adapters=5), max_pending_requests=4)
+    service = AdapterService(
+        generator, AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30), max_pending_requests=4
+    )
     app = create_adapter_app(service, token=TOKEN)
     with TestClient(app, headers={"Authorization": f"Bearer {TOKEN}"}, raise_server_exceptions=False) as client:
         yield client

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from adapter_stores import adapter_folder
 from served import served
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
@@ -23,7 +24,9 @@ TOKEN = "secret"
 
 @pytest.fixture
 def address(generator: AdapterGenerator, store_folder: Path) -> Iterator[str]:
-    service = AdapterService(generator, AdapterStore(store_folder, max_adapters=5), max_pending_requests=4)
+    service = AdapterService(
+        generator, AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30), max_pending_requests=4
+    )
     with served(create_adapter_app(service, token=TOKEN)) as address:
         yield address
 
@@ -45,17 +48,14 @@ def test_an_adapter_is_made_listed_and_downloaded_in_place_of_an_older_one(
         client.download(adapter, out)
     assert sorted(path.name for path in out.iterdir()) == [CONFIG_FILE, MODEL_FILE]
     for name in (CONFIG_FILE, MODEL_FILE):
-        assert (out / name).read_bytes() == (store_folder / adapter.id / name).read_bytes()
+        assert (out / name).read_bytes() == (adapter_folder(store_folder, adapter.id) / name).read_bytes()
 
 
-def test_a_damaged_download_is_an_error_and_leaves_the_folder_as_it_was(
-    address: str, store_folder: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_download_is_an_error_and_leaves_the_folder_as_it_was(address: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with AdapterClient(address, TOKEN) as client:
         adapter = client.create(PROMPT)
-        path = store_folder / adapter.id / CONFIG_FILE
-        path.write_bytes(path.read_bytes().replace(b"4", b"5", 1))
+        adapter.sha256[CONFIG_FILE] = "0" * 64
         with pytest.raises(CorruptRecord, match=f"{CONFIG_FILE} of adapter {adapter.id} arrived damaged"):
             client.download(adapter, out)
     assert not out.exists()
@@ -71,4 +71,6 @@ async def test_the_asynchronous_client_asks_the_same(address: str, store_folder:
         adapter = await client.create(PROMPT)
         assert (await client.adapters()).adapters == [adapter]
         await client.download(adapter, tmp_path / "out")
-    assert (tmp_path / "out" / MODEL_FILE).read_bytes() == (store_folder / adapter.id / MODEL_FILE).read_bytes()
+    assert (tmp_path / "out" / MODEL_FILE).read_bytes() == (
+        adapter_folder(store_folder, adapter.id) / MODEL_FILE
+    ).read_bytes()

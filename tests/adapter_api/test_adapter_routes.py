@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import resource
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_stores import adapter_folder, stored_ids
 from fastapi.testclient import TestClient
-from safetensors.numpy import load
+from safetensors.torch import load
 
 from hyperagent_adapter_api.generator import AdapterGenerator
 
@@ -59,7 +61,7 @@ def test_a_prompt_becomes_an_adapter(client: TestClient, generator: AdapterGener
     assert len(model.content) == adapter["bytes"] == int(model.headers["Content-Length"])
     for name, downloaded in (("adapter_model.safetensors", model), ("adapter_config.json", config)):
         assert hashlib.sha256(downloaded.content).hexdigest() == adapter["sha256"][name]
-        assert downloaded.content == (store_folder / adapter["id"] / name).read_bytes()
+        assert downloaded.content == (adapter_folder(store_folder, adapter["id"]) / name).read_bytes()
     assert config.headers["Content-Type"] == "application/json"
     assert config.json()["r"] == 4
     tensors = load(model.content)
@@ -76,7 +78,7 @@ def test_the_same_prompt_is_the_same_adapter(client: TestClient, store_folder: P
     other = create(client, PROMPT + "!")
     assert other["id"] != first["id"]
     assert other["sha256"]["adapter_model.safetensors"] != first["sha256"]["adapter_model.safetensors"]
-    assert {path.name for path in store_folder.iterdir()} == {first["id"], other["id"]}
+    assert stored_ids(store_folder) == {first["id"], other["id"]}
 
 
 def test_equal_prompts_at_once_are_one_adapter(client: TestClient) -> None:
@@ -117,7 +119,7 @@ def test_adapters_are_listed_in_pages(client: TestClient) -> None:
 def test_a_deleted_adapter_is_gone_and_can_be_made_again(client: TestClient, store_folder: Path) -> None:
     adapter = create(client)
     assert client.delete(adapter["links"]["self"]).status_code == 204
-    assert list(store_folder.iterdir()) == []
+    assert stored_ids(store_folder) == set()
     for path in adapter["links"].values():
         assert adapter["id"] in refused(client.get(path), 404)
     assert adapter["id"] in refused(client.delete(adapter["links"]["self"]), 404)
@@ -144,24 +146,25 @@ def test_a_prompt_without_text_is_refused(client: TestClient, store_folder: Path
     content = json.dumps({"prompt": prompt})
     answer = client.post("/v1/adapters", content=content, headers={"Content-Type": "application/json"})
     assert "the prompt" in refused(answer, 422)
-    assert list(store_folder.iterdir()) == []
+    assert stored_ids(store_folder) == set()
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ["a"]}, {"prompt": "a", "rank": 512}, "a"])
 def test_a_wrong_body_is_refused(client: TestClient, store_folder: Path, body: object) -> None:
     refused(client.post("/v1/adapters", json=body), 422)
-    assert list(store_folder.iterdir()) == []
+    assert stored_ids(store_folder) == set()
 
 
 def test_a_long_prompt_is_refused_by_its_tokens(client: TestClient, store_folder: Path) -> None:
-    detail = refused(client.post("/v1/adapters", json={"prompt": "task " * 100_000}), 413)
-    assert re.search(r"the prompt has \d{6,} tokens, this hypernetwork reads at most 200; ", detail)
-    assert list(store_folder.iterdir()) == []
+    detail = refused(client.post("/v1/adapters", json={"prompt": "task " * 1000}), 413)
+    assert re.search(r"the prompt has \d{3,} tokens, this hypernetwork reads at most 200; ", detail)
+    assert "has 500,000 characters" in refused(client.post("/v1/adapters", json={"prompt": "task " * 100_000}), 413)
+    assert stored_ids(store_folder) == set()
 
 
 def test_a_body_above_4_mib_is_refused(client: TestClient, store_folder: Path) -> None:
     assert "4194304 bytes" in refused(client.post("/v1/adapters", json={"prompt": "x" * (4 << 20)}), 413)
-    assert list(store_folder.iterdir()) == []
+    assert stored_ids(store_folder) == set()
 
 
 def test_control_tokens_in_a_prompt_are_text(client: TestClient, generator: AdapterGenerator) -> None:
@@ -186,7 +189,7 @@ def test_when_the_disk_refuses_nothing_half_written_is_left(client: TestClient, 
     with largest_file(8192):
         detail = refused(client.post("/v1/adapters", json={"prompt": PROMPT}), 507)
     assert "could not write" in detail
-    assert list(store_folder.iterdir()) == []
+    assert stored_ids(store_folder) == set()
     adapter = create(client)
     assert adapter["bytes"] > 8192
     with largest_file(8192):
@@ -194,31 +197,67 @@ def test_when_the_disk_refuses_nothing_half_written_is_left(client: TestClient, 
         assert len(client.get(adapter["links"]["adapter_model"]).content) == adapter["bytes"]
 
 
-def test_a_full_store_is_refused_until_there_is_room(client: TestClient) -> None:
-    made = [create(client, f"task {i}") for i in range(5)]
-    assert "--max-adapters" in refused(client.post("/v1/adapters", json={"prompt": "one more"}), 507)
-    assert client.post("/v1/adapters", json={"prompt": "task 0"}).status_code == 200
-    client.delete(made[0]["links"]["self"])
-    create(client, "one more")
-
-
-def test_damage_is_named_and_can_be_mended(client: TestClient, store_folder: Path) -> None:
+def test_what_is_damaged_is_quarantined_and_made_again(client: TestClient, store_folder: Path) -> None:
     adapter = create(client)
-    folder = store_folder / adapter["id"]
-    with (folder / "adapter_model.safetensors").open("ab") as file:
-        file.write(b"x")
-    assert "adapter_model.safetensors" in refused(client.get(adapter["links"]["adapter_model"]), 500)
-    (folder / "adapter_config.json").unlink()
-    assert "adapter_config.json" in refused(client.get(adapter["links"]["adapter_config"]), 500)
-    (folder / "adapter.json").write_text('{"id": ')
-    for answer in (
-        client.get(adapter["links"]["self"]),
-        client.get("/v1/adapters"),
-        client.post("/v1/adapters", json={"prompt": PROMPT}),
-    ):
-        assert adapter["id"] in refused(answer, 500)
+    other = create(client, "another task")
+
+    def same_size(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+
+    damages: list[Callable[[Path], Any]] = [
+        lambda folder: same_size(folder / "adapter_model.safetensors"),
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        lambda folder: (folder / "adapter.json").write_text('{"id": '),
+        lambda folder: (folder / "adapter.json").unlink(),
+    ]
+    for number, damage in enumerate(damages, start=1):
+        damage(adapter_folder(store_folder, adapter["id"]))
+        # Nothing wrong is served, and the damage of one adapter hides no other.
+        assert [found["id"] for found in client.get("/v1/adapters").json()["adapters"]] == [other["id"]]
+        refused(client.get(adapter["links"]["adapter_model"]), 404)
+        assert len(list(store_folder.glob("*/.damaged-*"))) == number
+        assert create(client)["sha256"] == adapter["sha256"]
+
+
+def test_the_paths_work_without_a_version_and_with_head(client: TestClient) -> None:
+    answer = client.post("/adapters", json={"prompt": PROMPT})
+    assert answer.status_code == 201
+    links = answer.json()["links"]
+    assert client.get("/adapters").json() == client.get("/v1/adapters").json()
+    for link in links.values():
+        head, got = client.head(link), client.get(link)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(got.content))
+        assert head.headers.get("etag") == got.headers.get("etag")
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer"])
+def test_the_case_of_the_scheme_does_not_matter(client: TestClient, scheme: str) -> None:
+    assert client.get("/v1/bundle", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+
+
+@pytest.mark.parametrize("wrapped", [f"{PROMPT}\n", f"\ufeff{PROMPT}", f"\ufeff{PROMPT}\r\n"])
+def test_what_an_editor_adds_to_a_file_is_not_another_prompt(client: TestClient, wrapped: str) -> None:
+    adapter = create(client)
+    assert client.post("/v1/adapters", json={"prompt": wrapped}).json()["id"] == adapter["id"]
+    assert create(client, f"{PROMPT}\n\n")["id"] != adapter["id"]
+
+
+def test_a_leased_adapter_is_not_deleted(client: TestClient) -> None:
+    adapter = create(client)
+    lease = f"{adapter['links']['self']}/leases/engine-1"
+    assert client.put(lease, json={"ttl_s": 60}).json()["holder"] == "engine-1"
+    assert "engine-1" in refused(client.delete(adapter["links"]["self"]), 409)
+    assert client.delete(lease).status_code == 204
+    assert client.delete(lease).status_code == 204
+    assert client.put(lease, json={"ttl_s": 0.001}).status_code == 200
+    time.sleep(0.01)
     assert client.delete(adapter["links"]["self"]).status_code == 204
-    assert create(client)["sha256"] == adapter["sha256"]
+    assert client.put(lease).status_code == 404
+    assert client.put(f"{adapter['links']['self']}/leases/..%2F..").status_code in (404, 422)
 
 
 @pytest.mark.parametrize("part", [{"system": "be good"}, {"tools": []}, {"extra": "a map"}, {"tools": None}])
@@ -282,5 +321,6 @@ def test_the_schema_lists_every_route(client: TestClient) -> None:
         "/v1/adapters/{adapter_id}",
         "/v1/adapters/{adapter_id}/adapter_model.safetensors",
         "/v1/adapters/{adapter_id}/adapter_config.json",
+        "/v1/adapters/{adapter_id}/leases/{holder}",
         "/v1/bundle",
     }

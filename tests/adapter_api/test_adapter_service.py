@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from copy import copy as shallow_copy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from adapter_stores import adapter_folder
 from numpy.typing import NDArray
 
-from hyperagent.errors import Busy, ConfigError, CorruptRecord, IdentityMismatch, InvalidRequest, ServiceError
-from hyperagent.http.adapter_models import Novelty
+from hyperagent.errors import (
+    Busy,
+    ConfigError,
+    CorruptRecord,
+    IdentityMismatch,
+    InvalidRequest,
+    LimitExceeded,
+    NotServing,
+    StorageError,
+)
+from hyperagent.http.adapter_models import Novelty, StoredAdapter
 from hyperagent.model.bundle import load_bundle
 from hyperagent.model.peft_io import AdapterFiles
 from hyperagent_adapter_api.app import build_app
 from hyperagent_adapter_api.config import AdapterApiSettings
 from hyperagent_adapter_api.generator import AdapterGenerator
 from hyperagent_adapter_api.service import AdapterService
-from hyperagent_adapter_api.store import AdapterStore, id_of
+from hyperagent_adapter_api.store import AdapterStore
 
 
 class SlowGenerator(AdapterGenerator):
@@ -44,70 +58,173 @@ class SlowGenerator(AdapterGenerator):
         return made
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 async def test_equal_prompts_at_once_make_one_adapter(generator: AdapterGenerator, store_folder: Path) -> None:
     slow = SlowGenerator(generator)
-    service = AdapterService(slow, AdapterStore(store_folder, max_adapters=9), max_pending_requests=9)
-    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in ("one", "one", "two", "one")]
-    await asyncio.sleep(0)
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30)
+    service = AdapterService(slow, store, max_pending_requests=2)
+    prompts = ["one"] * 200 + ["two"]
+    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in prompts]
+    await until(lambda: slow.running == 1)
     slow.may_go.set()
     answers = await asyncio.gather(*asked)
-    assert [is_new for _, is_new in answers] == [True, False, True, False]
-    assert answers[0][0] == answers[1][0] == answers[3][0] != answers[2][0]
+    assert sum(is_new for _, is_new in answers) == 2
+    assert len({adapter.id for adapter, _ in answers}) == 2
     assert (slow.generated, slow.most_running) == (2, 1)
     service.close()
 
 
-async def test_a_full_queue_turns_prompts_away(generator: AdapterGenerator, store_folder: Path) -> None:
+async def test_a_full_queue_turns_new_prompts_away_and_answers_known_ones(
+    generator: AdapterGenerator, store_folder: Path
+) -> None:
     slow = SlowGenerator(generator)
-    service = AdapterService(slow, AdapterStore(store_folder, max_adapters=9), max_pending_requests=2)
-    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in ("one", "two")]
-    await asyncio.sleep(0)
-    with pytest.raises(Busy, match="already holds 2 prompts"):
-        await service.create({"task": "three"})
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30)
+    service = AdapterService(slow, store, max_pending_requests=2)
     slow.may_go.set()
-    await asyncio.gather(*asked)
-    _, is_new = await service.create({"task": "three"})
-    assert is_new
+    known, _ = await service.create({"task": "known"})
+    slow.may_go.clear()
+    asked = [asyncio.create_task(service.create({"task": prompt})) for prompt in ("one", "two")]
+    await until(lambda: len(service._in_flight) == 2)
+    with pytest.raises(Busy, match="2 adapters wait to be generated") as refused:
+        await service.create({"task": "three"})
+    assert refused.value.retry_after_s >= 1
+    assert await service.create({"task": "known"}) == (known, False)
+    follower = asyncio.create_task(service.create({"task": "one"}))
+    # A caller that gives up takes the adapter from nobody.
+    asked[0].cancel()
+    await asyncio.sleep(0.02)
+    slow.may_go.set()
+    adapter, is_new = await follower
+    assert not is_new
+    assert store.get(adapter.id) == adapter
+    await asked[1]
+    assert (await service.create({"task": "three"}))[1]
     service.close()
 
 
-def test_an_id_depends_on_the_prompt_and_on_the_bundle_alone(
+async def test_stopping_answers_everything_accepted_and_accepts_nothing_more(
+    generator: AdapterGenerator, store_folder: Path
+) -> None:
+    slow = SlowGenerator(generator)
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30)
+    service = AdapterService(slow, store, max_pending_requests=9)
+    asked = [asyncio.create_task(service.create({"task": f"task {n}"})) for n in range(5)]
+    await until(lambda: len(service._in_flight) == 5)
+    closing = asyncio.create_task(service.wait_closed())
+    await asyncio.sleep(0)
+    with pytest.raises(NotServing, match="is stopping"):
+        await service.create({"task": "too late"})
+    slow.may_go.set()
+    await closing
+    assert all(is_new for _, is_new in await asyncio.gather(*asked))
+    service.close()
+
+
+async def test_a_far_too_long_prompt_is_refused_before_it_is_tokenized(
+    generator: AdapterGenerator, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30)
+    service = AdapterService(generator, store, max_pending_requests=2)
+    monkeypatch.setattr(generator, "encode", None)
+    with pytest.raises(LimitExceeded, match=r"has 16,385 characters.* at most 16,384 characters"):
+        await service.create({"task": "x" * 16_385})
+    service.close()
+
+
+def test_an_id_depends_on_the_prompt_the_bundle_and_the_dtype_alone(
     generator: AdapterGenerator, bundle_folder: Path, tmp_path: Path
 ) -> None:
     prompt_ids = generator.encode({"task": "fix the test"})
     shutil.copytree(bundle_folder, tmp_path / "copy")
-    copy = load_bundle(tmp_path / "copy")
-    assert id_of(copy, prompt_ids) == id_of(generator.bundle, prompt_ids)
-    assert id_of(copy, prompt_ids[:-1]) != id_of(copy, prompt_ids)
+    copy = AdapterGenerator(load_bundle(tmp_path / "copy"))
+    assert copy.id_of(prompt_ids) == generator.id_of(prompt_ids) != copy.id_of(prompt_ids[:-1])
     retrained = load_bundle(bundle_folder)
     retrained.fingerprint = "00" * 32
-    assert id_of(retrained, prompt_ids) != id_of(copy, prompt_ids)
+    assert AdapterGenerator(retrained).id_of(prompt_ids) != copy.id_of(prompt_ids)
+    assert AdapterGenerator(copy.bundle, dtype=torch.float32).id_of(prompt_ids) != copy.id_of(prompt_ids)
 
 
-def test_a_store_has_one_owner_and_outlives_it(generator: AdapterGenerator, store_folder: Path) -> None:
-    store = AdapterStore(store_folder, max_adapters=3)
-    with pytest.raises(ServiceError, match="another adapter service"):
-        AdapterStore(store_folder, max_adapters=3)
-    prompt_ids = generator.encode({"task": "fix the test"})
-    adapter_id = id_of(generator.bundle, prompt_ids)
+def put(store: AdapterStore, generator: AdapterGenerator, task: str) -> StoredAdapter:
+    prompt_ids = generator.encode({"task": task})
     files, novelty = generator.generate(prompt_ids)
-    adapter = store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
-    store.close()
+    adapter_id = generator.id_of(prompt_ids)
+    return store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
+
+
+def test_several_processes_share_a_store_and_bundles_do_not_see_each_other(
+    generator: AdapterGenerator, store_folder: Path
+) -> None:
+    fingerprint = generator.bundle.fingerprint
+    one, two = (AdapterStore(store_folder, fingerprint, max_bytes=1 << 30) for _ in range(2))
+    adapter = put(one, generator, "fix the test")
+    assert two.get(adapter.id) == adapter
+    other = AdapterStore(store_folder, "00" * 32, max_bytes=1 << 30)
+    assert other.page(after=None, limit=9) == []
+    for store in (one, two, other):
+        store.close()
 
     # Leftovers of a process killed while writing and of one killed while deleting.
-    shutil.copytree(store_folder / adapter_id, store_folder / f".partial-0-{adapter_id}")
-    shutil.copytree(store_folder / adapter_id, store_folder / ".retired-0")
-    (store_folder / "notes.txt").write_text("mine")
-    store = AdapterStore(store_folder, max_adapters=3)
-    assert {path.name for path in store_folder.iterdir()} == {adapter_id, "notes.txt"}
-    assert store.page(after=None, limit=9) == [store.get(adapter_id)] == [adapter]
+    folder = adapter_folder(store_folder, adapter.id)
+    shutil.copytree(folder, folder.with_name(f".partial-0-{adapter.id}"))
+    shutil.copytree(folder, folder.with_name(".retired-0"))
+    (folder.parent / "notes.txt").write_text("mine")
+    store = AdapterStore(store_folder, fingerprint, max_bytes=1 << 30)
+    assert {path.name for path in folder.parent.iterdir()} == {adapter.id, "notes.txt"}
+    assert store.page(after=None, limit=9) == [store.get(adapter.id)] == [adapter]
+    store.close()
+
+
+def test_the_least_recently_used_adapters_without_a_lease_make_room(
+    generator: AdapterGenerator, store_folder: Path
+) -> None:
+    num_bytes = len(generator.generate(generator.encode({"task": "any"}))[0].model)
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=3 * num_bytes, ttl_s=3600)
+    first, second, third = (put(store, generator, f"task {n}") for n in range(3))
+
+    def last_used(adapter: StoredAdapter, seconds_ago: float) -> None:
+        at = time.time() - seconds_ago
+        os.utime(adapter_folder(store_folder, adapter.id) / "adapter.json", (at, at))
+
+    def kept() -> set[str]:
+        return {adapter.id for adapter in store.page(after=None, limit=99)}
+
+    last_used(first, 30)
+    last_used(second, 20)
+    last_used(third, 10)
+    store.use(first.id)
+    fourth = put(store, generator, "task 3")
+    assert kept() == {first.id, third.id, fourth.id}
+    last_used(third, 30)
+    store.lease(third.id, "engine", ttl_s=60)
+    last_used(third, 30)
+    last_used(first, 20)
+    fifth = put(store, generator, "task 4")
+    assert kept() == {third.id, fourth.id, fifth.id}
+    # An adapter that nobody used for too long is gone, unless it is leased.
+    for adapter in (third, fourth):
+        last_used(adapter, 4000)
+    assert kept() == {third.id, fifth.id}
+    for adapter in (fourth, fifth):
+        if adapter.id in kept():
+            store.lease(adapter.id, "engine", ttl_s=60)
+    last_used(fifth, 0)
+    sixth = put(store, generator, "task 5")
+    store.lease(sixth.id, "engine", ttl_s=60)
+    with pytest.raises(StorageError, match="are taken by adapters that are leased"):
+        put(store, generator, "task 6")
+    assert kept() == {third.id, fifth.id, sixth.id}
     store.close()
 
 
 def test_a_file_stays_readable_when_its_adapter_is_deleted(generator: AdapterGenerator, store_folder: Path) -> None:
-    store = AdapterStore(store_folder, max_adapters=3)
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30)
     prompt_ids = generator.encode({"task": "fix the test"})
-    adapter_id = id_of(generator.bundle, prompt_ids)
+    adapter_id = generator.id_of(prompt_ids)
     files, novelty = generator.generate(prompt_ids)
     store.put(adapter_id, files, bundle=generator.bundle, prompt_tokens=prompt_ids.size, novelty=novelty)
     _, file = store.open(adapter_id, "adapter_model.safetensors")
@@ -121,7 +238,7 @@ def test_a_store_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "store"):
         with pytest.raises(ConfigError, match="--store"):
-            AdapterStore(path, max_adapters=3)
+            AdapterStore(path, "00" * 32, max_bytes=1)
 
 
 def test_every_part_the_hypernetwork_reads_must_be_sent_and_counts(generator: AdapterGenerator) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from adapter_stores import adapter_folder
 from fastapi.testclient import TestClient
 
 from hyperagent.model.bundle import load_bundle
@@ -24,7 +25,9 @@ HEADERS = {"Authorization": "Bearer secret"}
 
 def make_client(bundle_folder: Path, store_folder: Path) -> TestClient:
     generator = AdapterGenerator(load_bundle(bundle_folder))
-    service = AdapterService(generator, AdapterStore(store_folder, max_adapters=5), max_pending_requests=4)
+    service = AdapterService(
+        generator, AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=1 << 30), max_pending_requests=4
+    )
     return TestClient(create_adapter_app(service, token="secret"), headers=HEADERS)
 
 
@@ -56,7 +59,10 @@ def test_an_unusual_prompt_is_named_and_still_gets_its_adapter(
         found = {"id": adapter["id"], "distance": expected.distance, "threshold": expected.threshold}
         assert warned == ([{"event": MESSAGE, "log_level": "warning", **found}] if is_unusual else [])
         # It is stored with the adapter.
-        assert json.loads((store_folder / adapter["id"] / "adapter.json").read_text())["novelty"] == adapter["novelty"]
+        assert (
+            json.loads((adapter_folder(store_folder, adapter["id"]) / "adapter.json").read_text())["novelty"]
+            == adapter["novelty"]
+        )
         assert watchful.get(adapter["links"]["self"]).json() == adapter
         again = watchful.post("/v1/adapters", json={"prompt": prompt})
         assert (again.status_code, again.json()) == (200, adapter)
@@ -75,7 +81,7 @@ def test_a_bundle_without_statistics_makes_the_same_adapter_and_says_nothing_of_
 
 def test_an_adapter_of_an_earlier_release_is_read(watchful: TestClient, store_folder: Path) -> None:
     adapter = watchful.post("/v1/adapters", json={"prompt": UNUSUAL}).json()
-    path = store_folder / adapter["id"] / "adapter.json"
+    path = adapter_folder(store_folder, adapter["id"]) / "adapter.json"
     fields = json.loads(path.read_text())
     del fields["novelty"]
     path.write_text(json.dumps(fields))

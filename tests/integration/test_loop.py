@@ -127,8 +127,9 @@ def _adapter(world: World, run: Run, start: Start, run_folder: Path, server: str
     prompt = next(dialogue_of(row).task for row in read_rows(world.sample) if row["trajectory_id"] == trajectory_id)
     port = server.rsplit(":", 1)[1]
     service = start(
-        "serve", "adapter-api", "--bundle", run_folder / "bundle", "--store", tmp_path / "store", "--port", port
-    )
+        "serve", "adapter-api", "--bundle", run_folder / "bundle", "--store", tmp_path / "store", "--port", port,
+        "--dtype", "float32",
+    )  # fmt: skip
     assert run("wait", "adapter-api", "--address", server).returncode == 0
     made = result(run("adapter", "create", prompt, "--server", server, "--out", tmp_path / "adapter", "--json"))
     assert made["folder"] == str(tmp_path / "adapter")

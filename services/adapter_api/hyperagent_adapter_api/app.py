@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import torch
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
@@ -28,10 +29,14 @@ def build_app(settings: AdapterApiSettings, *, token: str) -> FastAPI:
         ConfigError: the bundle, its tokenizer or the store's folder cannot be used.
         CorruptRecord: a file of the bundle is damaged.
         IdentityMismatch: the bundle's tokenizer is not the one its hypernetwork was trained with.
-        ServiceError: another process uses the store.
     """
-    generator = AdapterGenerator(load_bundle(settings.bundle))
-    store = AdapterStore(settings.store, max_adapters=settings.max_adapters)
+    generator = AdapterGenerator(load_bundle(settings.bundle), dtype=getattr(torch, settings.dtype))
+    store = AdapterStore(
+        settings.store,
+        generator.bundle.fingerprint,
+        max_bytes=settings.max_store_mib << 20,
+        ttl_s=settings.adapter_ttl_s,
+    )
     service = AdapterService(generator, store, max_pending_requests=settings.max_pending_requests)
     return create_adapter_app(service, token=token)
 
@@ -42,6 +47,7 @@ def create_adapter_app(service: AdapterService, *, token: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await service.wait_closed()
         await run_in_threadpool(service.close)
 
     app = create_app(
@@ -52,5 +58,6 @@ def create_adapter_app(service: AdapterService, *, token: str) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
-    app.include_router(router)
+    app.include_router(router, prefix="/v1")
+    app.include_router(router, include_in_schema=False)  # The same paths without a version, for short commands.
     return app

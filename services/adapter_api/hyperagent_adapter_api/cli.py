@@ -8,6 +8,9 @@ from hyperagent.logs import configure_logging
 from hyperagent.services import Service
 from hyperagent_adapter_api.config import AdapterApiSettings
 
+_GRACE_S = 120
+"""Seconds that accepted prompts have to get their adapters after SIGTERM; a full queue of large ones takes about a minute."""
+
 
 @service_command(Service.ADAPTER_API, AdapterApiSettings)
 def serve(settings: AdapterApiSettings) -> None:
@@ -19,4 +22,9 @@ def serve(settings: AdapterApiSettings) -> None:
     with listening(host=settings.host, port=settings.port, allow_remote=settings.allow_remote) as listener:
         from hyperagent_adapter_api.app import build_app
 
-        run(build_app(settings, token=ensure_token()), listener, allowed_hosts=settings.allowed_hosts)
+        run(
+            build_app(settings, token=ensure_token()),
+            listener,
+            allowed_hosts=settings.allowed_hosts,
+            grace_s=_GRACE_S,
+        )

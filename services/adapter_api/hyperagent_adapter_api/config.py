@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from hyperagent.settings import ServiceSettings, Setting
 
 _FOLDERS = Setting("Folders")
 _NETWORK = Setting("Network")
+_ADAPTERS = Setting("Adapters")
 _LIMITS = Setting("Limits")
 
 
@@ -24,7 +25,7 @@ class AdapterApiSettings(ServiceSettings):
     bundle: Annotated[Path, _FOLDERS]
     """Folder of the bundle to serve; every file is checked against its digest."""
     store: Annotated[Path, _FOLDERS] = Path("adapters")
-    """Folder for the adapters, each in its own subfolder; used by one service at a time."""
+    """Folder for the adapters, each in its own subfolder; several services can share it."""
 
     host: Annotated[str, _NETWORK] = "127.0.0.1"
     """Address to listen on."""
@@ -36,8 +37,12 @@ class AdapterApiSettings(ServiceSettings):
     """Host name accepted in addition to localhost and IP addresses; repeatable, and separated by spaces in the
     variable."""
 
-    max_adapters: Annotated[int, _LIMITS] = Field(1000, ge=1)
-    """Maximum number of adapters in the store; further ones are refused with 507. All adapters of a bundle have the
-    same size, so this also limits the store's bytes."""
+    dtype: Annotated[Literal["bfloat16", "float32"], _ADAPTERS] = "bfloat16"
+    """Data type of the adapters' factors; vLLM loads bfloat16 much faster."""
+
+    max_store_mib: Annotated[int, _LIMITS] = Field(4096, ge=1)
+    """Total size of a bundle's adapters in MiB; the least recently used ones without a lease are evicted to stay below it."""
+    adapter_ttl_s: Annotated[float | None, _LIMITS] = Field(None, gt=0)
+    """Seconds after which an adapter that nobody used is evicted; by default never."""
     max_pending_requests: Annotated[int, _LIMITS] = Field(8, ge=1)
-    """Maximum number of prompts waiting or in progress; further ones are refused with 503."""
+    """Maximum number of adapters waiting to be generated; further ones are refused with 429."""

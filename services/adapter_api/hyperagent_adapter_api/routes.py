@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, BundleBody, PromptBody, StoredAdapter
+from hyperagent.http.adapter_models import (
+    AdapterBody,
+    AdaptersBody,
+    BundleBody,
+    Lease,
+    LeaseRequest,
+    PromptBody,
+    StoredAdapter,
+)
 from hyperagent_adapter_api.service import AdapterService
-from hyperagent_adapter_api.store import ID_PATTERN
+from hyperagent_adapter_api.store import HOLDER_PATTERN, ID_PATTERN
 
-router = APIRouter(prefix="/v1")
+router = APIRouter()
 
 _CHUNK_BYTES = 1 << 20
 
@@ -48,12 +57,14 @@ def list_adapters(
     return AdaptersBody(adapters=[_body(adapter) for adapter in page[:limit]], next=following)
 
 
+@router.head("/adapters/{adapter_id}", include_in_schema=False)
 @router.get("/adapters/{adapter_id}")
 def get_adapter(adapter_id: str, service: Served) -> AdapterBody:
     """Get one adapter."""
     return _body(service.store.get(adapter_id))
 
 
+@router.head(f"/adapters/{{adapter_id}}/{MODEL_FILE}", response_class=StreamingResponse, include_in_schema=False)
 @router.get(f"/adapters/{{adapter_id}}/{MODEL_FILE}", response_class=StreamingResponse)
 def get_adapter_model(
     adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
@@ -62,6 +73,7 @@ def get_adapter_model(
     return _download(service, adapter_id, MODEL_FILE, "application/octet-stream", if_none_match)
 
 
+@router.head(f"/adapters/{{adapter_id}}/{CONFIG_FILE}", response_class=StreamingResponse, include_in_schema=False)
 @router.get(f"/adapters/{{adapter_id}}/{CONFIG_FILE}", response_class=StreamingResponse)
 def get_adapter_config(
     adapter_id: str, service: Served, if_none_match: Annotated[str | None, Header()] = None
@@ -70,9 +82,26 @@ def get_adapter_config(
     return _download(service, adapter_id, CONFIG_FILE, "application/json", if_none_match)
 
 
+@router.put("/adapters/{adapter_id}/leases/{holder}")
+def lease_adapter(
+    adapter_id: str,
+    holder: Annotated[str, Path(pattern=HOLDER_PATTERN)],
+    service: Served,
+    body: LeaseRequest | None = None,
+) -> Lease:
+    """Keep an adapter from being evicted or deleted while an engine uses it; repeat it to renew the lease."""
+    return service.store.lease(adapter_id, holder, ttl_s=(body or LeaseRequest()).ttl_s)
+
+
+@router.delete("/adapters/{adapter_id}/leases/{holder}", status_code=status.HTTP_204_NO_CONTENT)
+def end_lease(adapter_id: str, holder: Annotated[str, Path(pattern=HOLDER_PATTERN)], service: Served) -> None:
+    """End a lease."""
+    service.store.release(adapter_id, holder)
+
+
 @router.delete("/adapters/{adapter_id}", status_code=status.HTTP_204_NO_CONTENT)
 def delete_adapter(adapter_id: str, service: Served) -> None:
-    """Delete an adapter; generating it again gives the same id."""
+    """Delete an adapter that is not leased; generating it again gives the same id."""
     service.store.delete(adapter_id)
 
 
@@ -103,8 +132,7 @@ def _download(
     if if_none_match is not None and _matches(if_none_match, headers["ETag"]):
         file.close()
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
-    if name == MODEL_FILE:
-        headers["Content-Length"] = str(adapter.bytes)
+    headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
     return StreamingResponse(_chunks(file), media_type=media_type, headers=headers)
 
 

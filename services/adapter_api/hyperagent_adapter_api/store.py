@@ -1,11 +1,15 @@
 """Store of adapters on disk, each in a folder that PEFT and vLLM can load directly.
 
-ID/adapter_model.safetensors   the factors
-ID/adapter_config.json         PEFT's LoraConfig
-ID/adapter.json                metadata of this service
+BUNDLE/ID/adapter_model.safetensors   the factors
+BUNDLE/ID/adapter_config.json         PEFT's LoraConfig
+BUNDLE/ID/adapter.json                metadata of this service; its modification time is the adapter's last use
+BUNDLE/.leases/ID/HOLDER              a lease; its modification time is when it ends
 
-An id is a digest of the adapter's inputs, so it is known before the adapter is generated, and generating an adapter
-twice stores it once. Folders are created and deleted atomically.
+BUNDLE is the beginning of a bundle's fingerprint, so that several bundles share a store without seeing each other's adapters.
+An id is a digest of the adapter's inputs, so it is known before the adapter is generated, and an adapter that was evicted or
+damaged is made again under the same id. Therefore nothing is synchronized to the disk: folders appear by a rename, and bytes
+are checked against their digests when they are first read after a start, and whenever a file has changed. Several processes
+can use one store.
 """
 
 from __future__ import annotations
@@ -14,131 +18,134 @@ import hashlib
 import os
 import re
 import shutil
+import threading
+import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from blake3 import blake3
-from numpy.typing import NDArray
+import structlog
 from pydantic import ValidationError
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.config import describe
-from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError, StorageError
-from hyperagent.http.adapter_models import Novelty, StoredAdapter
+from hyperagent.errors import ConfigError, Conflict, NotFound, StorageError
+from hyperagent.http.adapter_models import Lease, Novelty, StoredAdapter
 from hyperagent.model.bundle import Bundle
 from hyperagent.model.peft_io import AdapterFiles
 from hyperagent.storage.file_lock import open_locked
-from hyperagent.storage.files import fsync_directory, is_temporary, new_directory
+from hyperagent.storage.files import is_temporary, new_directory
 
 ID_PATTERN = "^[0-9a-f]{64}$"
+HOLDER_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 _RECORD_FILE = "adapter.json"
+_LEASES = ".leases"
 _RETIRED_PREFIX = ".retired-"
+_DAMAGED_PREFIX = ".damaged-"
+_FINGERPRINT_CHARACTERS = 16
 
-
-def id_of(bundle: Bundle, prompt_ids: NDArray[np.uint32]) -> str:
-    """Return the id of the adapter that `bundle` generates for prompt ids [P]."""
-    return blake3(bytes.fromhex(bundle.fingerprint) + prompt_ids.astype("<u4").tobytes()).hexdigest()
+_log = structlog.get_logger()
 
 
 class AdapterStore:
-    """Folder of adapters, used by one process at a time; thread-safe."""
+    """Adapters of one bundle; thread-safe, and shared with other processes."""
 
-    def __init__(self, root: Path, *, max_adapters: int) -> None:
-        """Create the folder if necessary, lock it, and remove leftovers of a killed process.
+    def __init__(self, root: Path, bundle_fingerprint: str, *, max_bytes: int, ttl_s: float | None = None) -> None:
+        """Create the folder if necessary, and remove leftovers of killed processes if no other process uses the store.
+
+        Args:
+            max_bytes: total size of the adapters; the least recently used are evicted to stay below it.
+            ttl_s: seconds after which an adapter that nobody used is evicted.
 
         Raises:
             ConfigError: the folder cannot be used.
-            ServiceError: another process uses it.
         """
-        self._root = root
-        self._max_adapters = max_adapters
-        self._lock = _hold(root)
-        for path in root.iterdir():
-            if is_temporary(path) or path.name.startswith(_RETIRED_PREFIX):
-                shutil.rmtree(path, ignore_errors=True)
+        self._root = root / bundle_fingerprint[:_FINGERPRINT_CHARACTERS]
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._changing = threading.Lock()
+        self._checked: dict[str, tuple[tuple[int, int, int], ...]] = {}
+        """Inode, modification time and size of the files of an adapter whose bytes were checked."""
+        self._lock = _hold(self._root)
 
     def close(self) -> None:
         """Release the folder."""
         os.close(self._lock)
 
     def get(self, adapter_id: str) -> StoredAdapter:
-        """Return the metadata of an adapter.
+        """Return the metadata of an adapter whose files are the ones that were written.
+
+        An adapter that is damaged is quarantined, as if there were none, so that it is made again.
 
         Raises:
-            NotFound: there is no adapter with this id.
-            CorruptRecord: its metadata is damaged.
+            NotFound: there is no adapter with this id, or it has expired.
         """
-        path = self._folder(adapter_id) / _RECORD_FILE
+        folder = self._folder(adapter_id)
         try:
-            return StoredAdapter.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+            adapter = StoredAdapter.model_validate_json((folder / _RECORD_FILE).read_bytes())
+            used_at = (folder / _RECORD_FILE).stat().st_mtime
+            stamps = tuple(_stamp(folder / name) for name in (MODEL_FILE, CONFIG_FILE))
+            if self._checked.get(adapter_id) != stamps:
+                for name in (MODEL_FILE, CONFIG_FILE):
+                    if hashlib.sha256((folder / name).read_bytes()).hexdigest() != adapter.sha256[name]:
+                        raise ValueError(f"{name} is not the file that was written")
+                self._checked[adapter_id] = stamps
+        except FileNotFoundError as error:
+            if not folder.is_dir():
+                raise _not_found(adapter_id) from None
+            self._quarantine(adapter_id, f"{Path(error.filename).name} is missing")
             raise _not_found(adapter_id) from None
-        except ValidationError as error:
-            raise CorruptRecord(
-                f"the record of adapter {adapter_id} is damaged ({describe(error)}); delete the adapter and make it again"
-            ) from error
+        except (ValidationError, ValueError, KeyError) as error:
+            self._quarantine(adapter_id, " ".join(str(error).split()))
+            raise _not_found(adapter_id) from None
+        if self._ttl_s is not None and time.time() - used_at > self._ttl_s and not self._holders(adapter_id):
+            raise _not_found(adapter_id)
+        return adapter
+
+    def use(self, adapter_id: str) -> StoredAdapter:
+        """Return an adapter's metadata like `get`, and note that it was used.
+
+        Raises:
+            NotFound: see `get`.
+        """
+        adapter = self.get(adapter_id)
+        with suppress(FileNotFoundError):
+            os.utime(self._folder(adapter_id) / _RECORD_FILE)
+        return adapter
 
     def page(self, *, after: str | None, limit: int) -> list[StoredAdapter]:
-        """Return up to `limit` adapters in ascending order of id, starting with the first id above `after`.
-
-        Raises:
-            CorruptRecord: the metadata of one of them is damaged.
-        """
+        """Return up to `limit` adapters in ascending order of id, starting with the first id above `after`."""
         found: list[StoredAdapter] = []
         for adapter_id in sorted(self._ids()):
             if after is not None and adapter_id <= after:
                 continue
             if len(found) == limit:
                 break
-            try:
+            with suppress(NotFound):  # Deleted since the folder was listed, expired, or damaged.
                 found.append(self.get(adapter_id))
-            except NotFound:
-                continue  # Deleted since the folder was listed.
         return found
 
     def open(self, adapter_id: str, name: str) -> tuple[StoredAdapter, BinaryIO]:
         """Return an adapter's metadata and one of its two files, which remains readable if the adapter is deleted.
 
         Raises:
-            NotFound: there is no adapter with this id.
-            CorruptRecord: its metadata or the file is damaged.
+            NotFound: see `get`.
         """
-        adapter = self.get(adapter_id)
+        adapter = self.use(adapter_id)
         try:
-            file = (self._folder(adapter_id) / name).open("rb")
+            return adapter, (self._folder(adapter_id) / name).open("rb")
         except FileNotFoundError:
-            self.get(adapter_id)  # Deleted since its metadata was read.
-            raise CorruptRecord(f"adapter {adapter_id} lacks {name}; delete the adapter and make it again") from None
-        if name == MODEL_FILE and os.fstat(file.fileno()).st_size != adapter.bytes:
-            file.close()
-            raise CorruptRecord(
-                f"{name} of adapter {adapter_id} does not have its {adapter.bytes} bytes; delete the adapter and make it again"
-            )
-        return adapter, file
-
-    def require_room(self) -> None:
-        """Require that the store has room for another adapter.
-
-        Raises:
-            StorageError: the store is full.
-        """
-        if len(self._ids()) >= self._max_adapters:
-            raise StorageError(
-                f"the store holds {self._max_adapters} adapters, the maximum (--max-adapters); "
-                "delete some or raise the limit"
-            )
+            raise _not_found(adapter_id) from None
 
     def put(
         self, adapter_id: str, files: AdapterFiles, *, bundle: Bundle, prompt_tokens: int, novelty: Novelty | None
     ) -> StoredAdapter:
-        """Store an adapter atomically.
+        """Store an adapter atomically, and evict the least recently used ones if the store is full.
 
         Raises:
-            StorageError: a file operation failed.
+            StorageError: a file operation failed, or all of a full store's adapters are leased.
         """
         adapter = StoredAdapter(
             id=adapter_id,
@@ -155,10 +162,12 @@ class AdapterStore:
             data=bundle.manifest.data.fingerprint,
             novelty=novelty,
         )
-        with new_directory(self._folder(adapter_id)) as temporary:
-            (temporary / MODEL_FILE).write_bytes(files.model)
-            (temporary / CONFIG_FILE).write_bytes(files.config)
-            (temporary / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with self._changing:
+            self._make_room(len(files.model))
+            with new_directory(self._folder(adapter_id), durable=False) as temporary:
+                (temporary / MODEL_FILE).write_bytes(files.model)
+                (temporary / CONFIG_FILE).write_bytes(files.config)
+                (temporary / _RECORD_FILE).write_text(adapter.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return adapter
 
     def delete(self, adapter_id: str) -> None:
@@ -166,20 +175,105 @@ class AdapterStore:
 
         Raises:
             NotFound: there is no adapter with this id.
+            Conflict: it is leased.
             StorageError: a file operation failed; the adapter still exists.
         """
-        retired = self._root / f"{_RETIRED_PREFIX}{uuid.uuid4().hex}"
+        if holders := self._holders(adapter_id):
+            raise Conflict(
+                f"adapter {adapter_id} is leased by {', '.join(holders)}; end the leases, or wait until they end"
+            )
         try:
-            # Renamed first, so that no reader sees a partially deleted adapter.
-            self._folder(adapter_id).rename(retired)
-            fsync_directory(self._root)
+            self._remove(adapter_id)
         except FileNotFoundError:
             raise _not_found(adapter_id) from None
         except OSError as error:
             raise StorageError(
                 f"could not delete adapter {adapter_id}: {error.strerror}; check the store's folder"
             ) from error
+
+    def lease(self, adapter_id: str, holder: str, *, ttl_s: float) -> Lease:
+        """Keep an adapter from being evicted or deleted for `ttl_s` seconds; a repeated call renews the lease.
+
+        Raises:
+            NotFound: see `get`.
+            StorageError: a file operation failed.
+        """
+        self.use(adapter_id)
+        ends_at = time.time() + ttl_s
+        path = self._root / _LEASES / adapter_id / holder
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (ends_at, ends_at))
+        except OSError as error:
+            raise StorageError(f"could not keep a lease in {path.parent}: {error.strerror}") from error
+        return Lease(holder=holder, expires_at=datetime.fromtimestamp(ends_at, UTC))
+
+    def release(self, adapter_id: str, holder: str) -> None:
+        """End a lease; without one, nothing happens."""
+        self._folder(adapter_id)  # The pattern keeps the path inside the store.
+        (self._root / _LEASES / adapter_id / holder).unlink(missing_ok=True)
+
+    def _holders(self, adapter_id: str) -> list[str]:
+        """Return who holds a lease that has not ended; leases that have ended are removed."""
+        folder = self._root / _LEASES / self._folder(adapter_id).name
+        found = []
+        with suppress(FileNotFoundError):
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                if entry.stat().st_mtime > time.time():
+                    found.append(entry.name)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+        return found
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict expired adapters, then the least recently used ones, until `num_bytes` fit.
+
+        Raises:
+            StorageError: they do not fit.
+        """
+        used: list[tuple[float, int, str]] = []
+        for adapter_id in self._ids():
+            with suppress(FileNotFoundError):
+                folder = self._root / adapter_id
+                used.append(((folder / _RECORD_FILE).stat().st_mtime, (folder / MODEL_FILE).stat().st_size, adapter_id))
+        total = sum(size for _, size, _ in used)
+        for used_at, size, adapter_id in sorted(used):
+            is_expired = self._ttl_s is not None and time.time() - used_at > self._ttl_s
+            if not is_expired and total + num_bytes <= self._max_bytes:
+                break
+            if self._holders(adapter_id):
+                continue
+            with suppress(FileNotFoundError):  # Another process evicted it.
+                self._remove(adapter_id)
+                _log.info("adapter evicted", id=adapter_id, bytes=size)
+            total -= size
+        if total + num_bytes > self._max_bytes:
+            raise StorageError(
+                f"the adapter has {num_bytes:,} bytes, and {total:,} of the store's {self._max_bytes:,} bytes (--max-store-mib) "
+                "are taken by adapters that are leased; end leases, or raise the limit"
+            )
+
+    def _remove(self, adapter_id: str) -> None:
+        retired = self._root / f"{_RETIRED_PREFIX}{uuid.uuid4().hex}"
+        # Renamed first, so that no reader sees a partially deleted adapter.
+        self._folder(adapter_id).rename(retired)
+        self._checked.pop(adapter_id, None)
         shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(self._root / _LEASES / adapter_id, ignore_errors=True)
+
+    def _quarantine(self, adapter_id: str, why: str) -> None:
+        """Move a damaged adapter out of the way; it stays on disk so that the cause can be looked for."""
+        quarantine = self._root / f"{_DAMAGED_PREFIX}{adapter_id}-{uuid.uuid4().hex[:8]}"
+        with suppress(FileNotFoundError):
+            self._folder(adapter_id).rename(quarantine)
+            _log.warning(
+                "damaged adapter quarantined; it is made again when it is asked for",
+                id=adapter_id,
+                folder=str(quarantine),
+                why=why,
+            )
+        self._checked.pop(adapter_id, None)
 
     def _ids(self) -> list[str]:
         return [entry.name for entry in os.scandir(self._root) if re.fullmatch(ID_PATTERN, entry.name)]
@@ -190,17 +284,27 @@ class AdapterStore:
         return self._root / adapter_id
 
 
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def _not_found(adapter_id: str) -> NotFound:
     return NotFound(f"there is no adapter {adapter_id}; GET /v1/adapters lists all adapters")
 
 
 def _hold(root: Path) -> int:
+    """Take a shared lock on the store, after removing leftovers if nobody else has one."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise ConfigError(f"cannot keep adapters in {root}: it is not writable; choose another --store")
-        return open_locked(root, exclusive=True)
-    except BlockingIOError:
-        raise ServiceError(f"another adapter service uses {root}; stop it, or choose another --store") from None
+        with suppress(BlockingIOError):
+            lock = open_locked(root, exclusive=True)
+            for path in root.iterdir():
+                if is_temporary(path) or path.name.startswith(_RETIRED_PREFIX):
+                    shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+        return open_locked(root, exclusive=False, wait_s=10)
     except OSError as error:
         raise ConfigError(f"cannot keep adapters in {root}: {error.strerror}; choose another --store") from error

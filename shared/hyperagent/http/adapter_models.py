@@ -43,6 +43,20 @@ class StoredAdapter(StrictModel):
     """How unlike the training prompts the prompt is; null if the bundle had no statistics of them."""
 
 
+class LeaseRequest(StrictModel):
+    """Request to keep an adapter from being evicted or deleted."""
+
+    ttl_s: float = Field(60.0, gt=0, le=86_400)
+    """Seconds until the lease ends unless it is renewed."""
+
+
+class Lease(StrictModel):
+    """A lease on an adapter."""
+
+    holder: str
+    expires_at: datetime
+
+
 class PromptBody(StrictModel):
     """Prompt to generate an adapter for."""
 

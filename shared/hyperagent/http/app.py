@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 
-from hyperagent.errors import Busy, HyperagentError, InvalidRequest
+from hyperagent.errors import Busy, HyperagentError, InvalidRequest, NotServing
 from hyperagent.http.middleware import LimitBody, MeasureRequests, RequireToken, instance_of, problem_response
 from hyperagent.http.problems import MEDIA_TYPE, Problem, http_problem, problem_of
 
@@ -102,7 +102,13 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     problem = problem_of(error, instance=instance_of(request.scope))
     if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("request failed", method=request.method, path=problem.instance, error=problem.detail)
-    return problem_response(problem, headers={"Retry-After": "1"} if isinstance(error, Busy) else None)
+    return problem_response(problem, headers=_retry_after(error))
+
+
+def _retry_after(error: HyperagentError) -> dict[str, str] | None:
+    if isinstance(error, Busy):
+        return {"Retry-After": str(error.retry_after_s)}
+    return {"Retry-After": "1"} if isinstance(error, NotServing) else None
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import Collection
@@ -19,6 +20,9 @@ from hyperagent.http.problems import MEDIA_TYPE, Problem, http_problem
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Paths served without a token, for containers' health checks."""
+
+BODY_TIMEOUT_S = 10.0
+"""Seconds in which the body of a request must arrive."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -102,7 +106,7 @@ class RequireToken:
 
 
 class LimitBody:
-    """Refuse a body above the limit: at once if its length is declared, otherwise as soon as the limit is exceeded."""
+    """Refuse a body above the limit, at once if its length is declared, and one that takes too long to arrive."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
@@ -119,10 +123,19 @@ class LimitBody:
             problem = http_problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail, instance=instance_of(scope))
             return await problem_response(problem)(scope, receive, send)
         received_bytes = 0
+        is_complete = False
+        deadline = time.monotonic() + BODY_TIMEOUT_S
 
         async def receive_and_count() -> Message:
-            nonlocal received_bytes
-            message = await receive()
+            nonlocal received_bytes, is_complete
+            if is_complete:  # From now on, `receive` only waits for the client to leave.
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError:
+                slow = f"the request's body did not arrive within {BODY_TIMEOUT_S:g} s; send it faster"
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, slow) from None
+            is_complete = not message.get("more_body", False)
             received_bytes += len(message.get("body", b""))
             if received_bytes > self._max_body_bytes:
                 # HTTPException is the only kind that FastAPI's body parsing passes on unchanged.

@@ -21,6 +21,7 @@ from hyperagent.errors import (
     InvalidRequest,
     LimitExceeded,
     NotFound,
+    NotServing,
     ServiceError,
     StorageError,
 )
@@ -51,7 +52,8 @@ _SERVICE_ERROR = "urn:hyperagent:problem:service-error"
 
 # The first matching class is used, so a class precedes its base class.
 _KINDS: tuple[tuple[type[HyperagentError], HTTPStatus, str, str], ...] = (
-    (Busy, HTTPStatus.SERVICE_UNAVAILABLE, "urn:hyperagent:problem:busy", "Busy"),
+    (Busy, HTTPStatus.TOO_MANY_REQUESTS, "urn:hyperagent:problem:busy", "Busy"),
+    (NotServing, HTTPStatus.SERVICE_UNAVAILABLE, "urn:hyperagent:problem:not-serving", "Not serving"),
     (NotFound, HTTPStatus.NOT_FOUND, "urn:hyperagent:problem:not-found", "Not found"),
     (IdentityMismatch, HTTPStatus.CONFLICT, "urn:hyperagent:problem:identity-mismatch", "Identity mismatch"),
     (Conflict, HTTPStatus.CONFLICT, "urn:hyperagent:problem:conflict", "Conflict"),

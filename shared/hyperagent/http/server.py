@@ -20,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hyperagent.errors import ServiceError
+from hyperagent.http.connection import TimedConnection
 from hyperagent.http.middleware import RequireHost
 from hyperagent.net import listening_ip
 
@@ -54,24 +55,27 @@ def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.so
                 signal.signal(number, handler)
 
 
-def run(app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = ()) -> None:
+def run(
+    app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = (), grace_s: int = _STOP_GRACE_S
+) -> None:
     """Serve on a listening socket until a signal arrives, then finish the requests in progress.
 
     Args:
         allowed_hosts: host names accepted in addition to localhost and IP addresses.
+        grace_s: seconds that the requests in progress have to finish.
     """
     address = listener.getsockname()
     any_address = not ipaddress.ip_address(address[0]).is_loopback
     config = uvicorn.Config(
         RequireHost(app, any_address=any_address, names=allowed_hosts),
-        http="h11",
+        http=TimedConnection,
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=_STOP_GRACE_S,
+        timeout_graceful_shutdown=grace_s,
     )
     _log.info("listening", address=_url(address))
     uvicorn.Server(config).run(sockets=[listener])

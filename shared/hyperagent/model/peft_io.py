@@ -65,7 +65,12 @@ class AdapterFiles:
 
 
 def encode_adapter(
-    weights: AdapterWeights, *, base_model: str, alpha: float, origin: Mapping[str, str]
+    weights: AdapterWeights,
+    *,
+    base_model: str,
+    alpha: float,
+    origin: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> AdapterFiles:
     """Serialize one adapter.
 
@@ -75,6 +80,7 @@ def encode_adapter(
         alpha: LoRA's alpha; the delta is scaled by alpha / rank.
         origin: fingerprints of the artifacts that made the adapter; stored in the metadata of
             `adapter_model.safetensors`, since PEFT and vLLM reject unknown names in `adapter_config.json`.
+        dtype: of the factors in the file.
 
     Raises:
         InvalidRequest: there are no factors, or their ranks differ.
@@ -89,8 +95,8 @@ def encode_adapter(
             raise CorruptRecord(
                 f"the adapter's factors at {name} are not finite; train or export the hypernetwork again"
             )
-        tensors[_PREFIX + name + _A] = pair.a.detach().contiguous()
-        tensors[_PREFIX + name + _B] = pair.b.detach().contiguous()
+        tensors[_PREFIX + name + _A] = pair.a.detach().to(dtype).contiguous()
+        tensors[_PREFIX + name + _B] = pair.b.detach().to(dtype).contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

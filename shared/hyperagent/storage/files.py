@@ -81,8 +81,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary folder to fill; on a clean exit it becomes `path`, replacing a folder that existed there.
+
+    Args:
+        durable: whether the folder must survive a loss of power; without it only a killed process.
 
     Raises:
         StorageError: a file system operation failed; `path` is unchanged.
@@ -93,9 +96,10 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
-            _fsync(file)
-        _fsync(temporary)
+        if durable:
+            for file in temporary.rglob("*"):
+                _fsync(file)
+            _fsync(temporary)
         if path.exists():
             # rename(2) cannot replace a directory that is not empty.
             retired = temporary_sibling(path)
@@ -104,7 +108,8 @@ def new_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             temporary.rename(path)
-        fsync_directory(path.parent)
+        if durable:
+            fsync_directory(path.parent)
 
 
 def remove_directory(path: Path) -> None:

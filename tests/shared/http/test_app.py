@@ -46,7 +46,7 @@ STATUSES = {
     CorruptRecord: 500,
     ServiceError: 500,
     DataError: 500,
-    Busy: 503,
+    Busy: 429,
     StorageError: 507,
 }
 
@@ -219,7 +219,7 @@ async def test_a_body_of_unsaid_length_is_cut_off(client: TestClient) -> None:
     assert isinstance(error_of(Problem.model_validate(problem_in(answer))), LimitExceeded)
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "bearer secret", "Basic c2VjcmV0"])
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic c2VjcmV0"])
 def test_only_health_is_told_without_the_token(client: TestClient, header: str | None) -> None:
     del client.headers["Authorization"]
     headers = {} if header is None else {"Authorization": header}
