@@ -33,7 +33,10 @@ def demo(
             help="YAML configuration; by default one of configs/demo*.yaml.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write to; by default runs/demo, or runs/demo-NAME for your data NAME."),
+    ] = None,
     model_store: Annotated[Path, typer.Option(help="Folder to store the pre-trained models in.")] = Path("runs/models"),
     seed: Annotated[int | None, typer.Option(min=0, help="Override the configuration's seed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on standard output.")] = False,
@@ -49,6 +52,7 @@ def demo(
     from hyperagent_demo.report import build_report, print_report, write_plot, write_report
     from hyperagent_demo.stages import Stages
 
+    out = out or Path("runs") / ("demo" if data is None else f"demo-{data.name.split('.')[0]}")
     own = "demo_own_data.yaml" if extra is None else "demo_extra.yaml"
     name = own if data is not None else "demo.yaml" if sample == "rules" else "demo_tasks.yaml"
     settings = load_yaml(config or Path("configs") / name, DemoConfig)

@@ -6,11 +6,12 @@ The demo starts the services as a user would and talks to them over the network 
     sample.parquet    trajectories, if none given    recipes/    the trainer's recipes
     tokenizer/        likewise                       runs/       the hypernetwork's run
     tokens.parquet    trajectories as token ids      controls/   the static run, and the one on shuffled prompts
-    foreign*, check*  the teacher check              bundle/     what the adapter service serves
+    foreign*          the teacher check              bundle/     what the adapter service serves
     evaluation.*      the comparison of the runs     adapters/   what it has generated
     report.json .png  the result                     adapter/    one of them, downloaded; other-adapter/ likewise
     logs/             one per process                example/    the condition that it was made for
     teacher, student  links to the pre-trained models
+    previous/         what former demos wrote here, by time
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from hyperagent.data.files.tokens_file import count_tokens_rows
 from hyperagent.data.pipeline.selection import Selection
 from hyperagent.data.pipeline.split import SplitSettings
 from hyperagent.data.pipeline.tokenize_dataset import JoinedFiles, TokenizeReport, TokenizeSettings, tokenize_file
-from hyperagent.errors import ConfigError
 from hyperagent.storage.files import new_directory, write_atomically
 from hyperagent_demo.adapters import Example, request_adapters
 from hyperagent_demo.config import DemoConfig
 from hyperagent_demo.distill import Distilled, distill
+from hyperagent_demo.folder import MARKER, keep_former_results, move_into, require_demo_folder, temporary_folder
 from hyperagent_demo.generate_texts import TextsJob
 from hyperagent_demo.peft_check import PeftCheckJob
 from hyperagent_demo.populate import populate
@@ -85,27 +86,17 @@ def run_loop(
     Raises:
         HyperagentError: an input is wrong or a process failed; says which log to read.
     """
-    _start_afresh(out, config)
-    source, tokenizer = _trajectories(config, data, tokenizer, out, stages)
+    require_demo_folder(out)
+    with temporary_folder(beside=out) as staging:
+        source, tokenizer, tokenized = _prepare(config, data, extra, tokenizer, staging, stages)
+        # Only now, because everything up to here can fail by an input.
+        keep_former_results(out)
+        move_into(out, staging)
+        write_atomically(out / MARKER, config.model_dump_json(indent=2).encode() + b"\n")
+        source, tokenizer = (_moved(path, staging, out) for path in (source, tokenizer))
     tokens, cache = out / "tokens.parquet", out / "cache"
-    settings = TokenizeSettings(
-        views=config.views,
-        selection=Selection(sample=config.max_rows, seed=config.seed),
-        split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
-    )
-    with stages.stage("tokenize") as bar:
-        tokenized = tokenize_file(
-            source,
-            tokens,
-            ChatTokenizer(tokenizer),
-            settings,
-            joined=JoinedFiles(extra=extra),
-            reading=bar.update,
-            tokenizing=bar.update,
-        )
-    # Before anything is trained, because it fails where there is nothing to distill.
-    write_foreign_tokens(config, source=source, extra=extra, tokenizer=tokenizer, out=out)
     models = pretrain_models(config, tokens=tokens, tokenizer=tokenizer, store=model_store, out=out, stages=stages)
+
     for name, folder in (("teacher", models.teacher), ("student", models.student)):
         # Relative, so that the two folders can be moved together.
         (out / name).symlink_to(os.path.relpath(folder, out))
@@ -132,14 +123,37 @@ def run_loop(
     return LoopResult(source, tokenized, models, stats, check, distilled, evaluation, example, peft, texts)
 
 
-def _start_afresh(out: Path, config: DemoConfig) -> None:
-    """Empty a former demo's folder; refuse to touch any other."""
-    marker = out / "demo.json"
-    if out.exists():
-        if any(out.iterdir()) and not marker.is_file():
-            raise ConfigError(f"{out} holds other files than a demo's; choose another --out")
-        shutil.rmtree(out)
-    write_atomically(marker, config.model_dump_json(indent=2).encode() + b"\n")
+def _prepare(
+    config: DemoConfig, data: Path | None, extra: Path | None, tokenizer: Path | None, place: Path, stages: Stages
+) -> tuple[Path, Path, TokenizeReport]:
+    """Write the trajectories, the tokenizer, and the token ids with their foreign conditions to the folder `place`.
+
+    Returns:
+        The trajectories, the tokenizer's folder, and the report on tokenizing.
+    """
+    source, tokenizer = _trajectories(config, data, tokenizer, place, stages)
+    settings = TokenizeSettings(
+        views=config.views,
+        selection=Selection(sample=config.max_rows, seed=config.seed),
+        split=SplitSettings(held_out_share=config.held_out_share, seed=config.seed),
+    )
+    with stages.stage("tokenize") as bar:
+        tokenized = tokenize_file(
+            source,
+            place / "tokens.parquet",
+            ChatTokenizer(tokenizer),
+            settings,
+            joined=JoinedFiles(extra=extra),
+            reading=bar.update,
+            tokenizing=bar.update,
+        )
+    # Before anything is trained, because it fails where there is nothing to distill.
+    write_foreign_tokens(config, source=source, extra=extra, tokenizer=tokenizer, out=place)
+    return source, tokenizer, tokenized
+
+
+def _moved(path: Path, before: Path, after: Path) -> Path:
+    return after / path.relative_to(before) if path.is_relative_to(before) else path
 
 
 def _trajectories(

@@ -10,7 +10,7 @@ from adapter_stores import adapter_folder
 from served import served
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.errors import CorruptRecord, InvalidRequest
+from hyperagent.errors import Conflict, CorruptRecord, InvalidRequest
 from hyperagent.http.adapter_client import AdapterClient, AsyncAdapterClient
 from hyperagent.http.adapter_models import PromptBody
 from hyperagent_adapter_api.app import create_adapter_app
@@ -36,7 +36,7 @@ def test_an_adapter_is_made_listed_and_downloaded_in_place_of_an_older_one(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "older.txt").write_text("x")
+    (out / "adapter_config.json").write_text("x")
     with AdapterClient(address, TOKEN) as client:
         adapter = client.create(PROMPT)
         assert client.create(PROMPT) == adapter
@@ -59,6 +59,18 @@ def test_a_damaged_download_is_an_error_and_leaves_the_folder_as_it_was(address:
         with pytest.raises(CorruptRecord, match=f"{CONFIG_FILE} of adapter {adapter.id} arrived damaged"):
             client.download(adapter, out)
     assert not out.exists()
+
+
+def test_a_folder_with_other_files_is_not_replaced(address: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with (
+        AdapterClient(address, TOKEN) as client,
+        pytest.raises(Conflict, match=r"holds other files .* such as notes\.txt"),
+    ):
+        client.download(client.create(PROMPT), out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 def test_a_part_that_is_null_is_sent_and_one_that_is_left_out_is_not(address: str) -> None:

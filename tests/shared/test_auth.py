@@ -74,9 +74,7 @@ def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypa
     assert ensure_token() == "given"
 
 
-@pytest.mark.parametrize(
-    "header", [None, "", "secret", "Basic secret", "Bearer secret ", "Bearer sécret"]
-)
+@pytest.mark.parametrize("header", [None, "", "secret", "Basic secret", "Bearer secret ", "Bearer sécret"])
 def test_other_headers_are_not_authorized(header: str | None) -> None:
     assert not is_authorized(header, "secret")
     assert is_authorized("Bearer secret", "secret")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
-from hyperagent.errors import CorruptRecord
+from hyperagent.errors import Conflict, CorruptRecord
 from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, PromptBody
 from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
 from hyperagent.storage.files import new_directory
@@ -38,6 +38,7 @@ class AdapterClient(ApiClient):
 
         Raises:
             CorruptRecord: a file's digest differs from the one that the service gives.
+            Conflict: the folder holds other files, which would be lost.
             StorageError: a file operation failed.
         """
         _save(adapter, {name: self.send(_file(adapter, name)) for name in _FILES}, folder)
@@ -77,6 +78,9 @@ def _save(adapter: AdapterBody, contents: Mapping[str, bytes], folder: Path) -> 
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != adapter.sha256.get(name):
             raise CorruptRecord(f"{name} of adapter {adapter.id} arrived damaged; download it again")
+    others = [path.name for path in folder.iterdir() if path.name not in contents] if folder.is_dir() else []
+    if others:
+        raise Conflict(f"{folder} holds other files than an adapter's, such as {others[0]}; choose another folder")
     with new_directory(folder) as partial:
         for name, content in contents.items():
             (partial / name).write_bytes(content)
