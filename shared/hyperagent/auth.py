@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
@@ -19,18 +20,34 @@ BEARER = "Bearer "
 
 
 def token_file() -> Path:
-    return Path(os.environ.get("HYPERAGENT_TOKEN_FILE") or Path.home() / ".hyperagent" / "token")
+    """Return the path of the token's file.
+
+    Raises:
+        ConfigError: it is not set, and there is no home directory to keep it in.
+    """
+    if chosen := os.environ.get("HYPERAGENT_TOKEN_FILE"):
+        return Path(chosen).expanduser()
+    try:
+        return Path.home() / ".hyperagent" / "token"
+    except RuntimeError:
+        raise ConfigError(
+            "there is no home directory to keep the access token in; set HYPERAGENT_TOKEN, HYPERAGENT_TOKEN_FILE or HOME"
+        ) from None
 
 
 def read_token() -> str:
     """Return the token that a client sends.
 
     Raises:
-        ConfigError: there is no token.
+        ConfigError: there is no token, it cannot be read, or a request cannot carry it.
     """
-    token = os.environ.get("HYPERAGENT_TOKEN", "").strip()
-    if not token and token_file().is_file():
-        token = token_file().read_text(encoding="ascii").strip()
+    token, source = os.environ.get("HYPERAGENT_TOKEN", "").strip(), "HYPERAGENT_TOKEN"
+    if not token:
+        token, source = _read_token_file(), str(token_file())
+    if token and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError(
+            f"the access token in {source} has characters that a request cannot carry; use letters, digits and -_.~+/ only"
+        )
     if not token:
         raise ConfigError(
             f"there is no access token: start a service on this machine, or set HYPERAGENT_TOKEN (looked in {token_file()})"
@@ -44,7 +61,7 @@ def ensure_token() -> str:
     Raises:
         ConfigError: the file cannot be created.
     """
-    if not os.environ.get("HYPERAGENT_TOKEN", "").strip() and not token_file().is_file():
+    if not os.environ.get("HYPERAGENT_TOKEN", "").strip() and not token_file().exists():
         try:
             _make_token_file()
         except OSError as error:
@@ -53,6 +70,20 @@ def ensure_token() -> str:
                 "writable path"
             ) from error
     return read_token()
+
+
+def _read_token_file() -> str:
+    """Return the token in the file, which may begin with the mark that some editors write; "" without a file."""
+    try:
+        return token_file().read_bytes().decode("utf-8-sig").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except UnicodeDecodeError:
+        raise ConfigError(f"{token_file()} is not text in UTF-8; write the access token into it again") from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the access token in {token_file()}: {error.strerror}; run as its owner, or set HYPERAGENT_TOKEN"
+        ) from error
 
 
 def _make_token_file() -> None:

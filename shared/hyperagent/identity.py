@@ -125,25 +125,32 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """Return a digest of everything in `tokenizer.json` that affects the ids of a text.
+def tokenizer_sha256(serialized: str) -> str:
+    """Return a digest of everything in a loaded tokenizer that affects the ids of a text.
 
-    This covers vocabulary, merges, added tokens, normalizer and splitter. Truncation and padding are left out, since
-    they are settings of a caller and this project never uses them.
+    This covers vocabulary, merges, added tokens, normalizer and splitter, whichever files they came from and however these
+    were written. Truncation and padding are left out, since they are settings of a caller and this project never uses them,
+    and so is what is absent, false or empty, since releases of the library differ in whether they write it.
 
-    Raises:
-        ConfigError: the folder has no readable `tokenizer.json`.
+    Args:
+        serialized: the tokenizer as `tokenizers.Tokenizer.to_str` writes it.
     """
-    path = folder / "tokenizer.json"
-    try:
-        content = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"cannot read a tokenizer from {path}: {error}; give a folder that holds tokenizer.json"
-        ) from error
-    content.pop("truncation", None)
-    content.pop("padding", None)
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+    content = dict(json.loads(serialized))
+    for name in ("version", "truncation", "padding"):
+        content.pop(name, None)
+    return hashlib.sha256(canonical_json(_without_empty(content))).hexdigest()
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        # A vocabulary maps tokens to numbers, of which 0 is one.
+        cleaned = {key: _without_empty(item) for key, item in value.items()}
+        return {
+            key: item
+            for key, item in cleaned.items()
+            if item is not None and item is not False and item not in ({}, [])
+        }
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 def file_fingerprint(path: Path) -> str:

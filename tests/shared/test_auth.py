@@ -78,3 +78,57 @@ def test_the_token_is_made_once_and_is_its_owners_alone(tmp_path: Path, monkeypa
 def test_other_headers_are_not_authorized(header: str | None) -> None:
     assert not is_authorized(header, "secret")
     assert is_authorized("Bearer secret", "secret")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"caf\xc3\xa9", "has characters that a request cannot carry"),
+        (b"two words", "has characters that a request cannot carry"),
+        (b"\xff\xfes\x00", "is not text in UTF-8"),
+        (b" \n", "there is no access token"),
+    ],
+)
+def test_a_token_that_cannot_be_used_is_one_line(
+    content: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
+    monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(tmp_path / "token"))
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(ConfigError, match=why) as refused:
+        read_token()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
+    monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(tmp_path / "token"))
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    assert read_token() == "secret"
+
+
+def test_a_token_of_the_environment_has_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERAGENT_TOKEN", "schl\u00fcssel")
+    with pytest.raises(ConfigError, match="the access token in HYPERAGENT_TOKEN has characters"):
+        read_token()
+
+
+def test_a_token_file_that_is_a_folder_or_unreadable_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYPERAGENT_TOKEN", raising=False)
+    monkeypatch.setenv("HYPERAGENT_TOKEN_FILE", str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot read the access token"):
+        read_token()
+
+
+def test_without_a_home_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HYPERAGENT_TOKEN", "HYPERAGENT_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match="set HYPERAGENT_TOKEN, HYPERAGENT_TOKEN_FILE or HOME"):
+        read_token()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from cache_rows import IDENTITY
 from transformers import AutoTokenizer
 
+from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, DataError, IdentityMismatch
 from hyperagent.identity import (
     DataIdentity,
@@ -20,6 +22,7 @@ from hyperagent.identity import (
     tokenizer_sha256,
     weights_fingerprint,
 )
+from hyperagent.model.bundle import copy_tokenizer
 
 
 def test_every_field_but_the_name_changes_the_fingerprint() -> None:
@@ -37,37 +40,84 @@ def test_a_mismatch_shows_the_fields_that_differ() -> None:
     assert str(mismatch.value) == "the teacher does not match: expected top_k=8, found top_k=9; use another"
 
 
-def test_a_tokenizer_is_what_it_does_to_text(tmp_path: Path) -> None:
+def test_a_tokenizer_is_what_it_does_to_text() -> None:
     content = {"model": {"vocab": {"a": 0}}, "truncation": None}
-    digests = []
-    for change in ({}, {"truncation": {"max_length": 5}}, {"model": {"vocab": {"b": 0}}}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **change}, indent=len(digests)))
-        digests.append(tokenizer_sha256(tmp_path))
-    assert digests[0] == digests[1] != digests[2]
-    with pytest.raises(ConfigError, match=r"give a folder that holds tokenizer\.json"):
-        tokenizer_sha256(tmp_path / "none")
-    (tmp_path / "tokenizer.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"give a folder that holds tokenizer\.json"):
-        tokenizer_sha256(tmp_path)
+    changes: list[dict[str, object]] = [
+        {}, {"truncation": {"max_length": 5}}, {"version": "2.0"}, {"normalizer": None}, {"model": {"vocab": {"a": 0}, "new": False}},
+        {"model": {"vocab": {"b": 0}}},
+    ]  # fmt: skip
+    digests = [tokenizer_sha256(json.dumps({**content, **change}, indent=n)) for n, change in enumerate(changes)]
+    assert len(set(digests[:-1])) == 1
+    assert digests[-1] != digests[0]
+
+
+def test_a_tokenizer_is_the_same_however_its_files_are_written(tokenizer_folder: Path, tmp_path: Path) -> None:
+    identity = ChatTokenizer(tokenizer_folder).identity
+    # Saved again by Transformers, with merges in the other notation, with other line ends, and with the template elsewhere.
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "saved")
+    pairs = copied(tokenizer_folder, tmp_path / "pairs")
+    content = json.loads((pairs / "tokenizer.json").read_text())
+    content["model"]["merges"] = [
+        " ".join(merge) if isinstance(merge, list) else merge.split(" ") for merge in content["model"]["merges"]
+    ]
+    (pairs / "tokenizer.json").write_text(json.dumps(content, indent=3))
+    lines = copied(tokenizer_folder, tmp_path / "lines")
+    template = (lines / "chat_template.jinja").read_text()
+    (lines / "chat_template.jinja").write_bytes(template.replace("\n", "\r\n").encode())
+    embedded = copied(tokenizer_folder, tmp_path / "embedded")
+    (embedded / "chat_template.jinja").unlink()
+    config = json.loads((embedded / "tokenizer_config.json").read_text())
+    (embedded / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    for folder in (tmp_path / "saved", pairs, lines, embedded):
+        assert ChatTokenizer(folder).identity == identity, folder.name
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def test_added_tokens_outside_tokenizer_json_are_part_of_the_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = copied(tokenizer_folder, tmp_path / "added")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    before = ChatTokenizer(folder).identity
+    added = {
+        "content": "<extra>",
+        "special": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    }
+    number = str(len(AutoTokenizer.from_pretrained(folder)))
+    config["added_tokens_decoder"] = {**config.get("added_tokens_decoder", {}), number: added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    changed = ChatTokenizer(folder)
+    assert changed.identity != before
+    # A copy, such as the one in a bundle, is the same tokenizer.
+    copy_tokenizer(folder, tmp_path / "copy")
+    assert ChatTokenizer(tmp_path / "copy").identity == changed.identity
 
 
 @pytest.mark.parametrize("part", ["added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
 def test_every_part_of_a_tokenizer_changes_its_digest(tokenizer_folder: Path, tmp_path: Path, part: str) -> None:
     content = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    before = tokenizer_sha256(tokenizer_folder)
+    before = tokenizer_sha256((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     if part == "added_tokens":
         content[part][-1]["content"] += "x"
     else:
         content[part] = {"type": "another"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert tokenizer_sha256(tmp_path) != before
+    assert tokenizer_sha256((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) != before
 
 
 def test_an_added_token_changes_the_digest_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(["<|added|>"])
     tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_sha256(tmp_path) != tokenizer_sha256(tokenizer_folder)
+    assert tokenizer_sha256((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) != tokenizer_sha256(
+        (tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8")
+    )
 
 
 def test_the_number_form_of_a_fingerprint_is_the_documented_one() -> None:
@@ -148,5 +198,5 @@ def test_tokenizers_that_differ_in_one_part_have_different_digests(tmp_path: Pat
     digests = []
     for content in (whole, *others):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        digests.append(tokenizer_sha256(tmp_path))
+        digests.append(tokenizer_sha256((tmp_path / "tokenizer.json").read_text(encoding="utf-8")))
     assert len(set(digests)) == len(digests)

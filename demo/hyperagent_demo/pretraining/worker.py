@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from hyperagent.config import StrictModel
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import HELD_OUT, TRAIN, TokenizedTrajectory, read_tokens
-from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent.model.bundle import copy_tokenizer
 from hyperagent.storage.files import new_directory
 from hyperagent_demo.config import PretrainConfig, Role
 from hyperagent_demo.pretraining.models import CompactVocabulary, build_model, expand_vocabulary
@@ -84,9 +83,7 @@ def pretrain(job: PretrainJob) -> PretrainResult:
     )
     with new_directory(job.target) as temporary:
         model.save_pretrained(temporary)
-        for name in TOKENIZER_FILES:
-            if (job.tokenizer / name).is_file():
-                shutil.copyfile(job.tokenizer / name, temporary / name)
+        copy_tokenizer(job.tokenizer, temporary)
         (temporary / "pretraining.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return result
 

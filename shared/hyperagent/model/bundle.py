@@ -39,7 +39,11 @@ from hyperagent.storage.files import new_directory
 
 FORMAT_VERSION = 4
 STATISTICS_FILE = "prompt_statistics.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""Files that a tokenizer may consist of; only the first must be there."""
 
 
 class BundleManifest(NetworkManifest):
@@ -161,11 +165,11 @@ def save_bundle(
         statistics: the distribution of the training prompts' features; without it, the bundle recognizes no unusual prompt.
 
     Raises:
-        ConfigError: a tokenizer file is missing.
+        ConfigError: there is no tokenizer.
         StorageError: the file system refuses.
     """
-    if missing := [name for name in TOKENIZER_FILES if not (tokenizer_folder / name).is_file()]:
-        raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks {', '.join(missing)}; copy the student's")
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise ConfigError(f"the tokenizer folder {tokenizer_folder} lacks tokenizer.json; copy the student's")
     with new_directory(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
         (temporary / "hypernetwork.safetensors").write_bytes(save(weights))
@@ -175,9 +179,7 @@ def save_bundle(
             )
         if statistics is not None:
             (temporary / STATISTICS_FILE).write_bytes(statistics.encode())
-        (temporary / "tokenizer").mkdir()
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer_folder / name, temporary / "tokenizer" / name)
+        copy_tokenizer(tokenizer_folder, temporary / "tokenizer")
         files = {
             str(p.relative_to(temporary)): blake3(p.read_bytes()).hexdigest()
             for p in sorted(temporary.rglob("*"))
@@ -190,6 +192,20 @@ def save_bundle(
             json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8"
         )
     return manifest
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy every file that a tokenizer and its chat templates consist of.
+
+    Raises:
+        OSError: a file cannot be copied.
+    """
+    target.mkdir(exist_ok=True)
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def read_manifest(folder: Path) -> BundleManifest:

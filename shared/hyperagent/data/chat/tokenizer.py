@@ -197,7 +197,8 @@ class ChatTokenizer:
         Raises:
             ConfigError: a file is missing or broken, or there is no chat template or no control token.
         """
-        digest = tokenizer_sha256(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"there is no {folder / 'tokenizer.json'}; give a folder that holds tokenizer.json")
         try:
             self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # both libraries raise arbitrary exceptions for a broken file
@@ -217,7 +218,10 @@ class ChatTokenizer:
             else {name: _with_pinned_date(one) for name, one in template.items()}
         )
         self.folder = folder
-        self.identity = TokenizerIdentity(digest, hashlib.sha256(text.encode()).hexdigest())
+        # Jinja reads all kinds of line ends as one.
+        template_digest = hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()
+        digest = tokenizer_sha256(self._tokenizer.backend_tokenizer.to_str())
+        self.identity = TokenizerIdentity(digest, template_digest)
         self.vocab_size = len(self._tokenizer)
         """Number of entries in the vocabulary, added tokens included."""
         # encode_special_tokens: control tokens' literals become plain text (tokenizers >= 0.19).
