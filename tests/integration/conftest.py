@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from world import Run, Start, World
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.pipeline.tokenize_dataset import TokenizeSettings, tokenize_file
 from hyperagent.data.pipeline.views import ViewSettings
-from hyperagent.model.bundle import TOKENIZER_FILES
+from hyperagent.model.bundle import copy_tokenizer
 from hyperagent.progress import no_progress
 from hyperagent_demo.config import PretrainConfig, Role
 from hyperagent_demo.pretraining.models import build_model
@@ -43,8 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for role, folder in folders.items():
         torch.manual_seed(0)
         build_model(role, config, vocab_size=chat.vocab_size + 7, max_tokens=4096).save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer / name, folder / name)
+        copy_tokenizer(tokenizer, folder)
     return World(root, sample, tokenizer, tokens, folders["teacher"], folders["student"])
 
 

@@ -90,7 +90,10 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 @contextmanager
 def init_distributed() -> Iterator[Ranks]:
-    """Join the process group of torchrun for the duration of the block; without torchrun, yield a single rank."""
+    """Join the process group of torchrun for the duration of the block; without torchrun, yield a single rank.
+
+    After an exception the group is not left, and the process must end at once.
+    """
     on_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -101,14 +104,14 @@ def init_distributed() -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    try:
-        if per_node < size:
-            mesh = init_device_mesh(device.type, (size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        yield Ranks(rank, size, device, mesh)
-    finally:
-        dist.destroy_process_group()
+    if per_node < size:
+        mesh = init_device_mesh(device.type, (size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    yield Ranks(rank, size, device, mesh)
+    # Not after an exception: with NCCL it waits for the operations in progress, up to the timeout of half an hour, and hides
+    # the reason for as long.
+    dist.destroy_process_group()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError, CorruptRecord, InvalidRequest, StorageError
 from hyperagent.model.adapter import LoRAPair
-from hyperagent.model.bundle import TOKENIZER_FILES, BundleManifest, load_bundle, save_bundle
+from hyperagent.model.bundle import BundleManifest, load_bundle, save_bundle
 from hyperagent.model.config import HyperNetworkConfig, LayerInfo
 from hyperagent.model.featurizer import EmbeddingFeaturizer, make_featurizer
 from hyperagent.model.hypernetwork import AgenticHyperNetwork
@@ -57,6 +57,9 @@ def save(
 def folder(tokenizer: ChatTokenizer, tmp_path: Path) -> Path:
     save(tmp_path / "bundle", tokenizer)
     return tmp_path / "bundle"
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def test_a_bundle_holds_these_files_and_their_digests(folder: Path) -> None:
@@ -134,7 +137,7 @@ def test_weights_of_another_shape_are_refused(folder: Path, tokenizer: ChatToken
 def test_a_failed_export_leaves_the_old_bundle(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     true = load_bundle(folder).fingerprint
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"lacks tokenizer\.json, tokenizer_config\.json, chat_template\.jinja"):
+    with pytest.raises(ConfigError, match=r"lacks tokenizer\.json; copy the student's"):
         save(folder, tokenizer, seed=1, tokenizer_folder=tmp_path / "empty")
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"could not write .*file: Not a directory; a file is where a folder should"):

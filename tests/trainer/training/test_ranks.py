@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import failing_rank
 import psutil
 import pytest
 import ranks_child
@@ -167,8 +168,29 @@ def test_a_rank_that_dies_ends_the_run_and_the_checkpoint_stands(recipe_of_three
     workers[-1].kill()
 
     assert process.wait(60) != 0
+    status = folder.read_status()
+    assert status.state == "failed"
+    assert "rank 0: another rank ended without a word; it crashed, or was killed" in status.reason
+    assert (folder.errors / "rank-0.txt").read_text().startswith("Traceback")
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
     assert json.loads((last_checkpoint(folder) / "checkpoint.json").read_text())["step"] >= 1
+
+
+def test_a_rank_that_fails_gives_the_run_its_reason_and_holds_nobody_up(
+    recipe_of_three: TrainRecipe, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.recipe.write_text(recipe_of_three.model_copy(update={"num_steps": 50}).model_dump_json())
+    process = subprocess.Popen(
+        [*torchrun(2), failing_rank.__file__, str(folder.root)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    assert process.wait(120) != 0
+    status = folder.read_status()
+    assert (status.state, status.reason) == ("failed", "rank 1: ValueError: the second batch is bad")
+    assert "fail_in_the_second_step" in (folder.errors / "rank-1.txt").read_text()
 
 
 def test_sigterm_to_torchrun_saves_and_ends_as_stopped(recipe_of_three: TrainRecipe, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hyperagent_trainer.runs.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from hyperagent.http.run_models import RunState
@@ -25,13 +26,13 @@ class _Stopped(Exception):
 
 
 def main() -> int:
-    stop = threading.Event()
+    stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return _compare(Path(sys.argv[1]), stop)
 
 
-def _compare(root: Path, stop: threading.Event) -> int:
+def _compare(root: Path, stop: StopRequest) -> int:
     # Imported late: importing torch takes seconds, and the signal handlers must be installed before that.
     from hyperagent.errors import HyperagentError
     from hyperagent.http.run_models import ComparisonRequest

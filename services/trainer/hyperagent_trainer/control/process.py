@@ -153,20 +153,20 @@ class TrainingProcess:
         except psutil.NoSuchProcess:
             return False
 
-    def wait(self, is_over: Callable[[], bool], *, grace_s: float) -> int | None:
+    def wait(self, grace_s: Callable[[], float | None]) -> int | None:
         """Block until the process ends, then kill its remaining children.
 
         Args:
-            is_over: returns whether the process has finished its work; it then has `grace_s` seconds to exit.
+            grace_s: returns how many seconds the process has to exit because it has finished its work, or None until then.
 
         Returns:
             The exit code, or minus the number of the signal that killed it; None for an adopted process.
         """
-        over_at: float | None = None
-        while self.is_alive() and (over_at is None or time.monotonic() - over_at < grace_s):
+        deadline: float | None = None
+        while self.is_alive() and (deadline is None or time.monotonic() < deadline):
             time.sleep(_POLL_S)
-            if over_at is None and is_over():
-                over_at = time.monotonic()
+            if deadline is None and (seconds := grace_s()) is not None:
+                deadline = time.monotonic() + seconds
         self._kill_all()
         return self._child.wait() if self._child else None
 

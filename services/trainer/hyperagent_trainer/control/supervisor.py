@@ -45,6 +45,9 @@ from hyperagent_trainer.runs.store import Run, Runs, new_run_id
 MAX_WAITING = 100
 """Maximum number of queued runs."""
 
+_FAILED_GRACE_S = 5.0
+"""Seconds that the other ranks of a failed run have to write their own tracebacks."""
+
 _log = structlog.get_logger()
 
 
@@ -317,7 +320,7 @@ class Supervisor:
 
     def _await(self, training: _Training) -> None:
         try:
-            exit_code = training.process.wait(lambda: is_final(training.folder), grace_s=self._stop_grace_s)
+            exit_code = training.process.wait(lambda: self._grace_s(training.folder))
             _log.info("run ended", run=training.run_id, exit_code=exit_code)
             self._settle_ended(training, exit_code)
         except HyperagentError as error:
@@ -329,6 +332,12 @@ class Supervisor:
                 self._start_next()
         except HyperagentError as error:
             _log.error("could not advance the queue before the next request", error=str(error))
+
+    def _grace_s(self, folder: RunFolder) -> float | None:
+        """Return how long the process of a run may go on: after a failure, ranks that wait for the failed one are killed."""
+        if not is_final(folder):
+            return None
+        return _FAILED_GRACE_S if folder.read_status().state == "failed" else self._stop_grace_s
 
     def _settle_ended(self, training: _Training, exit_code: int | None) -> None:
         if training.killed:

@@ -10,6 +10,7 @@ metrics.jsonl     one line per step and per evaluation; a resumed run first remo
 tensorboard/      event files, if the recipe names this logger
 wandb/            a folder per start for `wandb sync` of offline runs, if the recipe names this logger
 log.txt           the training process's stdout and stderr
+errors/           rank-0.txt etc.: the tracebacks of ranks that failed
 checkpoints/      step-00000200/ etc.: network, optimizer and step; the most recent ones and, with `patience`, the best
 bundle/           at the end of a hypernetwork's run: everything the adapter service needs
 adapter/          at the end of a static adapter's run: the adapter in PEFT's format
@@ -45,6 +46,7 @@ class RunFolder:
         self.preflight = root / "preflight.json"
         self.tensorboard = root / "tensorboard"
         self.log = root / "log.txt"
+        self.errors = root / "errors"
         self.checkpoints = root / "checkpoints"
         self.bundle = root / "bundle"
         self.adapter = root / "adapter"

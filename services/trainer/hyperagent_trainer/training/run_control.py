@@ -6,7 +6,7 @@ first rank reads it, and all ranks agree on the most severe command, so that the
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ import structlog
 from hyperagent.errors import CorruptRecord
 from hyperagent_trainer.distributed import Ranks
 from hyperagent_trainer.runs.commands import RunCommands, read_commands
+from hyperagent_trainer.runs.stop_request import StopRequest
 from hyperagent_trainer.training.reporter import RunReporter
 
 log = structlog.get_logger()
@@ -35,7 +36,7 @@ class _Order(IntEnum):
 class RunControl:
     """Apply the commands in `control.json` on every rank."""
 
-    def __init__(self, path: Path, stop: threading.Event, ranks: Ranks) -> None:
+    def __init__(self, path: Path, stop: StopRequest, ranks: Ranks) -> None:
         """Follow the commands in the file `path` and the event `stop`, which may be set on any rank."""
         self._path = path
         self._stop = stop
@@ -54,7 +55,7 @@ class RunControl:
             if order is _Order.PAUSE:
                 report.state("paused")
             while order is _Order.PAUSE:
-                self._stop.wait(_POLL_S)
+                time.sleep(_POLL_S)
                 order = self._order()
             if order is not _Order.STOP:
                 report.state("running")

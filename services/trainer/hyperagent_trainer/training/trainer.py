@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, tee
@@ -36,6 +35,7 @@ from hyperagent_trainer.optim.ema import WeightAverage
 from hyperagent_trainer.optim.optimizer import make_optimizer, set_learning_rate
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.runs.metrics_file import last_held_out_kl
+from hyperagent_trainer.runs.stop_request import StopRequest
 from hyperagent_trainer.student.activation_checkpoint import RoutingWatch, recomputation
 from hyperagent_trainer.student.student import Student
 from hyperagent_trainer.training.loggers import Loggers, require_installed
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 _STATISTICS_PROMPTS = 8
 
 
-def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redis_url: str | None = None) -> None:
+def train(recipe: TrainRecipe, folder: RunFolder, stop: StopRequest, *, redis_url: str | None = None) -> None:
     """Train until the recipe's last step, or save and return early once `stop` is set on any rank.
 
     Training resumes from the folder's last checkpoint if there is one. Under torchrun, every process makes this call.
@@ -83,7 +83,7 @@ def train(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, *, redi
                     trainer.finish()
 
 
-def _stopped_while_loading(recipe: TrainRecipe, folder: RunFolder, stop: threading.Event, ranks: Ranks) -> bool:
+def _stopped_while_loading(recipe: TrainRecipe, folder: RunFolder, stop: StopRequest, ranks: Ranks) -> bool:
     """Return whether `stop` is set on any rank, and if so end the run as "stopped"; a collective call."""
     if not ranks.max(stop.is_set()):
         return False
@@ -106,7 +106,7 @@ class Trainer:
         checkpoints, reporter: context managers that the caller must enter.
     """
 
-    def __init__(self, setup: TrainingSetup, folder: RunFolder, stop: threading.Event, ranks: Ranks) -> None:
+    def __init__(self, setup: TrainingSetup, folder: RunFolder, stop: StopRequest, ranks: Ranks) -> None:
         """Resume from the folder's last checkpoint if there is one, and remove the metrics of later steps.
 
         Raises:
