@@ -122,8 +122,11 @@ def export(
 ) -> None:
     """Make of a run's checkpoint what the run makes at its end: a bundle, or of a static run an adapter in PEFT's format."""
     from hyperagent.cli.display import print_result
+    from hyperagent.logs import configure_logging
     from hyperagent_trainer.export.command import export_run
     from hyperagent_trainer.runs.folder import RunFolder
+
+    configure_logging(service="export")
 
     if mean:
         from hyperagent.errors import ConfigError

@@ -11,12 +11,13 @@ import ipaddress
 import signal
 import socket
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
 from hyperagent.errors import ServiceError
@@ -56,13 +57,19 @@ def listening(*, host: str, port: int, allow_remote: bool) -> Iterator[socket.so
 
 
 def run(
-    app: ASGIApp, listener: socket.socket, *, allowed_hosts: Collection[str] = (), grace_s: int = _STOP_GRACE_S
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    allowed_hosts: Collection[str] = (),
+    grace_s: int = _STOP_GRACE_S,
+    on_stop: Callable[[], None] | None = None,
 ) -> None:
     """Serve on a listening socket until a signal arrives, then finish the requests in progress.
 
     Args:
         allowed_hosts: host names accepted in addition to localhost and IP addresses.
         grace_s: seconds that the requests in progress have to finish.
+        on_stop: called once after the signal, in a thread and before the requests in progress are waited for.
     """
     address = listener.getsockname()
     any_address = not ipaddress.ip_address(address[0]).is_loopback
@@ -78,7 +85,20 @@ def run(
         timeout_graceful_shutdown=grace_s,
     )
     _log.info("listening", address=_url(address))
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, on_stop).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Server that calls `on_stop` first when it shuts down; the application's lifespan ends only after the last request."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._on_stop is not None:
+            await run_in_threadpool(self._on_stop)
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:

@@ -144,6 +144,19 @@ def test_a_silent_run_is_kept_open_by_comments(runs: Runs, run: Run, monkeypatch
     assert all(beat.startswith(":") and parse(beat) == [] for beat in beats)
 
 
+def test_a_service_that_stops_ends_its_streams(runs: Runs, run: Run) -> None:
+    say(run, "running")
+    closing = threading.Event()
+
+    async def watch() -> list[Event]:
+        stream = run_events(runs, run.run_id, since=START, is_closing=closing.is_set)
+        received = parse(await anext(stream))
+        closing.set()
+        return received + await asyncio.wait_for(everything(stream), 10)
+
+    assert [name for name, _, _ in asyncio.run(watch())] == ["status"]
+
+
 def test_what_is_not_finite_is_sent_as_null(runs: Runs, run: Run) -> None:
     run.folder.metrics.write_text('{"step": 1, "loss": NaN, "norms": {"a": -Infinity, "b": 1e999, "c": 0.5}}\n')
     say(run, "done", 1)

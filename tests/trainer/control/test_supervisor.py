@@ -139,6 +139,16 @@ def test_a_stopped_run_has_saved_and_resumes_where_it_was(supervisor: Supervisor
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_closing_tells_the_training_at_once_and_can_wait_later(settings: ControlSettings) -> None:
+    supervisor = Supervisor(settings, command=CHILD)
+    run = start(supervisor, "trains")
+    wait_until(lambda: supervisor.runs.get(run.run_id).status.step >= 1)
+    supervisor.begin_close()
+    assert supervisor.is_closing.is_set()
+    assert wait_for_state(supervisor, run, *FINAL_STATES).status.state == "stopped"
+    supervisor.close()
+
+
 def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_period(supervisor: Supervisor) -> None:
     run = start(supervisor, "ignores-sigterm")
     wait_for_state(supervisor, run, "running")

@@ -149,9 +149,11 @@ def get_events(
     supervisor: Supervised,
     last_event_id: Annotated[str, Header(pattern=PLACE_PATTERN)] = str(START),
 ) -> StreamingResponse:
-    """Stream `status` and `metrics` until the run has ended; `reset` means that the metrics restart after a resume."""
+    """Stream `status` and `metrics` until the run has ended or the service stops; `reset` means that the metrics restart after a resume."""
     supervisor.runs.get(run_id)  # An unknown run is answered with 404 instead of a stream.
-    stream = events.run_events(supervisor.runs, run_id, since=Place.parse(last_event_id))
+    stream = events.run_events(
+        supervisor.runs, run_id, since=Place.parse(last_event_id), is_closing=supervisor.is_closing.is_set
+    )
     return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers={"Cache-Control": "no-cache"})
 
 

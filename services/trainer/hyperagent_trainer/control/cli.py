@@ -20,5 +20,6 @@ def serve(settings: ControlSettings) -> None:
         from hyperagent_trainer.control.app import create_control_app
         from hyperagent_trainer.control.supervisor import Supervisor
 
-        app = create_control_app(Supervisor(settings), token=ensure_token())
-        run(app, listener, allowed_hosts=settings.allowed_hosts)
+        supervisor = Supervisor(settings)
+        app = create_control_app(supervisor, token=ensure_token())
+        run(app, listener, allowed_hosts=settings.allowed_hosts, on_stop=supervisor.begin_close)

@@ -5,7 +5,7 @@
 `reset`    the lines sent before are invalid, because a resumed run repeats their steps; all lines are sent again
 `problem`  the reason why nothing more can be read
 
-Only `metrics` events change the id. The stream ends after a final state; while nothing happens, comments keep proxies
+Only `metrics` events change the id. The stream ends after a final state, and when the service stops; while nothing happens, comments keep proxies
 from closing it.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
@@ -32,8 +32,10 @@ _HEARTBEAT_S = 15.0
 _LINES_AT_ONCE = 500
 
 
-async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[str]:
-    """Yield the run's status and its metrics from `since` on, until it has ended.
+async def run_events(
+    runs: Runs, run_id: str, *, since: Place, is_closing: Callable[[], bool] = lambda: False
+) -> AsyncIterator[str]:
+    """Yield the run's status and its metrics from `since` on, until it has ended or the service is closing.
 
     The generator holds at most a batch of lines and no open file between reads, so a disconnected client leaks nothing.
     """
@@ -59,6 +61,9 @@ async def run_events(runs: Runs, run_id: str, *, since: Place) -> AsyncIterator[
         if events:
             yield "".join(events)
             sent_at = time.monotonic()
+        # A service that stops waits for its streams, so they end first; the client continues with Last-Event-ID.
+        if is_closing():
+            return
         if may_be_more:
             continue
         if status.state in FINAL_STATES:

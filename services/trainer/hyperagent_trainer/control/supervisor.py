@@ -19,13 +19,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import structlog
 
-from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound, ServiceError
+from hyperagent.errors import ConfigError, Conflict, HyperagentError, NotFound
 from hyperagent.http.run_models import FINAL_STATES, NAME_PATTERN, ComparisonRequest, RunRequest
-from hyperagent.storage.file_lock import open_locked
 from hyperagent.storage.files import is_temporary
 from hyperagent_trainer.config import load_recipe
 from hyperagent_trainer.control.final_state import has_started, is_final, settle, write_state
@@ -40,7 +38,7 @@ from hyperagent_trainer.control.run_queue import RunQueue
 from hyperagent_trainer.control.settings import ControlSettings
 from hyperagent_trainer.runs.commands import RunCommands, read_commands, write_commands
 from hyperagent_trainer.runs.folder import RunFolder
-from hyperagent_trainer.runs.store import Run, Runs, new_run_id
+from hyperagent_trainer.runs.store import Run, Runs, lock_runs, new_run_id
 
 MAX_WAITING = 100
 """Maximum number of queued runs."""
@@ -91,7 +89,8 @@ class Supervisor:
         self._changing = threading.Lock()
         self._training: _Training | None = None
         self._is_closed = False
-        self._lock = _lock_folder(self.runs.root)
+        self.is_closing = threading.Event()
+        self._lock = lock_runs(self.runs.root)
         try:
             self._queue = RunQueue(self.runs.root)
             try:
@@ -103,6 +102,15 @@ class Supervisor:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def begin_close(self) -> None:
+        """Request that the training process save and exit, without waiting for it, and set `is_closing`; `close` follows."""
+        self.is_closing.set()
+        with self._changing:
+            self._is_closed = True
+            if self._training is not None and not self._training.settled.is_set():
+                self._training.stop_requested = True
+                self._training.process.terminate()
 
     def close(self) -> None:
         """Stop the training process as `stop` does, wait for it, and unlock the runs folder; queued runs stay queued."""
@@ -386,14 +394,3 @@ def _same(run: Run, request: RunRequest | ComparisonRequest) -> Run:
             f"the idempotency key {run.idempotency_key!r} started run {run.run_id} with another request; use a new key"
         )
     return run
-
-
-def _lock_folder(runs: Path) -> int:
-    """Lock the runs folder until the returned descriptor is closed; child processes do not inherit it."""
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        return open_locked(runs, exclusive=True)
-    except BlockingIOError:
-        raise ServiceError(f"another control process uses {runs}; stop it, or choose another runs folder") from None
-    except OSError as error:
-        raise ConfigError(f"cannot use {runs} as the runs folder: {error}; choose another") from error

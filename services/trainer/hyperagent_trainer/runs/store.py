@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hyperagent.config import StrictModel
-from hyperagent.errors import CorruptRecord, NotFound
+from hyperagent.errors import ConfigError, CorruptRecord, NotFound, ServiceError
 from hyperagent.http.run_models import ComparisonRequest, RunRequest, RunStatus
+from hyperagent.storage.file_lock import open_locked
 from hyperagent.storage.files import new_directory
 from hyperagent_trainer.config import TrainRecipe
 from hyperagent_trainer.runs.folder import RunFolder
@@ -128,3 +129,19 @@ class Runs:
         if not _RUN_ID.fullmatch(run_id) or not folder.root.is_dir():
             raise NotFound(f"there is no run {run_id!r}; GET /v1/runs lists all runs")
         return folder
+
+
+def lock_runs(runs: Path) -> int:
+    """Lock the runs folder until the returned descriptor is closed; child processes do not inherit it.
+
+    Raises:
+        ServiceError: another control process holds the lock.
+        ConfigError: the folder cannot be created or locked.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        return open_locked(runs, exclusive=True)
+    except BlockingIOError:
+        raise ServiceError(f"another control process uses {runs}; stop it, or choose another runs folder") from None
+    except OSError as error:
+        raise ConfigError(f"cannot use {runs} as the runs folder: {error}; choose another") from error
