@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from hyperagent.model.adapter import AdapterWeights
+from hyperagent.model.adapter import AdapterWeights, LoRAPair
 from hyperagent.model.static_lora import StaticLoRA
 from hyperagent_trainer.network.adapted_student import AdapterNetwork
 from hyperagent_trainer.preflight.probe import Probe, b_gradients
@@ -40,8 +40,10 @@ def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], tor
     yield step_0
     if not step_0.passed:
         return
+    with torch.no_grad():
+        before = probe.generate()
     optimizer.step()
-    first_step = _first_step(probe)
+    first_step = _first_step(probe, before)
     yield first_step
     if not first_step.passed:
         return
@@ -132,11 +134,13 @@ def _balance(probe: Probe) -> Check:
 
 
 @torch.no_grad()
-def _first_step(probe: Probe) -> Check:
+def _first_step(probe: Probe, before: AdapterWeights) -> Check:
+    """Compare what the first step changed with the weights; a warm start's own adapter is no part of the step."""
     scale = probe.adapted.network.scale
+    changes = {name: _difference(pair, before[name]) for name, pair in probe.generate().items()}
     ratios = [
         scale * size / float(probe.module(name).weight.float().norm())  # type: ignore[operator]
-        for name, size in _delta_norms(probe.generate()).items()
+        for name, size in _delta_norms(changes).items()
     ]
     return Check(
         "first_step",
@@ -146,6 +150,11 @@ def _first_step(probe: Probe) -> Check:
         "an adapter as large as the weights it corrects has replaced the student; lower learning_rate, "
         "b_head_learning_rate_factor or alpha, or warm up for longer",
     )
+
+
+def _difference(one: LoRAPair, other: LoRAPair) -> LoRAPair:
+    """Return factors of `one.b @ one.a - other.b @ other.a`, of twice the rank."""
+    return LoRAPair(torch.cat([one.a, other.a], dim=1), torch.cat([one.b, -other.b], dim=2))
 
 
 def _delta_norms(adapters: AdapterWeights) -> dict[str, float]:
