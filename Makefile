@@ -17,7 +17,7 @@ COVERED_TESTS := tests/shared/cache tests/shared/export
 KILL_TESTS := tests/shared/cache/test_kills.py
 BENCHMARKS := $(sort $(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
+.PHONY: help setup setup-gpu setup-flash-attn setup-vllm demo test test-all test-vllm lint proto docs bench bench-smoke bench-vllm clean
 
 help:
 	@echo "make demo [DATA=file.parquet] [TOKENIZER=folder]   run the whole loop on this machine"
@@ -29,6 +29,8 @@ help:
 	@echo "make bench-smoke                                   run every benchmark at its smallest size"
 	@echo "make bench-vllm                                    benchmark the vLLM engine in .venv-vllm"
 	@echo "make setup                                         only install everything"
+	@echo "make setup-gpu                                     install everything and the trainer's kernels for a GPU"
+	@echo "make setup-flash-attn                              then build FlashAttention, which needs a CUDA compiler"
 	@echo "make setup-vllm                                    only install vLLM in .venv-vllm"
 	@echo "make proto                                         regenerate the gRPC stubs"
 	@echo "make docs                                          write the tables of options into the services' READMEs"
@@ -45,6 +47,13 @@ $(INSTALLED): constraints.txt $(MEMBERS:%=%/pyproject.toml)
 $(DEV_INSTALLED): $(INSTALLED) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
 	@touch $@
+
+setup-gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-gpu.txt --editable './services/trainer[gpu]'
+
+# It builds against the torch that is installed, so it must not be built in an environment of its own.
+setup-flash-attn: setup-gpu
+	$(BIN)/python -m pip install --no-build-isolation --constraint constraints-gpu.txt flash-attn
 
 setup-vllm: $(VLLM_INSTALLED)
 

@@ -169,3 +169,13 @@ def test_a_gpu_needs_the_kernels_of_gated_delta_net(
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
     with pytest.raises(ConfigError, match=why):
         student._require_kernels(model, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("found", ["0.2.2", "0.4.2"])
+def test_kernels_that_give_wrong_numbers_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(student, "version", lambda _: found)
+    monkeypatch.setattr(student, "is_flash_linear_attention_available", lambda: True)
+    with pytest.raises(
+        ConfigError, match=rf"flash-linear-attention {found} knows no grouped value heads.*make setup-gpu"
+    ):
+        student._require_kernels(model, torch.device("cuda"))

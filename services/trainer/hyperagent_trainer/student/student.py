@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +18,9 @@ from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.errors import ConfigError
 from hyperagent.identity import weights_fingerprint
 from hyperagent_trainer.student.sharding import load_sharded
+
+_LEAST_KERNELS = Version("0.5")
+"""First release of flash-linear-attention whose kernels know fewer query heads than value heads, as Qwen3-Next has."""
 
 
 class Student:
@@ -83,7 +88,10 @@ def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
     if device.type != "cuda" or LINEAR_ATTENTION not in layer_types(model.config.get_text_config()):
         return
     why = "flash-linear-attention is not installed, or too old"
-    if is_flash_linear_attention_available():
+    found = _version_of("flash-linear-attention")
+    if found is not None and found < _LEAST_KERNELS:
+        why = f"flash-linear-attention {found} knows no grouped value heads and would give wrong numbers"
+    elif is_flash_linear_attention_available():
         try:
             # transformers imports them too when it defines the layer, but reports every error as "not installed".
             kernels = import_module("fla.ops.gated_delta_rule")
@@ -94,5 +102,12 @@ def _require_kernels(model: PreTrainedModel, device: torch.device) -> None:
                 return
     raise ConfigError(
         f"the student has Gated DeltaNet layers, but their GPU kernels cannot be used: {why}; "
-        "install them with `pip install 'hyperagent-trainer[gpu]'`"
+        f"install version {_LEAST_KERNELS} or later with `make setup-gpu`, or `pip install './services/trainer[gpu]'` in the repository"
     )
+
+
+def _version_of(package: str) -> Version | None:
+    try:
+        return Version(version(package))
+    except PackageNotFoundError:
+        return None
