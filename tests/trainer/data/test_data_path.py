@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,15 @@ import pytest
 import redis
 import torch
 from tiny_runs import losses, metrics, run
+from torch.utils.data import DataLoader, Dataset
 
 from hyperagent.cache.hot_tier import HotTier
 from hyperagent.cache.local import LocalCache
 from hyperagent.data.chat.tokenizer import ChatTokenizer
 from hyperagent.data.files.tokens_file import TRAIN
+from hyperagent.errors import ServiceError
 from hyperagent_trainer.config import TrainRecipe
-from hyperagent_trainer.data.dataset import load_split
+from hyperagent_trainer.data.dataset import load_split, or_reason
 from hyperagent_trainer.runs.folder import RunFolder
 from hyperagent_trainer.training.trainer import train
 
@@ -122,6 +127,37 @@ def test_batches_come_in_order_from_any_number_of_workers(
             assert torch.equal(getattr(one, name), getattr(other, name))
         for name in ("ids_NK", "logprobs_NK", "tail_logmass_N", "target_ids_N"):
             assert torch.equal(getattr(one.rows, name), getattr(other.rows, name))
+
+
+class _Fails(Dataset[int]):
+    """A data set whose reading process hangs or is killed."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+
+    def __getitem__(self, _index: int) -> int:
+        if self.number is not None:
+            os.kill(os.getpid(), self.number)
+        time.sleep(2.5)
+        return 0
+
+
+@pytest.mark.parametrize(("number", "said"), [(None, "timed out"), (signal.SIGKILL, "worker")])
+def test_a_worker_that_goes_silent_or_dies_is_a_reason(number: int | None, said: str) -> None:
+    loader = DataLoader(
+        _Fails(number), batch_size=None, sampler=[0], num_workers=1, timeout=1, multiprocessing_context="fork"
+    )
+    with pytest.raises(ServiceError, match=rf"{said}.*/dev/shm.*loader_workers"):
+        list(or_reason(iter(loader)))
+
+
+def test_another_error_of_a_reader_stays_what_it_is() -> None:
+    def batches() -> Iterator[Any]:
+        raise RuntimeError("a defect")
+        yield
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(or_reason(batches()))
 
 
 @pytest.mark.timeout(180)

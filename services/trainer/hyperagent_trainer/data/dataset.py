@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from hyperagent.cache.base import CacheReader
 from hyperagent.cache.hot_tier import HotTierStats
 from hyperagent.data.files.tokens_file import TokenizedTrajectory, read_data_identity, read_tokens
-from hyperagent.errors import DataError, LimitExceeded
+from hyperagent.errors import DataError, HyperagentError, LimitExceeded, ServiceError
 from hyperagent.identity import DataIdentity, TokenizerIdentity, require_same
 from hyperagent_trainer.data.row_loader import load_rows
 from hyperagent_trainer.data.teacher_rows import TeacherRows, join_rows, require_temperature
 
 # Batches that each worker process prepares ahead: enough to cover one that takes longer than the others.
 _BATCHES_AHEAD = 2
+# Seconds without a batch after which the worker processes count as hung: far longer than a read from a slow file system.
+_SILENT_S = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +161,10 @@ class DistillationData:
         Args:
             workers: number of processes that read and decode ahead; each holds a few batches at a time. With 0, this
                 process reads each batch when it is requested.
+
+        Raises:
+            CorruptRecord: a record is damaged.
+            ServiceError: a worker process died, or none delivered a batch for ten minutes.
         """
         loader = DataLoader(
             self.reader,
@@ -168,16 +174,38 @@ class DistillationData:
             prefetch_factor=_BATCHES_AHEAD if workers else None,
             # A fork would share the cache's connections, and locks that other threads hold.
             multiprocessing_context="spawn" if workers else None,
+            # Torch waits for ever by default, such as for a batch that a full /dev/shm did not take.
+            timeout=_SILENT_S if workers else 0,
             pin_memory=device.type == "cuda",
             # A separate generator, so that training draws the same random numbers with any number of workers.
             generator=torch.Generator(),
         )
-        for batch in loader:
+        for batch in or_reason(iter(loader)):
             yield batch.to(device)
 
     def _samples(self, indices: Sequence[int]) -> list[_Sample]:
         chosen = [(i, self.trajectories[i]) for i in indices]
         return [_Sample(i, self._keys[i], t.student_ids, t.student_positions) for i, t in chosen]
+
+
+def or_reason(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the loader's batches; the end of a worker process becomes an error that says what to look at."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except HyperagentError:
+            raise
+        except RuntimeError as error:
+            # Torch has no class of its own for these.
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise ServiceError(
+                f"the processes that read batches ahead have failed: {' '.join(str(error).split())}; look whether memory or "
+                "/dev/shm is full or the cache's file system hangs, or set the recipe's loader_workers to 0, and resume the run"
+            ) from error
+        yield batch
 
 
 def load_split(
