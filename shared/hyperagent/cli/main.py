@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from hyperagent import __version__
-from hyperagent.cli import adapter, cache, data, teacher_check
+from hyperagent.cli import adapter, cache, data, runs, teacher_check
 from hyperagent.cli.display import stderr
 from hyperagent.cli.doctor import doctor
 from hyperagent.cli.train import train
@@ -51,6 +51,7 @@ def build_app() -> typer.Typer:
     app.add_typer(cache.app, name="cache")
     app.add_typer(teacher_check.app, name="teacher-check")
     app.command()(train)
+    app.add_typer(runs.app, name="runs")
     app.add_typer(adapter.app, name="adapter")
     app.command()(wait)
     app.command()(doctor)

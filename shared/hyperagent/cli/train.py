@@ -32,17 +32,22 @@ def train(
     overrides = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     request = parse({"recipe": recipe, "overrides": overrides}, RunRequest, source="hyperagent train")
     with RunClient(server, read_token()) as client:
-        run = client.start(request)
-        try:
-            run = _follow(client, run)
-        except KeyboardInterrupt:
-            stderr.print(
-                f"The run continues: GET {server}/v1/runs/{run.id}; stop it with POST {server}/v1/runs/{run.id}/stop"
-            )
-            raise typer.Exit(130) from None
+        run = follow_run(client, client.start(request))
     print_result(run.model_dump(mode="json"), as_json=as_json)
     if run.state != "done":
         raise typer.Exit(1)
+
+
+def follow_run(client: RunClient, started: RunBody) -> RunBody:
+    """Show a run's progress until it ends, and return it; on Ctrl-C, say how to follow and stop it, and exit with 130."""
+    try:
+        return _follow(client, started)
+    except KeyboardInterrupt:
+        stderr.print(
+            f"The run continues. Follow it: hyperagent runs follow {started.id}; stop it: hyperagent runs stop {started.id} "
+            "(with the same --server)"
+        )
+        raise typer.Exit(130) from None
 
 
 def _follow(client: RunClient, started: RunBody) -> RunBody:
