@@ -114,7 +114,11 @@ class TrainRecipe(StrictModel):
         if path is None or "://" in str(path):
             return path
         base = (info.context or {}).get("base")
-        return Path(path) if base is None else (base / path).resolve()
+        try:
+            path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{path} stands for a home folder that is not known; write the whole path") from error
+        return path if base is None else (base / path).resolve()
 
     @field_validator("loggers")
     @classmethod
