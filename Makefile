@@ -108,6 +108,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/adapter_api.py
 
 bench-smoke: $(INSTALLED) $(VLLM_INSTALLED)
 	for name in $(filter-out teacher_capture teacher_rows, $(BENCHMARKS)); do \

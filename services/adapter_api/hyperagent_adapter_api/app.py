@@ -18,8 +18,11 @@ from hyperagent_adapter_api.routes import router
 from hyperagent_adapter_api.service import AdapterService
 from hyperagent_adapter_api.store import AdapterStore
 
-MAX_BODY_BYTES = 4 << 20
-"""Large enough for every prompt a hypernetwork can read, so that longer prompts are refused by token count."""
+_MAX_BODY_BYTES = 4 << 20
+_BYTES_PER_CHARACTER = 6
+"""The longest form of a character in JSON, such as \\u00e9."""
+_OTHER_BYTES = 64 << 10
+"""Names, brackets and quotes of a body, those of tools included."""
 
 
 def build_app(settings: AdapterApiSettings, *, token: str) -> FastAPI:
@@ -54,7 +57,8 @@ def create_adapter_app(service: AdapterService, *, token: str) -> FastAPI:
         title="hyperagent adapter service",
         version=__version__,
         token=token,
-        max_body_bytes=MAX_BODY_BYTES,
+        # Every prompt that the service accepts fits; a longer one is refused by its declared length, before it is read.
+        max_body_bytes=min(_MAX_BODY_BYTES, _BYTES_PER_CHARACTER * service.max_characters + _OTHER_BYTES),
         lifespan=lifespan,
     )
     app.state.service = service

@@ -43,7 +43,8 @@ class AdapterService:
         self.store = store
         self._generator = generator
         self._max_pending = max_pending_requests
-        self._max_characters = max(_MIN_CHARACTERS, _CHARACTERS_PER_TOKEN * self.bundle.manifest.max_prompt_tokens)
+        self.max_characters = max(_MIN_CHARACTERS, _CHARACTERS_PER_TOKEN * self.bundle.manifest.max_prompt_tokens)
+        """Most characters of a prompt's parts together."""
         self._known: OrderedDict[str, str] = OrderedDict()
         """Ids of adapters by digest of the prompt's parts, the most recently used last."""
         self._in_flight: dict[str, asyncio.Task[StoredAdapter]] = {}
@@ -91,10 +92,10 @@ class AdapterService:
 
     def _require_characters(self, parts: Mapping[str, Any]) -> None:
         found = _num_characters(list(parts.values()))
-        if found > self._max_characters:
+        if found > self.max_characters:
             raise LimitExceeded(
                 f"the prompt has {found:,} characters; this hypernetwork reads {self.bundle.manifest.max_prompt_tokens:,} tokens, "
-                f"so at most {self._max_characters:,} characters are accepted; shorten it"
+                f"so at most {self.max_characters:,} characters are accepted; shorten it"
             )
 
     async def _find(self, adapter_id: str) -> StoredAdapter | None:
