@@ -59,11 +59,12 @@ setup-vllm: $(VLLM_INSTALLED)
 
 # vLLM pins torch and many other packages, so it gets its own environment. On a CPU, torchvision and similar packages are
 # built for another torch and break the import of models that do not need them.
-$(VLLM_INSTALLED): $(MEMBERS:%=%/pyproject.toml) requirements-vllm.txt
+$(VLLM_INSTALLED): $(MEMBERS:%=%/pyproject.toml) services/adapter_api/vllm_plugin/pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet $(VLLM) --requirement requirements-vllm.txt
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable ./shared --editable ./services/teacher
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable ./shared --editable ./services/teacher \
+		--editable ./services/adapter_api/vllm_plugin
 	@touch $@
 
 demo: $(INSTALLED)

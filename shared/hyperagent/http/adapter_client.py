@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hyperagent.adapter_files import CONFIG_FILE, MODEL_FILE
 from hyperagent.errors import Conflict, CorruptRecord
-from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, PromptBody
+from hyperagent.http.adapter_models import AdapterBody, AdaptersBody, BundleBody, PromptBody
 from hyperagent.http.client import ApiClient, AsyncApiClient, Call, json_of
 from hyperagent.storage.files import new_directory
 
@@ -33,6 +33,26 @@ class AdapterClient(ApiClient):
         """Return up to `limit` adapters in ascending order of id, starting with the first id above `after`."""
         return self.send(_list(limit, after))
 
+    def get(self, adapter_id: str) -> AdapterBody:
+        """Return one adapter.
+
+        Raises:
+            NotFound: there is no adapter with this id.
+        """
+        return self.send(_get(adapter_id))
+
+    def bundle(self) -> BundleBody:
+        """Return what generates the adapters."""
+        return self.send(_BUNDLE)
+
+    def files(self, adapter: AdapterBody) -> dict[str, bytes]:
+        """Return the adapter's two files by name.
+
+        Raises:
+            CorruptRecord: a file's digest differs from the one that the service gives.
+        """
+        return _checked(adapter, {name: self.send(_file(adapter, name)) for name in _FILES})
+
     def download(self, adapter: AdapterBody, folder: Path) -> None:
         """Download the adapter's two files to `folder`, which is replaced atomically or stays unchanged.
 
@@ -41,7 +61,7 @@ class AdapterClient(ApiClient):
             Conflict: the folder holds other files, which would be lost.
             StorageError: a file operation failed.
         """
-        _save(adapter, {name: self.send(_file(adapter, name)) for name in _FILES}, folder)
+        _save(self.files(adapter), folder)
 
 
 class AsyncAdapterClient(AsyncApiClient):
@@ -55,9 +75,21 @@ class AsyncAdapterClient(AsyncApiClient):
         """See `AdapterClient.adapters`."""
         return await self.send(_list(limit, after))
 
+    async def get(self, adapter_id: str) -> AdapterBody:
+        """See `AdapterClient.get`."""
+        return await self.send(_get(adapter_id))
+
+    async def bundle(self) -> BundleBody:
+        """See `AdapterClient.bundle`."""
+        return await self.send(_BUNDLE)
+
+    async def files(self, adapter: AdapterBody) -> dict[str, bytes]:
+        """See `AdapterClient.files`."""
+        return _checked(adapter, {name: await self.send(_file(adapter, name)) for name in _FILES})
+
     async def download(self, adapter: AdapterBody, folder: Path) -> None:
         """See `AdapterClient.download`."""
-        _save(adapter, {name: await self.send(_file(adapter, name)) for name in _FILES}, folder)
+        _save(await self.files(adapter), folder)
 
 
 def _create(prompt: PromptBody) -> Call[AdapterBody]:
@@ -70,14 +102,25 @@ def _list(limit: int, after: str | None) -> Call[AdaptersBody]:
     return Call("GET", "/v1/adapters", json_of(AdaptersBody), query=query)
 
 
+_BUNDLE = Call("GET", "/v1/bundle", json_of(BundleBody))
+
+
+def _get(adapter_id: str) -> Call[AdapterBody]:
+    return Call("GET", f"/v1/adapters/{adapter_id}", json_of(AdapterBody))
+
+
 def _file(adapter: AdapterBody, name: str) -> Call[bytes]:
     return Call("GET", f"/v1/adapters/{adapter.id}/{name}", bytes)
 
 
-def _save(adapter: AdapterBody, contents: Mapping[str, bytes], folder: Path) -> None:
+def _checked(adapter: AdapterBody, contents: dict[str, bytes]) -> dict[str, bytes]:
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != adapter.sha256.get(name):
             raise CorruptRecord(f"{name} of adapter {adapter.id} arrived damaged; download it again")
+    return contents
+
+
+def _save(contents: Mapping[str, bytes], folder: Path) -> None:
     others = [path.name for path in folder.iterdir() if path.name not in contents] if folder.is_dir() else []
     if others:
         raise Conflict(f"{folder} holds other files than an adapter's, such as {others[0]}; choose another folder")

@@ -1,0 +1,1 @@
+"""vLLM plugin: `model="hyper:auto"` answers with the adapter that is generated for the conversation."""
