@@ -173,7 +173,7 @@ def _shapes_of(config: Any) -> Shapes:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
