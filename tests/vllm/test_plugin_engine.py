@@ -250,6 +250,35 @@ def test_the_engine_computes_what_the_injected_student_computes(world: World, tm
     assert np.quantile(distance, 0.99) <= 0.3
 
 
+def test_check_serving_accepts_the_adapter_and_finds_a_silent_no_op(world: World, tmp_path: Path) -> None:
+    adapter, other = (world.service.create(PromptBody(prompt=prompt)) for prompt in (ONE, TWO))
+    world.service.download(adapter, tmp_path / "adapter")
+    command = [
+        sys.executable,
+        "-m",
+        "hyperagent",
+        "check-serving",
+        "--engine",
+        world.engine,
+        "--student",
+        str(world.student),
+    ]
+    command += ["--adapter", str(tmp_path / "adapter"), "--base", "student"]
+
+    def check(model: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "--model", model, *more], capture_output=True, text=True, check=False)
+
+    assert check(f"hyper:{adapter.id}", "--other", f"hyper:{other.id}").returncode == 0
+    for model, why in (
+        ("student", "the engine does not apply the adapter: student answers like student"),
+        (f"hyper:{other.id}", "the engine applies another adapter than this one"),
+        ("hyper:" + "0" * 64, "the engine refuses hyper:000"),
+    ):
+        done = check(model)
+        assert (done.returncode, why in done.stderr) == (1, True), done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_mixed_batch_equals_every_request_alone(world: World) -> None:
     names = ["student", f"hyper:{world.adapter_id(ONE)}", f"hyper:{world.adapter_id(TWO)}"] * 3
     alone = {name: logprobs(ask(world, name, ONE)) for name in set(names)}

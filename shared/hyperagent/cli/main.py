@@ -18,6 +18,7 @@ from hyperagent import __version__
 from hyperagent.cli import adapter, cache, data, runs, teacher_check
 from hyperagent.cli.display import stderr
 from hyperagent.cli.doctor import doctor
+from hyperagent.cli.serving.check_serving import check_serving
 from hyperagent.cli.train import train
 from hyperagent.cli.wait import wait
 from hyperagent.errors import HyperagentError
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.add_typer(adapter.app, name="adapter")
     app.command()(wait)
     app.command()(doctor)
+    app.command()(check_serving)
     app.add_typer(_serve, name="serve")
     for point in sorted(entry_points(group="hyperagent.commands"), key=lambda point: point.name):
         app.command(name=point.name)(point.load())
