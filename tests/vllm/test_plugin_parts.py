@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from hyperagent_vllm import plugin
 from hyperagent_vllm.adapters import number_of
 from hyperagent_vllm.conversation import prompt_of
 from hyperagent_vllm.cpu_kernels import correct_cpu_kernels
-from hyperagent_vllm.settings import read_settings
+from hyperagent_vllm.settings import PluginSettings, read_settings
 from hyperagent_vllm.staging import require_sound
 
 TOOL = {
@@ -160,3 +162,27 @@ def test_another_release_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(BaseServing, "_check_model", _another_signature)
     with pytest.raises(ConfigError, match="was tested with"):
         plugin.require_known_vllm()
+
+
+@pytest.mark.parametrize("policy", ["refuse", "base"])
+async def test_without_the_service_the_policy_decides(
+    policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    monkeypatch.setenv("HYPERAGENT_TOKEN", "secret")
+    monkeypatch.setattr(BaseServing, "_check_model", BaseServing._check_model)  # restored afterwards
+    service = {"service": "http://127.0.0.1:1", "on_failure": policy, "staging": tmp_path}
+    plugin._patch(PluginSettings.model_validate(service))
+    serving = BaseServing.__new__(BaseServing)
+    serving.models = SimpleNamespace(
+        engine_client=None, base_model_paths=[SimpleNamespace(name="student")], lora_requests={}
+    )  # type: ignore[assignment]
+    request = ChatCompletionRequest(model="hyper:auto", messages=MESSAGES)
+    refusal = await serving._check_model(request)
+    if policy == "base":
+        assert (refusal, request.model) == (None, "student")
+    else:
+        assert refusal is not None
+        assert refusal.error.code == 503
+        assert "127.0.0.1:1" in refusal.error.message
