@@ -70,7 +70,7 @@ def encode_adapter(
     base_model: str,
     alpha: float,
     origin: Mapping[str, str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> AdapterFiles:
     """Serialize one adapter.
 
@@ -80,7 +80,7 @@ def encode_adapter(
         alpha: LoRA's alpha; the delta is scaled by alpha / rank.
         origin: fingerprints of the artifacts that made the adapter; stored in the metadata of
             `adapter_model.safetensors`, since PEFT and vLLM reject unknown names in `adapter_config.json`.
-        dtype: of the factors in the file.
+        dtype: of the factors in the file; by default their own.
 
     Raises:
         InvalidRequest: there are no factors, or their ranks differ.
@@ -95,8 +95,8 @@ def encode_adapter(
             raise CorruptRecord(
                 f"the adapter's factors at {name} are not finite; train or export the hypernetwork again"
             )
-        tensors[_PREFIX + name + _A] = pair.a.detach().to(dtype).contiguous()
-        tensors[_PREFIX + name + _B] = pair.b.detach().to(dtype).contiguous()
+        tensors[_PREFIX + name + _A] = pair.a.detach().to(dtype or pair.a.dtype).contiguous()
+        tensors[_PREFIX + name + _B] = pair.b.detach().to(dtype or pair.b.dtype).contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
