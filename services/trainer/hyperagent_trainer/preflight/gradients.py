@@ -41,7 +41,8 @@ def check_gradients(probe: Probe, make_optimizer: Callable[[AdapterNetwork], tor
     if not step_0.passed:
         return
     with torch.no_grad():
-        before = probe.generate()
+        # Copied, because a static adapter's factors are the parameters that the step changes.
+        before = {name: LoRAPair(pair.a.clone(), pair.b.clone()) for name, pair in probe.generate().items()}
     optimizer.step()
     first_step = _first_step(probe, before)
     yield first_step
