@@ -178,7 +178,8 @@ def _evaluate(distilled: Distilled, out: Path) -> dict[str, Any]:
     arguments += ["--trained-on-shuffled", str(distilled.trained_on_shuffled), "--out", str(out)]
     arguments += ["--teacher-check", str(out / "teacher_check.json")]
     arguments += ["--dependent-rows", str(out / "dependent_rows.parquet")]
-    run_command(arguments, log=out / "logs" / "evaluate.txt")
+    # One thread: more do not speed up models this small, and wait for each other where another process is busy.
+    run_command(arguments, log=out / "logs" / "evaluate.txt", threads=1)
     evaluation: dict[str, Any] = json.loads((out / "evaluation.json").read_bytes())
     return evaluation
 

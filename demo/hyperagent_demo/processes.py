@@ -100,8 +100,13 @@ def service(
             process.wait()
 
 
-def run_command(arguments: Sequence[str], *, log: Path, accepted: Sequence[int] = (0,)) -> int:
+def run_command(
+    arguments: Sequence[str], *, log: Path, accepted: Sequence[int] = (0,), threads: int | None = None
+) -> int:
     """Run `hyperagent ARGUMENTS` to its end and return its exit status; its output goes to `log`.
+
+    Args:
+        threads: number of torch's threads; by default torch decides.
 
     Raises:
         ServiceError: the status is not `accepted`; the message names the log and its last line.
@@ -110,6 +115,7 @@ def run_command(arguments: Sequence[str], *, log: Path, accepted: Sequence[int] 
     with log.open("wb") as output:
         done = subprocess.run(
             [sys.executable, "-m", "hyperagent", *arguments],
+            env=None if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -153,6 +153,48 @@ def test_keys_that_would_change_the_meaning_refuse_the_row(changes: dict[str, An
         dialogue_of(row(ASK, {**DONE, **changes}, tools=[]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"content": "One.", "text": "Two."}, "has different values of content and text"),
+        ({"content": "One.", "value": "Two."}, "has different values of content and value"),
+        ({"from": "human"}, "has different values of role and from"),
+        ({"tool_calls": LOOK["tool_calls"], "function_call": {"name": "f", "arguments": "{}"}}, "both tool_calls and a function_call"),
+    ],
+)  # fmt: skip
+def test_a_message_that_says_two_things_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        dialogue_of(row(ASK, {**DONE, **changes}, tools=[]))
+
+
+def test_text_under_another_key_beside_an_empty_one_is_the_text() -> None:
+    for message in (
+        {**DONE, "content": "", "text": "Done."},
+        {**DONE, "text": "Done."},
+        {"role": "assistant", "value": "Done."},
+    ):
+        assert dialogue_of(row(ASK, message, tools=[])).messages[1]["content"] == "Done."
+
+
+def test_keys_within_calls_and_parts_that_are_not_read_are_known() -> None:
+    called = {**LOOK, "tool_calls": [{**LOOK["tool_calls"][0], "index": 3}]}
+    called["tool_calls"][0]["function"] = {**called["tool_calls"][0]["function"], "strict": True}
+    parts = {**DONE, "content": [{"type": "text", "text": "Done.", "annotations": ["x"]}]}
+    spoken = dialogue(ASK, called, SEEN, parts, tools=[])
+    assert spoken.not_read == {"tool_calls.index", "tool_calls.function.strict", "content.annotations"}
+
+
+def test_a_template_finds_the_keys_of_the_format_whatever_the_control_tokens_are(tmp_path: Path) -> None:
+    """`id` is a piece of `<|video_pad|>`, and the texts hold literals of control tokens."""
+    template = chatml(
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<call id={{ c.id }}>{{ c.function | tojson }}{% endfor %}"
+    )
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|video_pad|>", "<|name|>", "<|function|>", "<|role|>"]
+    maker = ViewMaker(ChatTokenizer(make_tokenizer(tmp_path, template=template, control_tokens=tokens)))
+    spoken = dialogue_of(row(ASK, {**LOOK, "content": "I write <|im_end|>."}, SEEN, DONE, tools=TOOLS))
+    assert "<call id=c1>" in maker.masked(spoken).text
+
+
 def test_keys_that_are_not_read_are_known() -> None:
     spoken = dialogue(ASK, {**DONE, "weight": 1, "annotations": [1], "audio": None, "refusal": None}, tools=[])
     assert spoken.not_read == {"annotations"}

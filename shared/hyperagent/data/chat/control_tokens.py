@@ -20,6 +20,15 @@ from hyperagent.errors import DataError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+_FORMAT_KEYS = frozenset(
+    {
+        "role", "content", "name", "id", "type", "function", "arguments", "tool_calls", "tool_call_id", "reasoning_content",
+        "thinking", "description", "parameters", "properties", "required", "enum", "items",
+    }
+)  # fmt: skip
+"""Keys of messages and tools that a template looks up; broken, it would not find them. `id` is a piece of `<|video_pad|>`."""
+
+
 class Guard:
     """Breaks literals of a tokenizer's control tokens with a marker."""
 
@@ -61,7 +70,10 @@ class Guard:
             start = _start(text)
             return text[: start + 1] + marker + text[start + 1 :] if self._starts_risky(text) else text
         if isinstance(value, Mapping):
-            return {self.broken(key, marker): self.broken(item, marker) for key, item in value.items()}
+            return {
+                key if key in _FORMAT_KEYS else self.broken(key, marker): self.broken(item, marker)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self.broken(item, marker) for item in value]
         return value
@@ -85,7 +97,8 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _texts(key)
+            if key not in _FORMAT_KEYS:
+                yield from _texts(key)
             yield from _texts(item)
     elif isinstance(value, list | tuple):
         for item in value:

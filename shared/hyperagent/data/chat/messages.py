@@ -37,6 +37,7 @@ _CONTENT = ("content", "text", "value", "system_prompt")
 """Keys under which data sets keep a message's text; the first that is not null counts."""
 _ROLE = ("role", "from")
 _READ = {*_ROLE, *_CONTENT, "tool_calls", *_PASSED_ON, "weight", "refusal", "function_call"}
+_READ_OF_CALL, _READ_OF_FUNCTION, _READ_OF_PART = {"id", "type", "function"}, {"name", "arguments"}, {"type", "text"}
 _ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -173,15 +174,17 @@ def prune_nulls(value: Any) -> Any:
 def _message(index: int, message: Any) -> Message:
     what = f"message {index}"
     _require(message, Mapping, what)
-    named = next((message[key] for key in _ROLE if message.get(key) is not None), None)
-    role = _ROLES.get(named) if isinstance(named, str) else None
+    named = _only_one(what, {key: _role(message.get(key)) for key in _ROLE}, _ROLE)
+    role = named if named in _ROLES.values() else None
     if role is None:
         raise DataError(f"{what} has the unknown role {named!r}")
-    content = _text(what, next((message[key] for key in _CONTENT if message.get(key) is not None), ""))
+    content = _text(what, _only_one(what, message, _CONTENT) or "")
     calls = message.get("tool_calls")
     if calls == "None":
         calls = None
-    if not calls and message.get("function_call"):  # the form before tool_calls
+    if message.get("function_call"):  # the form before tool_calls
+        if calls:
+            raise DataError(f"{what} has both tool_calls and a function_call; keep one of them")
         calls = [{"function": message["function_call"]}]
     clean = [_call(what, call) for call in _list(calls, f"tool_calls of {what}")]
     arguments = sum(len(str(call["function"]["arguments"])) for call in clean)
@@ -192,6 +195,23 @@ def _message(index: int, message: Any) -> Message:
     for key, value in more.items():
         _require(value, str, f"{key} of {what}")
     return {"role": role, "content": content, **more} | ({"tool_calls": clean} if clean else {})
+
+
+def _role(named: Any) -> Any:
+    """Return what templates call a role; one that is unknown as it is."""
+    return _ROLES.get(named, named) if isinstance(named, str) else named
+
+
+def _only_one(what: str, message: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """Return the value under the first of `keys` that holds something, None if none does.
+
+    Raises:
+        DataError: two of them hold different values.
+    """
+    held = {key: message[key] for key in keys if message.get(key) not in (None, "", [])}
+    if len({repr(value) for value in held.values()}) > 1:
+        raise DataError(f"{what} has different values of {' and '.join(held)}; keep one of them")
+    return next(iter(held.values()), None)
 
 
 def _text(what: str, content: Any) -> str:
@@ -219,7 +239,21 @@ def _require_trainable(what: str, message: Mapping[str, Any]) -> None:
 
 
 def _keys_not_read(raw: list[Any]) -> frozenset[str]:
-    return frozenset(key for message in raw for key, value in message.items() if key not in _READ and value)
+    return frozenset(name for message in raw for name in _names_not_read(message))
+
+
+def _names_not_read(message: Mapping[str, Any]) -> Iterator[str]:
+    yield from (key for key, value in message.items() if key not in _READ and value)
+    calls, content = message.get("tool_calls"), message.get("content")
+    for call in calls if isinstance(calls, list) else []:
+        yield from (f"tool_calls.{key}" for key, value in call.items() if key not in _READ_OF_CALL and value)
+        function = call["function"]
+        yield from (
+            f"tool_calls.function.{key}" for key, value in function.items() if key not in _READ_OF_FUNCTION and value
+        )
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, Mapping):
+            yield from (f"content.{key}" for key, value in part.items() if key not in _READ_OF_PART and value)
 
 
 def _call(what: str, call: Any) -> dict[str, Any]:
