@@ -205,9 +205,21 @@ def test_a_template_prints_the_same_date_on_every_day(tmp_path: Path) -> None:
         chatml("{{ m.content }}", before="Today is {{ strftime_now('%d %b %Y') }}"), tmp_path
     ).tokenizer
     assert tokenizer.apply_template([ASK], [], add_generation_prompt=False).startswith("Today is 26 Jul 2024")
+    other = maker_of(
+        chatml("{{ m.content }}", before="{{ strftime_now('%A, %-d.%-m.%y %H:%M') }}"), tmp_path / "other"
+    ).tokenizer
+    assert other.apply_template([ASK], [], add_generation_prompt=False).startswith("Friday, 26.7.24 00:00")
 
 
-@pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        "{{ ['a', 'b'] | random }}",
+        "{{ lipsum(1) }}",
+        "{{ [['a', 'b']] | map('random') | join }}",
+        "{% set f = lipsum %}{{ f() }}",
+    ],
+)
 def test_a_template_that_draws_at_random_is_refused(draw: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="draws at random"):
         maker_of(chatml("{{ m.content }}", before=draw), tmp_path)

@@ -90,10 +90,36 @@ _DATE = datetime(2024, 7, 26, tzinfo=UTC)
 """Date that templates print as today's, so that the same conversation has the same ids on every day. It is the date that
 Llama's templates print themselves where they are given none."""
 
-_DATE_CODES = ("%A", "%a", "%B", "%b", "%d", "%e", "%H", "%I", "%j", "%M", "%m", "%p", "%S", "%Y", "%y", "%F", "%T")
+_DATE_CODES = (
+    "%A",
+    "%a",
+    "%B",
+    "%b",
+    "%d",
+    "%e",
+    "%H",
+    "%I",
+    "%j",
+    "%M",
+    "%m",
+    "%p",
+    "%S",
+    "%Y",
+    "%y",
+    "%F",
+    "%T",
+    "%-d",
+    "%-m",
+    "%-H",
+    "%-I",
+    "%-M",
+    "%-S",
+    "%-j",
+    "%-y",
+)
 """Codes of strftime that are replaced by the date's; any other is printed as it stands, which is the same every day too."""
 
-_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+_RANDOM = re.compile(r"\|\s*random\b|['\"]random['\"]|\blipsum\b")
 """What draws at random in a template: https://jinja.palletsprojects.com/en/stable/templates/#jinja-filters.random."""
 
 _BESIDE_CONTROL = (
