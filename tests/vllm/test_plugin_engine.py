@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from numpy.typing import NDArray
 from tiny_models import configurations, write_model, write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +39,7 @@ from hyperagent.model.targets import discover_target_layers
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "secret"
+TOKENS = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 ONE, TWO = "Mend the parser.", "Write more tests for the scheduler and its queue."
 
 
@@ -45,6 +48,7 @@ class World:
     student: Path
     store: Path
     service: AdapterClient
+    service_url: str
     engine: str
     """URL of the engine."""
     log: Path
@@ -147,7 +151,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             with AdapterClient(service_url, TOKEN) as service:
                 service.wait_until_ready(120)
                 wait_for(engine_url, processes[1], root / "engine.txt")
-                yield World(student, store, service, engine_url, root / "engine.txt")
+                yield World(student, store, service, service_url, engine_url, root / "engine.txt")
         finally:
             for process in processes:
                 process.terminate()
@@ -178,6 +182,14 @@ def ask(world: World, model: str, prompt: str, **options: Any) -> Any:
         extra_body={"ignore_eos": True},
         **options,
     )
+
+
+def forced(world: World, model: str, tokens: list[int]) -> NDArray[np.float64]:
+    """Return the log-probabilities of a prompt's tokens but the first; no choice of a token depends on rounding."""
+    body = {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = httpx.post(f"{world.engine}/v1/completions", json=body, timeout=120).raise_for_status().json()
+    rows = answer["choices"][0]["prompt_logprobs"][1:]
+    return np.array([row[str(token)]["logprob"] for row, token in zip(rows, tokens[1:], strict=True)])
 
 
 def logprobs(answer: Any) -> list[float]:
@@ -230,7 +242,7 @@ def test_the_engine_computes_what_the_injected_student_computes(world: World, tm
     world.service.download(adapter, tmp_path / "adapter")
     read = read_adapter(tmp_path / "adapter")
     student = AutoModelForCausalLM.from_pretrained(world.student, dtype=torch.bfloat16).eval()
-    ids = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([TOKENS])
     with torch.no_grad():
         bare = student(input_ids=ids).logits[0].float().log_softmax(-1)
         batched = {name: LoRAPair(pair.a[None], pair.b[None]) for name, pair in read.weights.items()}
@@ -238,12 +250,7 @@ def test_the_engine_computes_what_the_injected_student_computes(world: World, tm
             adapted = student(input_ids=ids).logits[0].float().log_softmax(-1)
     place = torch.arange(59)
     wanted, base = (found[place, ids[0, 1:]].numpy() for found in (adapted, bare))
-    body = {"prompt": ids[0].tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    answer = httpx.post(
-        f"{world.engine}/v1/completions", json={"model": f"hyper:{adapter.id}", **body}, timeout=60
-    ).json()
-    rows = answer["choices"][0]["prompt_logprobs"][1:]
-    found = np.array([row[str(token)]["logprob"] for row, token in zip(rows, ids[0, 1:].tolist(), strict=True)])
+    found = forced(world, f"hyper:{adapter.id}", TOKENS)
     assert np.abs(wanted - base).max() > 1
     distance = np.abs(found - wanted)
     assert np.quantile(distance, 0.5) <= 0.03
@@ -280,27 +287,33 @@ def test_check_serving_accepts_the_adapter_and_finds_a_silent_no_op(world: World
 
 
 def test_a_mixed_batch_equals_every_request_alone(world: World) -> None:
-    names = ["student", f"hyper:{world.adapter_id(ONE)}", f"hyper:{world.adapter_id(TWO)}"] * 3
-    alone = {name: logprobs(ask(world, name, ONE)) for name in set(names)}
-    with ThreadPoolExecutor(len(names)) as pool:
-        together = list(pool.map(lambda name: logprobs(ask(world, name, ONE)), names))
-    for name, found in zip(names, together, strict=True):
-        # Batches of other sizes are summed in another order; the wrong adapter is off by more than 0.3.
-        np.testing.assert_allclose(found, alone[name], atol=0.1)
+    names = ["student", *(f"hyper:{world.adapter_id(prompt)}" for prompt in (ONE, TWO))]
+    alone = {name: forced(world, name, TOKENS) for name in names}
+    for one, other in itertools.combinations(names, 2):
+        assert np.abs(alone[one] - alone[other]).max() > 1
+    with ThreadPoolExecutor(9) as pool:
+        together = list(pool.map(lambda name: forced(world, name, TOKENS), names * 3))
+    for name, found in zip(names * 3, together, strict=True):
+        # Batches of other sizes are summed in another order.
+        assert np.quantile(np.abs(found - alone[name]), 0.9) < 0.1
 
 
 def test_an_adapter_stays_what_it_was_whatever_happens_to_the_store(world: World) -> None:
     """Four adapters with two places in the engine: each is read again from its copy when it comes back."""
-    prompts = [f"Mend part number {number} of the parser." for number in range(4)]
-    before = {prompt: logprobs(ask(world, "hyper:auto", prompt)) for prompt in prompts}
-    for prompt in prompts[:2]:
-        for path in world.store.glob(f"*/{world.adapter_id(prompt)}/{MODEL_FILE}"):
-            path.write_bytes(b"tampered with")
-    for prompt in prompts[2:]:
-        name = world.adapter_id(prompt)
-        httpx.delete(f"{world.service._url}/v1/adapters/{name}", headers={"Authorization": f"Bearer {TOKEN}"})
-    for prompt in prompts * 2:
-        assert logprobs(ask(world, "hyper:auto", prompt)) == before[prompt]
+    ids = [world.adapter_id(f"Mend part number {number} of the parser.") for number in range(4)]
+    before = {name: forced(world, f"hyper:{name}", TOKENS) for name in ids}
+    for name in ids[:2]:
+        (path,) = world.store.glob(f"*/{name}/{MODEL_FILE}")
+        path.write_bytes(b"tampered with")
+    for name in ids[2:]:
+        httpx.delete(
+            f"{world.service_url}/v1/adapters/{name}", headers={"Authorization": f"Bearer {TOKEN}"}
+        ).raise_for_status()
+    for name in ids * 2:
+        found = forced(world, f"hyper:{name}", TOKENS)
+        distance = {other: float(np.abs(found - before[other]).mean()) for other in ids}
+        assert min(distance, key=lambda other: distance[other]) == name
+        assert distance[name] < 0.05
 
 
 def test_what_cannot_be_answered_is_refused_and_the_engine_lives_on(world: World) -> None:

@@ -15,7 +15,7 @@ from hyperagent.http import connection, middleware
 from hyperagent.http.app import create_app
 from hyperagent.http.connection import TimedConnection
 
-LIMIT_S = 0.3
+LIMIT_S = 1.5
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def test_a_stopped_run_is_exported_as_it_is(folder: RunFolder, tmp_path: Path, m
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_student)
     before = contents(folder.root)
     out = tmp_path / "new" / "bundle"
+    monkeypatch.setattr("hyperagent.logs.configure_logging", lambda **_: None)  # It would change this process for good.
     shown = CliRunner().invoke(build_app(), ["export", str(folder.root), "--out", str(out), "--json"])
     assert shown.exit_code == 0, shown.output
     kl = next(line["held_out_kl"] for line in metrics(folder) if line["step"] == 3 and "held_out_kl" in line)
