@@ -25,6 +25,7 @@ from hyperagent.errors import (
     IdentityMismatch,
     InvalidRequest,
     LimitExceeded,
+    NotFound,
     NotServing,
     StorageError,
 )
@@ -272,3 +273,30 @@ def test_a_missing_or_damaged_bundle_is_refused_at_the_start(tmp_path: Path, bun
         file.write("\n")
     with pytest.raises(CorruptRecord, match=r"tokenizer\.json"):
         build_app(AdapterApiSettings(bundle=tmp_path / "damaged", store=tmp_path / "store"), token="t")
+
+
+def test_a_lease_that_was_granted_holds_whatever_is_evicted_meanwhile(
+    generator: AdapterGenerator, store_folder: Path
+) -> None:
+    num_bytes = len(generator.generate(generator.encode({"task": "any"}))[0].model)
+    store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=2 * num_bytes)
+    for number in range(40):
+        first = put(store, generator, f"task {number}")
+        os.utime(adapter_folder(store_folder, first.id) / "adapter.json", (1, 1))
+        granted: list[bool] = []
+
+        def lease(adapter_id: str = first.id, granted: list[bool] = granted) -> None:
+            try:
+                store.lease(adapter_id, "engine", ttl_s=60)
+                granted.append(True)
+            except NotFound:
+                granted.append(False)
+
+        thread = threading.Thread(target=lease)
+        thread.start()
+        for other in range(2):
+            put(store, generator, f"other {number} {other}")
+        thread.join()
+        assert granted == [first.id in {adapter.id for adapter in store.page(after=None, limit=99)}]
+        store.release(first.id, "engine")
+    store.close()

@@ -178,18 +178,19 @@ class AdapterStore:
             Conflict: it is leased.
             StorageError: a file operation failed; the adapter still exists.
         """
-        if holders := self._holders(adapter_id):
-            raise Conflict(
-                f"adapter {adapter_id} is leased by {', '.join(holders)}; end the leases, or wait until they end"
-            )
-        try:
-            self._remove(adapter_id)
-        except FileNotFoundError:
-            raise _not_found(adapter_id) from None
-        except OSError as error:
-            raise StorageError(
-                f"could not delete adapter {adapter_id}: {error.strerror}; check the store's folder"
-            ) from error
+        with self._changing:
+            if holders := self._holders(adapter_id):
+                raise Conflict(
+                    f"adapter {adapter_id} is leased by {', '.join(holders)}; end the leases, or wait until they end"
+                )
+            try:
+                self._remove(adapter_id)
+            except FileNotFoundError:
+                raise _not_found(adapter_id) from None
+            except OSError as error:
+                raise StorageError(
+                    f"could not delete adapter {adapter_id}: {error.strerror}; check the store's folder"
+                ) from error
 
     def lease(self, adapter_id: str, holder: str, *, ttl_s: float) -> Lease:
         """Keep an adapter from being evicted or deleted for `ttl_s` seconds; a repeated call renews the lease.
@@ -198,15 +199,16 @@ class AdapterStore:
             NotFound: see `get`.
             StorageError: a file operation failed.
         """
-        self.use(adapter_id)
         ends_at = time.time() + ttl_s
         path = self._root / _LEASES / adapter_id / holder
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            os.utime(path, (ends_at, ends_at))
-        except OSError as error:
-            raise StorageError(f"could not keep a lease in {path.parent}: {error.strerror}") from error
+        with self._changing:  # No eviction comes between finding the adapter and writing the lease.
+            self.use(adapter_id)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+                os.utime(path, (ends_at, ends_at))
+            except OSError as error:
+                raise StorageError(f"could not keep a lease in {path.parent}: {error.strerror}") from error
         return Lease(holder=holder, expires_at=datetime.fromtimestamp(ends_at, UTC))
 
     def release(self, adapter_id: str, holder: str) -> None:
