@@ -25,7 +25,6 @@ from hyperagent.errors import (
     IdentityMismatch,
     InvalidRequest,
     LimitExceeded,
-    NotFound,
     NotServing,
     StorageError,
 )
@@ -276,27 +275,23 @@ def test_a_missing_or_damaged_bundle_is_refused_at_the_start(tmp_path: Path, bun
 
 
 def test_a_lease_that_was_granted_holds_whatever_is_evicted_meanwhile(
-    generator: AdapterGenerator, store_folder: Path
+    generator: AdapterGenerator, store_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = len(generator.generate(generator.encode({"task": "any"}))[0].model)
     store = AdapterStore(store_folder, generator.bundle.fingerprint, max_bytes=2 * num_bytes)
-    for number in range(40):
-        first = put(store, generator, f"task {number}")
+    first = put(store, generator, "first")
+    evicting = threading.Thread(target=lambda: [put(store, generator, f"other {number}") for number in range(2)])
+    find = store.use
+
+    def find_and_let_others_go_on(adapter_id: str) -> StoredAdapter:
+        found = find(adapter_id)
         os.utime(adapter_folder(store_folder, first.id) / "adapter.json", (1, 1))
-        granted: list[bool] = []
+        evicting.start()
+        evicting.join(0.3)
+        return found
 
-        def lease(adapter_id: str = first.id, granted: list[bool] = granted) -> None:
-            try:
-                store.lease(adapter_id, "engine", ttl_s=60)
-                granted.append(True)
-            except NotFound:
-                granted.append(False)
-
-        thread = threading.Thread(target=lease)
-        thread.start()
-        for other in range(2):
-            put(store, generator, f"other {number} {other}")
-        thread.join()
-        assert granted == [first.id in {adapter.id for adapter in store.page(after=None, limit=99)}]
-        store.release(first.id, "engine")
+    monkeypatch.setattr(store, "use", find_and_let_others_go_on)
+    store.lease(first.id, "engine", ttl_s=60)
+    evicting.join()
+    assert first.id in {adapter.id for adapter in store.page(after=None, limit=99)}
     store.close()
